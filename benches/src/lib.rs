@@ -1,0 +1,1 @@
+//! Shared device harness for the benchmarks.

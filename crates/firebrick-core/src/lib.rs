@@ -1,0 +1,34 @@
+//! Sites, selectors, plans, budgets, bricks, devices and seeds: the vocabulary every firebrick crate shares.
+//!
+//! A pretrained transformer is *wiring* with *sites* ([`Site`]); everything that specializes it is a [`Brick`] that
+//! sits at sites. A [`Selector`] names sites, a [`LayerPlan`] gives them settings, [`allocate`] spends a budget over
+//! them, and a [`Run`] carries the state of one forward pass.
+//!
+//! ```
+//! use firebrick_core::{Part, Selector, Site};
+//! let selector: Selector = "layers.4-7.mlp.{up,down}, head".parse()?;
+//! assert!(selector.matches(Site::layer(5, Part::MlpUp), 12));
+//! assert!(!selector.matches(Site::layer(5, Part::MlpGate), 12));
+//! # Ok::<(), firebrick_core::SelectorError>(())
+//! ```
+#![forbid(unsafe_code)]
+
+mod brick;
+mod budget;
+mod device;
+mod plan;
+mod progress;
+mod run;
+mod seed;
+mod selector;
+mod site;
+
+pub use brick::{Base, Brick, Skip, Tap, Taps};
+pub use budget::{Baseline, BudgetError, Choice, allocate, allocate_baseline, allocate_exact, allocate_greedy};
+pub use device::{DeviceError, DeviceInfo, DeviceSpec, list_devices};
+pub use plan::{Coverage, LayerPlan, PlanError, ResolvedPlan, Rule, RuleCoverage, Settings};
+pub use progress::{Cancelled, Event, Progress, Silent, Task};
+pub use run::{Mode, Run};
+pub use seed::Seed;
+pub use selector::{Selector, SelectorError};
+pub use site::{Part, ParseSiteError, Site, SiteEntry, SiteKind, SiteSet, SiteTable};

@@ -1,0 +1,114 @@
+//! The state of one forward pass.
+
+use std::any::{Any, TypeId};
+use std::collections::HashMap;
+
+use burn::tensor::{Int, Tensor};
+
+use crate::{Base, Brick, Seed, Site};
+
+/// Whether a forward pass trains or infers; dropout and routing noise are on in [`Mode::Train`] only.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Mode {
+    /// Inference: no randomness.
+    #[default]
+    Infer,
+    /// Training.
+    Train,
+}
+
+/// The state of one forward pass: the bricks in force, auxiliary losses, and whatever bricks and wirings keep
+/// between sites (key-value cache, taps, gates, router state), each under its own type.
+///
+/// It replaces globals, thread-locals and hidden state inside modules.
+#[derive(Default)]
+pub struct Run<'a> {
+    bricks: &'a [&'a dyn Brick],
+    state: HashMap<TypeId, Box<dyn Any>>,
+    losses: Vec<(String, Tensor<1>)>,
+    /// Training or inference.
+    pub mode: Mode,
+    /// Seed of every random draw of this pass; vary it from step to step.
+    pub seed: Seed,
+    /// The token ids `[batch, tokens]` of this pass, set by the wiring.
+    pub tokens: Option<Tensor<2, Int>>,
+}
+
+impl<'a> Run<'a> {
+    /// A pass with these bricks, the last one on top.
+    pub fn new(bricks: &'a [&'a dyn Brick]) -> Self {
+        Run { bricks, ..Run::default() }
+    }
+
+    /// The bricks in force, the last one on top.
+    pub fn bricks(&self) -> &'a [&'a dyn Brick] {
+        self.bricks
+    }
+
+    /// Whether any brick sits at `site`; wirings use it to take a fused path through bare sites.
+    pub fn is_bare(&self, site: Site) -> bool {
+        !self.bricks.iter().any(|b| b.sites().contains(site))
+    }
+
+    /// Passes `x: [batch, tokens, d_in]` through `site`: the bricks there from the top down, then `wiring`.
+    pub fn at(&mut self, site: Site, x: Tensor<3>, wiring: &mut Base<'_>) -> Tensor<3> {
+        descend(self.bricks, site, x, wiring, self)
+    }
+
+    /// The state of type `T`, made with its default on first use.
+    pub fn state<T: Default + 'static>(&mut self) -> &mut T {
+        let slot = self.state.entry(TypeId::of::<T>()).or_insert_with(|| Box::new(T::default()));
+        slot.downcast_mut().expect("a slot holds the type it is filed under")
+    }
+
+    /// The state of type `T`, if something put it there.
+    pub fn get<T: 'static>(&self) -> Option<&T> {
+        self.state.get(&TypeId::of::<T>())?.downcast_ref()
+    }
+
+    /// The state of type `T`, mutable, if something put it there.
+    pub fn get_mut<T: 'static>(&mut self) -> Option<&mut T> {
+        self.state.get_mut(&TypeId::of::<T>())?.downcast_mut()
+    }
+
+    /// Puts `value` into the run, in place of an earlier one of the same type.
+    pub fn insert<T: 'static>(&mut self, value: T) {
+        self.state.insert(TypeId::of::<T>(), Box::new(value));
+    }
+
+    /// Takes the state of type `T` out of the run.
+    pub fn take<T: 'static>(&mut self) -> Option<T> {
+        self.state.remove(&TypeId::of::<T>())?.downcast().ok().map(|b| *b)
+    }
+
+    /// Adds an auxiliary loss `[1]` (balance, sparsity, ...), already weighted.
+    pub fn add_loss(&mut self, name: impl Into<String>, loss: Tensor<1>) {
+        self.losses.push((name.into(), loss));
+    }
+
+    /// The auxiliary losses added so far, by name.
+    pub fn losses(&self) -> &[(String, Tensor<1>)] {
+        &self.losses
+    }
+
+    /// The sum `[1]` of the auxiliary losses, or `None` if there is none.
+    pub fn total_loss(&self) -> Option<Tensor<1>> {
+        self.losses.iter().map(|(_, l)| l.clone()).reduce(|a, b| a + b)
+    }
+}
+
+fn descend(
+    bricks: &[&dyn Brick],
+    site: Site,
+    x: Tensor<3>,
+    wiring: &mut Base<'_>,
+    run: &mut Run<'_>,
+) -> Tensor<3> {
+    match bricks.iter().rposition(|b| b.sites().contains(site)) {
+        None => wiring(x, run),
+        Some(top) => {
+            let below = &bricks[..top];
+            bricks[top].at(site, x, &mut |x, run: &mut Run<'_>| descend(below, site, x, wiring, run), run)
+        }
+    }
+}

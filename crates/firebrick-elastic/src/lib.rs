@@ -1,0 +1,1 @@
+//! Layer drop and elastic networks.

@@ -1,0 +1,1 @@
+//! Weight-space model merging on the streaming executor, mergekit interchange.

@@ -1,0 +1,423 @@
+//! The wiring of a decoder-only transformer: written once, asking at every site whether a brick sits there.
+
+use std::sync::Arc;
+
+use burn::module::{Module, Param};
+use burn::nn::Linear;
+use burn::tensor::{Device, Int, Tensor, TensorData};
+use firebrick_core::{Part, Run, Seed, Site, SiteTable};
+use firebrick_tensor::ops::{self, AttentionOptions, KvCache};
+
+use crate::config::DecoderConfig;
+use crate::error::ModelError;
+use crate::weights::TensorSource;
+
+/// A decoder-only transformer of the Llama family: grouped-query attention, rotary positions, SwiGLU, RMSNorm.
+///
+/// With no bricks it is an ordinary burn module. Every site of [`Decoder::sites`] can carry bricks:
+///
+/// ```
+/// use burn::tensor::{Device, Int, Tensor};
+/// use firebrick_core::{Part, Run, Selector, Skip};
+/// use firebrick_models::Model;
+///
+/// let model = Model::embedded(&Device::flex())?;
+/// let tokens = Tensor::<2, Int>::from_ints([[1, 2, 3, 4]], &Device::flex());
+/// let logits = model.decoder.forward(tokens.clone(), &mut Run::default());
+/// assert_eq!(logits.dims(), [1, 4, model.decoder.config().vocab]);
+///
+/// // The same model without its last attention sublayer.
+/// let selector: Selector = "layers.-1.attn_sublayer".parse()?;
+/// let skip = Skip { sites: selector.resolve(model.decoder.sites())?.of_part(Part::AttnSublayer) };
+/// let without = model.decoder.forward(tokens, &mut Run::new(&[&skip]));
+/// assert!((logits - without).abs().max().into_scalar::<f32>() > 0.0);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Module, Debug)]
+pub struct Decoder {
+    embed: Param<Tensor<2>>,
+    layers: Vec<Layer>,
+    norm: Param<Tensor<1>>,
+    head: Option<Linear>,
+    #[module(skip)]
+    shape: Shape,
+}
+
+#[derive(Clone, Debug)]
+struct Shape {
+    config: Arc<DecoderConfig>,
+    sites: Arc<SiteTable>,
+}
+
+#[derive(Module, Debug)]
+struct Layer {
+    attn_norm: Param<Tensor<1>>,
+    q: Linear,
+    k: Linear,
+    v: Linear,
+    o: Linear,
+    attn_post_norm: Option<Param<Tensor<1>>>,
+    mlp_norm: Param<Tensor<1>>,
+    gate: Linear,
+    up: Linear,
+    down: Linear,
+    mlp_post_norm: Option<Param<Tensor<1>>>,
+}
+
+/// How many tokens of the sequence went through the wiring before this pass; kept in the [`Run`] beside a [`KvCache`].
+#[derive(Clone, Copy, Debug, Default)]
+struct Position(usize);
+
+/// Cosines and sines of the rotary positions of one pass, each `[tokens, head_dim / 2]`.
+struct Rotary {
+    cos: Tensor<2>,
+    sin: Tensor<2>,
+}
+
+impl Decoder {
+    /// Loads the weights of `config` from `source` onto `device`, as constants (see [`Decoder::trainable`]).
+    ///
+    /// # Errors
+    /// Lists every missing tensor and every tensor of the wrong shape.
+    pub fn load(
+        config: DecoderConfig,
+        source: &dyn TensorSource,
+        device: &Device,
+    ) -> Result<Self, ModelError> {
+        let mut problems = Vec::new();
+        let mut read = |site: Site, shape: &[usize]| match source.read_site(site, shape) {
+            Ok(values) => Tensor::<1>::from_data(TensorData::new(values, [shape.iter().product()]), device),
+            Err(e) => {
+                problems.push(e.to_string());
+                Tensor::<1>::zeros([1], device)
+            }
+        };
+        let decoder = Self::build(config, &mut |site, shape: &[usize]| read(site, shape));
+        match problems.is_empty() {
+            true => Ok(decoder?.no_grad()),
+            false => Err(ModelError::Weights { problems }),
+        }
+    }
+
+    /// A decoder with random weights: normal with standard deviation 0.02, residual projections scaled by
+    /// `1 / sqrt(2 layers)` (GPT-2), norms 1.
+    pub fn random(config: DecoderConfig, seed: Seed, device: &Device) -> Result<Self, ModelError> {
+        let depth = (2.0 * config.layers as f64).sqrt();
+        Self::build(config, &mut |site, shape: &[usize]| {
+            let n: usize = shape.iter().product();
+            let values: Vec<f32> = match (shape.len(), site.part) {
+                (1, _) => vec![1.0; n],
+                (_, part) => {
+                    let residual = matches!(part, Part::AttnO | Part::MlpDown);
+                    let std = if residual { 0.02 / depth } else { 0.02 };
+                    seed.normal(&format!("decoder.init/{site}"), n, std)
+                }
+            };
+            Tensor::<1>::from_data(TensorData::new(values, [n]), device)
+        })
+        .map(|d| d.no_grad())
+    }
+
+    /// Builds the modules; `weight` gives the flat values of a site in Hugging Face's layout (`[d_out, d_in]`).
+    fn build(
+        config: DecoderConfig,
+        weight: &mut dyn FnMut(Site, &[usize]) -> Tensor<1>,
+    ) -> Result<Self, ModelError> {
+        let problems = config.problems();
+        if !problems.is_empty() {
+            return Err(ModelError::Invalid { path: "config.json".into(), problems });
+        }
+        let sites = config.family().site_table(&config);
+        let c = config.clone();
+        let matrix = |t: Tensor<1>, rows: usize, cols: usize| -> Tensor<2> {
+            // A failed read is a stand-in of one element; its error is reported by the caller.
+            if t.dims()[0] == 1 && rows * cols != 1 { t.expand([rows, cols]) } else { t.reshape([rows, cols]) }
+        };
+        let mut linear = |site: Site, weight: &mut dyn FnMut(Site, &[usize]) -> Tensor<1>| {
+            let (d_in, d_out) = sites.linear(site).expect("the family's table has this linear layer");
+            let t = matrix(weight(site, &[d_out, d_in]), d_out, d_in).transpose();
+            Linear { weight: Param::from_tensor(t), bias: None }
+        };
+        let embed = matrix(weight(Site::global(Part::Embed), &[c.vocab, c.d_model]), c.vocab, c.d_model);
+        let mut layers = Vec::with_capacity(c.layers);
+        for l in 0..c.layers {
+            let site = |part| Site::layer(l, part);
+            let mut norm = |part, weight: &mut dyn FnMut(Site, &[usize]) -> Tensor<1>| {
+                Param::from_tensor(weight(site(part), &[c.d_model]))
+            };
+            let post = c.norm_placement.has_post_norm();
+            layers.push(Layer {
+                attn_norm: norm(Part::AttnNorm, weight),
+                q: linear(site(Part::AttnQ), weight),
+                k: linear(site(Part::AttnK), weight),
+                v: linear(site(Part::AttnV), weight),
+                o: linear(site(Part::AttnO), weight),
+                attn_post_norm: post.then(|| norm(Part::AttnPostNorm, weight)),
+                mlp_norm: norm(Part::MlpNorm, weight),
+                gate: linear(site(Part::MlpGate), weight),
+                up: linear(site(Part::MlpUp), weight),
+                down: linear(site(Part::MlpDown), weight),
+                mlp_post_norm: post.then(|| norm(Part::MlpPostNorm, weight)),
+            });
+        }
+        let norm = Param::from_tensor(weight(Site::global(Part::Norm), &[c.d_model]));
+        let head = (!c.tied_head).then(|| linear(Site::global(Part::Head), weight));
+        let shape = Shape { config: Arc::new(config), sites: Arc::new(sites) };
+        Ok(Decoder { embed: Param::from_tensor(embed), layers, norm, head, shape })
+    }
+
+    /// The same decoder with all weights trainable (for full fine-tuning), on a device that records gradients.
+    pub fn trainable(self) -> Self {
+        self.set_require_grad(true)
+    }
+
+    /// The shape of the model.
+    pub fn config(&self) -> &DecoderConfig {
+        &self.shape.config
+    }
+
+    /// The sites of the model.
+    pub fn sites(&self) -> &SiteTable {
+        &self.shape.sites
+    }
+
+    /// The device the weights are on.
+    pub fn device(&self) -> Device {
+        self.norm.val().device()
+    }
+
+    /// The weight of the head `[d_model, vocab]`; the transposed embedding when tied.
+    pub fn head_weight(&self) -> Tensor<2> {
+        match &self.head {
+            Some(head) => head.weight.val(),
+            None => self.embed.val().transpose(),
+        }
+    }
+
+    /// The weight at `site` in Hugging Face's layout: `[d_out, d_in]` for linear layers, `[vocab, d_model]` for the
+    /// embedding, `[1, d]` for norms; `None` where the site has no weight of its own.
+    pub fn weight(&self, site: Site) -> Option<Tensor<2>> {
+        let row = |p: &Param<Tensor<1>>| p.val().unsqueeze_dim(0);
+        let linear = |l: &Linear| l.weight.val().transpose();
+        match site.part {
+            Part::Embed => return Some(self.embed.val()),
+            Part::Norm => return Some(row(&self.norm)),
+            Part::Head => return self.head.as_ref().map(linear),
+            _ => {}
+        }
+        let layer = self.layers.get(site.layer?)?;
+        match site.part {
+            Part::AttnNorm => Some(row(&layer.attn_norm)),
+            Part::AttnPostNorm => layer.attn_post_norm.as_ref().map(row),
+            Part::MlpNorm => Some(row(&layer.mlp_norm)),
+            Part::MlpPostNorm => layer.mlp_post_norm.as_ref().map(row),
+            _ => layer.linear(site.part).map(linear),
+        }
+    }
+
+    /// The same decoder with the weight of the linear layer at `site` replaced by `weight: [d_out, d_in]`.
+    ///
+    /// # Panics
+    /// If `site` is not a linear layer inside a block.
+    pub fn with_weight(mut self, site: Site, weight: Tensor<2>) -> Self {
+        let layer = site.layer.and_then(|l| self.layers.get_mut(l));
+        let linear = layer.and_then(|l| l.linear_mut(site.part));
+        let linear = linear.unwrap_or_else(|| panic!("{site} is not a linear layer inside a block"));
+        linear.weight = Param::from_tensor(weight.transpose()).set_require_grad(false);
+        self
+    }
+
+    /// Logits `[batch, tokens, vocab]` of `tokens: [batch, tokens]`.
+    pub fn forward(&self, tokens: Tensor<2, Int>, run: &mut Run<'_>) -> Tensor<3> {
+        let hidden = self.hidden(tokens, run);
+        self.logits(hidden, run)
+    }
+
+    /// The residual stream after the last norm, `[batch, tokens, d_model]`.
+    pub fn hidden(&self, tokens: Tensor<2, Int>, run: &mut Run<'_>) -> Tensor<3> {
+        let length = tokens.dims()[1];
+        let start = match run.get::<KvCache>() {
+            Some(_) => run.state::<Position>().0,
+            None => 0,
+        };
+        let rotary = self.rotary(start, length);
+        let mut x = self.embed(tokens, run);
+        for layer in 0..self.layers.len() {
+            x = self.block_at(layer, x, &rotary, run);
+        }
+        if run.get::<KvCache>().is_some() {
+            run.state::<Position>().0 += length;
+        }
+        self.norm_at(Site::global(Part::Norm), &self.norm, x, run)
+    }
+
+    /// The embedded tokens `[batch, tokens, d_model]` of `tokens: [batch, tokens]`.
+    pub fn embed(&self, tokens: Tensor<2, Int>, run: &mut Run<'_>) -> Tensor<3> {
+        let [batch, length] = tokens.dims();
+        run.tokens = Some(tokens.clone());
+        let rows = self.embed.val().select(0, tokens.reshape([batch * length]));
+        let d = self.config().d_model;
+        run.at(Site::global(Part::Embed), rows.reshape([batch, length, d]), &mut |x, _| x)
+    }
+
+    /// Runs block `layer` alone on the residual stream `x: [batch, tokens, d_model]` of texts that begin at position 0.
+    ///
+    /// # Panics
+    /// If the model has no such layer.
+    pub fn block(&self, layer: usize, x: Tensor<3>, run: &mut Run<'_>) -> Tensor<3> {
+        let rotary = self.rotary(0, x.dims()[1]);
+        self.block_at(layer, x, &rotary, run)
+    }
+
+    fn block_at(&self, l: usize, x: Tensor<3>, rotary: &Rotary, run: &mut Run<'_>) -> Tensor<3> {
+        run.at(Site::layer(l, Part::Block), x, &mut |x, run: &mut Run<'_>| {
+            self.sublayers(l, &self.layers[l], x, rotary, run)
+        })
+    }
+
+    /// The head: logits `[batch, tokens, vocab]` of `hidden: [batch, tokens, d_model]`.
+    pub fn logits(&self, hidden: Tensor<3>, run: &mut Run<'_>) -> Tensor<3> {
+        run.at(Site::global(Part::Head), hidden, &mut |x, _| {
+            let [b, t, d] = x.dims();
+            let logits = x.reshape([b * t, d]).matmul(self.head_weight());
+            let vocab = logits.dims()[1];
+            logits.reshape([b, t, vocab])
+        })
+    }
+
+    /// Negative log-likelihood in nats of each next token, `[batch, tokens - 1]`, without materialising the logits.
+    pub fn nll(&self, tokens: Tensor<2, Int>, run: &mut Run<'_>) -> Tensor<2> {
+        let [batch, length] = tokens.dims();
+        let hidden = self.hidden(tokens.clone(), run);
+        let d = hidden.dims()[2];
+        let hidden = hidden.narrow(1, 0, length - 1);
+        let targets = tokens.narrow(1, 1, length - 1).reshape([batch * (length - 1)]);
+        let nll = if run.is_bare(Site::global(Part::Head)) {
+            ops::linear_cross_entropy(
+                hidden.reshape([batch * (length - 1), d]),
+                self.head_weight(),
+                targets,
+            )
+        } else {
+            let logits = self.logits(hidden, run);
+            let vocab = logits.dims()[2];
+            ops::cross_entropy(logits.reshape([batch * (length - 1), vocab]), targets)
+        };
+        nll.reshape([batch, length - 1])
+    }
+
+    /// An empty key-value cache for sequences of up to `capacity` tokens; put it into a [`Run`] to decode step by step.
+    pub fn kv_cache(&self, batch: usize, capacity: usize) -> KvCache {
+        let c = self.config();
+        KvCache::new(c.layers, batch, c.kv_heads, capacity, c.head_dim, &self.device())
+    }
+
+    fn rotary(&self, start: usize, length: usize) -> Rotary {
+        let c = self.config();
+        let half = c.head_dim / 2;
+        let angle = |i: usize| {
+            let (position, j) = ((start + i / half) as f64, (i % half) as f64);
+            position * c.rope_theta.powf(-2.0 * j / c.head_dim as f64)
+        };
+        let table = |f: fn(f64) -> f64| {
+            let values: Vec<f32> = (0..length * half).map(|i| f(angle(i)) as f32).collect();
+            Tensor::<2>::from_data(TensorData::new(values, [length, half]), &self.device())
+        };
+        Rotary { cos: table(f64::cos), sin: table(f64::sin) }
+    }
+
+    fn norm_at(&self, site: Site, gamma: &Param<Tensor<1>>, x: Tensor<3>, run: &mut Run<'_>) -> Tensor<3> {
+        let eps = self.config().norm_eps;
+        run.at(site, x, &mut |x, _| ops::rms_norm(x, gamma.val(), eps))
+    }
+
+    fn sublayers(
+        &self,
+        l: usize,
+        layer: &Layer,
+        x: Tensor<3>,
+        rotary: &Rotary,
+        run: &mut Run<'_>,
+    ) -> Tensor<3> {
+        let site = |part| Site::layer(l, part);
+        let x = run.at(site(Part::AttnSublayer), x, &mut |x, run: &mut Run<'_>| {
+            let normed = self.norm_at(site(Part::AttnNorm), &layer.attn_norm, x.clone(), run);
+            let mut branch = run.at(site(Part::Attn), normed, &mut |x, run: &mut Run<'_>| {
+                self.attention(l, layer, x, rotary, run)
+            });
+            if let Some(norm) = &layer.attn_post_norm {
+                branch = self.norm_at(site(Part::AttnPostNorm), norm, branch, run);
+            }
+            x + branch
+        });
+        run.at(site(Part::MlpSublayer), x, &mut |x, run: &mut Run<'_>| {
+            let normed = self.norm_at(site(Part::MlpNorm), &layer.mlp_norm, x.clone(), run);
+            let mut branch = run.at(site(Part::Mlp), normed, &mut |x, run: &mut Run<'_>| {
+                let gate = run.at(site(Part::MlpGate), x.clone(), &mut |x, _| layer.gate.forward(x));
+                let up = run.at(site(Part::MlpUp), x, &mut |x, _| layer.up.forward(x));
+                let inner = ops::swiglu(gate, up);
+                run.at(site(Part::MlpDown), inner, &mut |x, _| layer.down.forward(x))
+            });
+            if let Some(norm) = &layer.mlp_post_norm {
+                branch = self.norm_at(site(Part::MlpPostNorm), norm, branch, run);
+            }
+            x + branch
+        })
+    }
+
+    fn attention(
+        &self,
+        l: usize,
+        layer: &Layer,
+        x: Tensor<3>,
+        rotary: &Rotary,
+        run: &mut Run<'_>,
+    ) -> Tensor<3> {
+        let c = self.config();
+        let site = |part| Site::layer(l, part);
+        let [batch, length, _] = x.dims();
+        let heads = |t: Tensor<3>, n: usize| t.reshape([batch, length, n, c.head_dim]).swap_dims(1, 2);
+        let q = run.at(site(Part::AttnQ), x.clone(), &mut |x, _| layer.q.forward(x));
+        let k = run.at(site(Part::AttnK), x.clone(), &mut |x, _| layer.k.forward(x));
+        let v = run.at(site(Part::AttnV), x, &mut |x, _| layer.v.forward(x));
+        let q = ops::rope(heads(q, c.heads), rotary.cos.clone(), rotary.sin.clone());
+        let mut k = ops::rope(heads(k, c.kv_heads), rotary.cos.clone(), rotary.sin.clone());
+        let mut v = heads(v, c.kv_heads);
+        if let Some(cache) = run.get_mut::<KvCache>() {
+            (k, v) = cache.append(l, k, v);
+        }
+        let scale = (c.head_dim as f64).powf(-0.5);
+        let options = AttentionOptions { scale, causal: true, window: None, softcap: None };
+        let mixed = ops::attention(q, k, v, options);
+        let mixed = mixed.swap_dims(1, 2).reshape([batch, length, c.heads * c.head_dim]);
+        run.at(site(Part::AttnO), mixed, &mut |x, _| layer.o.forward(x))
+    }
+}
+
+impl Layer {
+    fn linear(&self, part: Part) -> Option<&Linear> {
+        match part {
+            Part::AttnQ => Some(&self.q),
+            Part::AttnK => Some(&self.k),
+            Part::AttnV => Some(&self.v),
+            Part::AttnO => Some(&self.o),
+            Part::MlpGate => Some(&self.gate),
+            Part::MlpUp => Some(&self.up),
+            Part::MlpDown => Some(&self.down),
+            _ => None,
+        }
+    }
+
+    fn linear_mut(&mut self, part: Part) -> Option<&mut Linear> {
+        match part {
+            Part::AttnQ => Some(&mut self.q),
+            Part::AttnK => Some(&mut self.k),
+            Part::AttnV => Some(&mut self.v),
+            Part::AttnO => Some(&mut self.o),
+            Part::MlpGate => Some(&mut self.gate),
+            Part::MlpUp => Some(&mut self.up),
+            Part::MlpDown => Some(&mut self.down),
+            _ => None,
+        }
+    }
+}

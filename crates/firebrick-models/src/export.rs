@@ -1,0 +1,368 @@
+//! Writing models: Hugging Face folders and GGUF files, from checkpoints or from weights on a device.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::str::FromStr;
+
+use firebrick_core::{Site, SiteKind, SiteTable};
+use firebrick_tensor::block::DType;
+use firebrick_tensor::checkpoint::gguf::Value;
+use firebrick_tensor::checkpoint::{Format, TensorSpec};
+use firebrick_tensor::stream::{
+    Executor, Job, OutputSpec, Source, StreamError, StreamPlan, StreamReport, Target, Transform,
+};
+use indexmap::IndexMap;
+
+use crate::config::DecoderConfig;
+use crate::decoder::Decoder;
+use crate::error::ModelError;
+use crate::model::ModelFiles;
+use crate::tokenizer::Tokenizer;
+use crate::weights::{TensorSource, interleave_rows, interleaved_heads, permute_rows, weight_shape};
+use crate::weights::{deinterleaved_row, interleaved_row};
+
+/// A weight that is already encoded, row-major in Hugging Face's order of rows.
+#[derive(Clone, Debug, PartialEq)]
+pub struct EncodedWeight {
+    /// Storage type.
+    pub dtype: DType,
+    /// The bytes of all rows.
+    pub bytes: Vec<u8>,
+}
+
+/// Where the weights of an export come from.
+#[derive(Clone, Copy)]
+enum Weights<'a> {
+    Files(&'a ModelFiles),
+    Decoder(&'a Decoder),
+}
+
+/// A model about to be written, as a transformation on the streaming executor.
+///
+/// Norms stay f32 in GGUF. With a 4-bit type the embedding and head become `Q8_0`; rows that are not a multiple of 32 long become `F16`.
+/// An output that ends in `.gguf` is a GGUF file, anything else a Hugging Face folder.
+pub struct Export<'a> {
+    name: String,
+    weights: Weights<'a>,
+    config: DecoderConfig,
+    sites: SiteTable,
+    tokenizer: &'a Tokenizer,
+    dtype: DType,
+    format: Format,
+    encoded: BTreeMap<Site, EncodedWeight>,
+    /// Layer `i` of the output is layer `layers[i]` of the source.
+    layers: Vec<usize>,
+    settings: serde_json::Value,
+}
+
+/// The storage types a model can be written in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ExportType(DType);
+
+impl ExportType {
+    /// Every type, by name.
+    pub const NAMES: &'static str = "f32, f16, bf16, q8_0, q4_0, q4_1";
+    /// Single precision.
+    pub const F32: ExportType = ExportType(DType::F32);
+    /// Half precision.
+    pub const F16: ExportType = ExportType(DType::F16);
+    /// Brain floating point.
+    pub const BF16: ExportType = ExportType(DType::BF16);
+    /// 8-bit blocks.
+    pub const Q8_0: ExportType = ExportType(DType::Q8_0);
+
+    /// The storage type.
+    pub fn dtype(self) -> DType {
+        self.0
+    }
+}
+
+impl FromStr for ExportType {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let known = [DType::F32, DType::F16, DType::BF16, DType::Q8_0, DType::Q4_0, DType::Q4_1];
+        let found = known.into_iter().find(|d| d.name().eq_ignore_ascii_case(text));
+        found.map(ExportType).ok_or_else(|| format!("`{text}` is not one of {}", Self::NAMES))
+    }
+}
+
+impl<'a> Export<'a> {
+    /// Writes a model that lies on disk, tensor by tensor.
+    pub fn files(files: &'a ModelFiles, dtype: ExportType) -> Self {
+        Self::new(&files.name, Weights::Files(files), files.config.clone(), &files.tokenizer, dtype)
+    }
+
+    /// Writes the weights of a decoder.
+    pub fn decoder(name: &str, decoder: &'a Decoder, tokenizer: &'a Tokenizer, dtype: ExportType) -> Self {
+        Self::new(name, Weights::Decoder(decoder), decoder.config().clone(), tokenizer, dtype)
+    }
+
+    fn new(
+        name: &str,
+        weights: Weights<'a>,
+        config: DecoderConfig,
+        tokenizer: &'a Tokenizer,
+        dtype: ExportType,
+    ) -> Self {
+        let sites = config.family().site_table(&config);
+        let layers = (0..config.layers).collect();
+        Export {
+            name: name.to_string(),
+            weights,
+            config,
+            sites,
+            tokenizer,
+            dtype: dtype.0,
+            format: Format::Safetensors,
+            encoded: BTreeMap::new(),
+            layers,
+            settings: serde_json::Value::Null,
+        }
+    }
+
+    /// Takes these weights instead of the source's; in GGUF as they are, in a folder they must not be packed.
+    pub fn with_encoded(mut self, encoded: BTreeMap<Site, EncodedWeight>) -> Self {
+        self.encoded = encoded;
+        self
+    }
+
+    /// Writes only these layers of the source, in this order.
+    pub fn with_layers(mut self, layers: Vec<usize>) -> Self {
+        self.config.layers = layers.len();
+        self.sites = self.config.family().site_table(&self.config);
+        self.layers = layers;
+        self
+    }
+
+    /// Records how the weights were made, for provenance and resume.
+    pub fn with_settings(mut self, settings: serde_json::Value) -> Self {
+        self.settings = settings;
+        self
+    }
+
+    /// What [`Export::write`] would read, write and need.
+    pub fn plan(mut self, path: &Path, executor: &Executor<'_>) -> Result<StreamPlan, ModelError> {
+        let target = self.target(path)?;
+        Ok(executor.plan(&self, &target)?)
+    }
+
+    /// Writes the model to `path`.
+    pub fn write(mut self, path: &Path, executor: &Executor<'_>) -> Result<StreamReport, ModelError> {
+        let target = self.target(path)?;
+        Ok(executor.run(&self, &target)?)
+    }
+
+    fn target(&mut self, path: &Path) -> Result<Target, ModelError> {
+        if path.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf")) {
+            self.format = Format::Gguf;
+            return Ok(Target::gguf(path, self.gguf_metadata()?));
+        }
+        self.format = Format::Safetensors;
+        if self.dtype.is_packed() {
+            return Err(ModelError::Unsupported(format!(
+                "{} in a Hugging Face folder; packed types need an output that ends in .gguf",
+                self.dtype
+            )));
+        }
+        Ok(Target::folder(path).with_side_files(self.side_files()?))
+    }
+
+    /// `config.json` and the tokenizer's files.
+    fn side_files(&self) -> Result<Vec<(String, Vec<u8>)>, ModelError> {
+        let dtype = match self.dtype {
+            DType::F16 => "float16",
+            DType::BF16 => "bfloat16",
+            _ => "float32",
+        };
+        let mut config = self.config.to_hf(dtype);
+        let ids = [("bos_token_id", self.tokenizer.bos_id()), ("pad_token_id", self.tokenizer.pad_id())];
+        for (key, id) in ids {
+            config[key] = id.into();
+        }
+        config["eos_token_id"] = match self.tokenizer.eos_ids() {
+            [] => serde_json::Value::Null,
+            [one] => (*one).into(),
+            many => many.into(),
+        };
+        let pretty = |v: &serde_json::Value| {
+            let mut text = serde_json::to_string_pretty(v).expect("a map of plain values");
+            text.push('\n');
+            text.into_bytes()
+        };
+        let mut files = vec![("config.json".to_string(), pretty(&config))];
+        files.extend(self.tokenizer.files()?);
+        Ok(files)
+    }
+
+    fn gguf_metadata(&self) -> Result<IndexMap<String, Value>, ModelError> {
+        let mut map = self.config.to_gguf(&self.name);
+        map.extend(self.tokenizer.gguf_metadata_padded(self.config.vocab)?);
+        // A GGUF source keeps its own keys and their order; ours replace what the export changes.
+        if let Weights::Files(files) = self.weights
+            && let Some(source) = files.checkpoint.gguf()
+        {
+            let mut kept = source.metadata.clone();
+            let blocks = format!("{}.block_count", self.config.family().gguf);
+            kept.insert(blocks.clone(), map[&blocks].clone());
+            map = kept;
+        }
+        let file_type = match self.dtype {
+            DType::F16 => 1,
+            DType::Q4_0 => 2,
+            DType::Q4_1 => 3,
+            DType::Q8_0 => 7,
+            DType::BF16 => 32,
+            _ => 0,
+        };
+        map.insert("general.file_type".into(), Value::U32(file_type));
+        map.insert("general.quantization_version".into(), Value::U32(2));
+        Ok(map)
+    }
+
+    /// The site of the source behind a site of the output.
+    fn source_site(&self, site: Site) -> Site {
+        Site { layer: site.layer.map(|l| self.layers[l]), ..site }
+    }
+
+    fn output_name(&self, site: Site) -> String {
+        let family = self.config.family();
+        let name = if self.format == Format::Gguf { family.gguf_name(site) } else { family.hf_name(site) };
+        name.expect("the family names every weight of its table")
+    }
+
+    fn output_dtype(&self, site: Site, shape: &[usize]) -> DType {
+        if let Some(encoded) = self.encoded.get(&self.source_site(site)) {
+            return encoded.dtype;
+        }
+        let gguf = self.format == Format::Gguf;
+        match shape {
+            [_] if gguf => DType::F32,
+            [_, columns] if self.dtype.is_packed() => {
+                let kind = self.sites.get(site).map(|e| e.kind);
+                let outer = site.layer.is_none() && !matches!(kind, Some(SiteKind::Norm { .. }));
+                let dtype = if outer { DType::Q8_0 } else { self.dtype };
+                if columns.is_multiple_of(dtype.block_len()) { dtype } else { DType::F16 }
+            }
+            _ => self.dtype,
+        }
+    }
+
+    /// The weights to write: site of the output and shape, in Hugging Face's layout.
+    fn weights(&self) -> Vec<(Site, Vec<usize>)> {
+        let entries = self.sites.entries().iter();
+        entries.filter_map(|e| Some((e.site, weight_shape(&self.sites, e.site)?))).collect()
+    }
+}
+
+impl Transform for Export<'_> {
+    fn name(&self) -> &str {
+        "export"
+    }
+
+    fn sources(&self) -> Vec<Source<'_>> {
+        match self.weights {
+            Weights::Files(files) => {
+                vec![Source { name: files.name.clone(), checkpoint: &files.checkpoint }]
+            }
+            Weights::Decoder(_) => Vec::new(),
+        }
+    }
+
+    fn outputs(&self) -> Result<Vec<OutputSpec>, StreamError> {
+        let mut problems = Vec::new();
+        let mut outputs = Vec::new();
+        for (site, shape) in self.weights() {
+            let from = self.source_site(site);
+            let dtype = self.output_dtype(site, &shape);
+            let elements: usize = shape.iter().product();
+            let tensor = TensorSpec::new(self.output_name(site), dtype, shape);
+            let reads = match self.weights {
+                Weights::Files(files) if !self.encoded.contains_key(&from) => {
+                    match files.tensor_name(from).filter(|n| files.checkpoint.get(n).is_some()) {
+                        Some(name) => vec![(0, name)],
+                        None => {
+                            problems.push(format!("the weight of `{from}` is missing from {}", files.name));
+                            continue;
+                        }
+                    }
+                }
+                _ => Vec::new(),
+            };
+            let moved = self.reorders(from);
+            let spec = if !reads.is_empty() && !moved {
+                OutputSpec::elementwise(tensor, reads)
+            } else {
+                OutputSpec::whole(tensor, reads, elements as u64 * 8)
+            };
+            outputs.push(spec);
+        }
+        if problems.is_empty() {
+            Ok(outputs)
+        } else {
+            Err(StreamError::Plan { transform: self.name().into(), problems })
+        }
+    }
+
+    fn settings(&self) -> serde_json::Value {
+        serde_json::json!({
+            "type": self.dtype.name(),
+            "layers": self.layers,
+            "encoded": self.encoded.iter().map(|(s, e)| (s.to_string(), e.dtype.name())).collect::<Vec<_>>(),
+            "how": self.settings,
+        })
+    }
+
+    fn compute(&self, job: &mut Job<'_>) -> Result<(), StreamError> {
+        let (site, shape) = self.weights().swap_remove(job.index());
+        let from = self.source_site(site);
+        let heads = interleaved_heads(self.config.family(), &self.config, site);
+        let to_gguf = self.format == Format::Gguf;
+        if let Some(encoded) = self.encoded.get(&from) {
+            return match heads.filter(|_| to_gguf) {
+                Some(heads) => {
+                    let width = encoded.bytes.len() / shape[0];
+                    let order = interleaved_row(shape[0], heads);
+                    job.write_bytes(&permute_rows(&encoded.bytes, width, shape[0], order))
+                }
+                None => job.write_bytes(&encoded.bytes),
+            };
+        }
+        let values = match self.weights {
+            Weights::Files(_) if !self.reorders(from) => return job.copy(),
+            Weights::Files(files) => {
+                let values = job.read_f32(0)?;
+                // Exactly one side interleaves, or `reorders` would be false.
+                let heads = heads.expect("only q and k are reordered");
+                let order: Box<dyn Fn(usize) -> usize> = match files.checkpoint.format() {
+                    Format::Gguf => Box::new(deinterleaved_row(shape[0], heads)),
+                    _ => Box::new(interleaved_row(shape[0], heads)),
+                };
+                permute_rows(&values, shape[1], shape[0], order)
+            }
+            Weights::Decoder(decoder) => {
+                let values = decoder.read_site(from, &shape).map_err(StreamError::transform)?;
+                match heads.filter(|_| to_gguf) {
+                    Some(heads) => interleave_rows(&values, heads, shape[0], shape[1]),
+                    None => values,
+                }
+            }
+        };
+        let values: Cow<'_, [f32]> = values.into();
+        job.write_f32(&values)
+    }
+}
+
+impl Export<'_> {
+    /// Whether the rows of this weight change their order on the way from the source's file to the output.
+    fn reorders(&self, from: Site) -> bool {
+        match self.weights {
+            Weights::Files(files) => {
+                let interleaved = interleaved_heads(self.config.family(), &self.config, from).is_some();
+                interleaved && files.checkpoint.format() != self.format
+            }
+            Weights::Decoder(_) => false,
+        }
+    }
+}

@@ -1,0 +1,87 @@
+//! Text generation: greedy or sampled, token by token, with a key-value cache.
+
+use std::ops::ControlFlow;
+
+use burn::tensor::{Int, Tensor, TensorData};
+use firebrick_core::{Brick, Run};
+
+use crate::decoder::Decoder;
+use crate::error::ModelError;
+use crate::sampling::Sampler;
+
+/// When to stop, and whether to keep keys and values.
+#[derive(Clone, Debug)]
+pub struct GenerateOptions {
+    /// At most this many new tokens.
+    pub max_tokens: usize,
+    /// Tokens that end the text; they are not part of the result.
+    pub stop: Vec<u32>,
+    /// Keep keys and values of earlier tokens; without it every step runs the whole text again (slow; for checks).
+    pub use_cache: bool,
+}
+
+impl Default for GenerateOptions {
+    fn default() -> Self {
+        GenerateOptions { max_tokens: 128, stop: Vec::new(), use_cache: true }
+    }
+}
+
+/// Continues `prompt` and returns the new tokens; `on_token` sees each one as it comes and can break off.
+///
+/// # Errors
+/// If the prompt is empty, prompt and new tokens exceed the model's context, or the logits are not finite.
+pub fn generate(
+    decoder: &Decoder,
+    bricks: &[&dyn Brick],
+    prompt: &[u32],
+    sampler: &mut Sampler,
+    options: &GenerateOptions,
+    on_token: &mut dyn FnMut(u32) -> ControlFlow<()>,
+) -> Result<Vec<u32>, ModelError> {
+    let limit = decoder.config().max_tokens;
+    if prompt.is_empty() {
+        return Err(ModelError::Generate("the prompt has no tokens".into()));
+    }
+    if prompt.len() + options.max_tokens > limit {
+        return Err(ModelError::Generate(format!(
+            "{} prompt tokens and {} new ones exceed the model's context of {limit}",
+            prompt.len(),
+            options.max_tokens
+        )));
+    }
+    let device = decoder.device();
+    let tensor = |ids: &[u32]| {
+        let ids: Vec<i32> = ids.iter().map(|id| *id as i32).collect();
+        Tensor::<2, Int>::from_data(TensorData::new(ids.clone(), [1, ids.len()]), &device)
+    };
+    let mut run = Run::new(bricks);
+    if options.use_cache {
+        run.insert(decoder.kv_cache(1, prompt.len() + options.max_tokens));
+    }
+    let mut ids = prompt.to_vec();
+    let mut next = prompt.to_vec();
+    for _ in 0..options.max_tokens {
+        if !options.use_cache {
+            run = Run::new(bricks);
+            next.clone_from(&ids);
+        }
+        let hidden = decoder.hidden(tensor(&next), &mut run);
+        let length = hidden.dims()[1];
+        let logits = decoder.logits(hidden.narrow(1, length - 1, 1), &mut run);
+        let logits: Vec<f32> = logits
+            .into_data()
+            .convert::<f32>()
+            .into_vec()
+            .map_err(|e| ModelError::Backend(format!("{e:?}")))?;
+        let token = sampler.sample(&logits, &ids)?;
+        if options.stop.contains(&token) {
+            break;
+        }
+        ids.push(token);
+        next = vec![token];
+        if on_token(token).is_break() {
+            break;
+        }
+    }
+    Ok(ids.split_off(prompt.len()))
+}

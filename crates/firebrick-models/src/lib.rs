@@ -1,0 +1,26 @@
+//! Wirings of pretrained architectures, tokenizers, chat templates and generation.
+//!
+//! The forward pass of an architecture is written once and asks at every [`Site`](firebrick_core::Site) whether a
+//! [`Brick`](firebrick_core::Brick) sits there; see [`Decoder`].
+#![forbid(unsafe_code)]
+
+pub mod chat;
+mod config;
+mod decoder;
+mod error;
+mod export;
+mod family;
+mod generate;
+mod model;
+pub mod sampling;
+pub mod tokenizer;
+mod weights;
+
+pub use config::{DecoderConfig, NormPlacement};
+pub use decoder::Decoder;
+pub use error::ModelError;
+pub use export::{EncodedWeight, Export, ExportType};
+pub use family::{FAMILIES, Family, Row};
+pub use generate::{GenerateOptions, generate};
+pub use model::{Model, ModelFiles};
+pub use weights::{CheckpointWeights, TensorSource, deinterleave_rows, interleave_rows, weight_shape};

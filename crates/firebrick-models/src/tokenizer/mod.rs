@@ -1,0 +1,433 @@
+//! Tokenizers: Hugging Face's `tokenizer.json`, the keys of a GGUF file, or a byte-level BPE trained here.
+
+mod gguf;
+mod stream;
+mod train;
+
+use std::io::Write;
+use std::path::Path;
+
+use firebrick_tensor::checkpoint::{AtomicFile, Value};
+use indexmap::IndexMap;
+use serde_json::{Map, Value as Json, json};
+
+pub use stream::DecodeStream;
+pub use train::{SPECIAL_TOKENS, train_bpe};
+
+use crate::ModelError;
+
+/// Text to token ids and back, with what belongs to it: special ids, chat template, and the files it came from.
+#[derive(Clone, Debug)]
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    rows: usize,
+    special: Special,
+    chat_template: Option<String>,
+    kept: Kept,
+}
+
+/// Ids with a meaning, and whether encoding adds them.
+#[derive(Clone, Debug, Default, PartialEq)]
+struct Special {
+    bos: Option<u32>,
+    eos: Vec<u32>,
+    pad: Option<u32>,
+    unk: Option<u32>,
+    add_bos: bool,
+    add_eos: bool,
+}
+
+/// What was read and is written back as it was.
+#[derive(Clone, Debug, Default)]
+struct Kept {
+    json: Option<Vec<u8>>,
+    config: Map<String, Json>,
+    generation: Map<String, Json>,
+    special_map: Option<Vec<u8>>,
+    template_file: bool,
+    pre: Option<String>,
+    token_type: Vec<i32>,
+    gguf: IndexMap<String, Value>,
+}
+
+const JSON_FILE: &str = "tokenizer.json";
+const CONFIG_FILE: &str = "tokenizer_config.json";
+const SPECIAL_FILE: &str = "special_tokens_map.json";
+const GENERATION_FILE: &str = "generation_config.json";
+const TEMPLATE_FILE: &str = "chat_template.jinja";
+
+impl Tokenizer {
+    /// Reads a Hugging Face model folder: `tokenizer.json`, and where they are there `tokenizer_config.json`,
+    /// `special_tokens_map.json`, `generation_config.json` (more end tokens) and `chat_template.jinja`.
+    ///
+    /// As in transformers 5, `add_bos_token` and `add_eos_token` of the configuration rule over the post-processor of
+    /// `tokenizer.json`, whose truncation and padding are ignored.
+    ///
+    /// # Errors
+    /// When a file can't be read or does not hold a tokenizer, or the begin or end token is not in the vocabulary.
+    pub fn from_folder(folder: impl AsRef<Path>) -> Result<Tokenizer, ModelError> {
+        let folder = folder.as_ref();
+        let path = folder.join(JSON_FILE);
+        let Some(bytes) = read(&path)? else {
+            return Err(ModelError::Unsupported(format!("{} has no {JSON_FILE}", folder.display())));
+        };
+        let inner = parse_json(&path, &bytes).and_then(|json| build(json, &path.display().to_string()))?;
+        let config = read_map(&folder.join(CONFIG_FILE))?;
+        let generation = read_map(&folder.join(GENERATION_FILE))?;
+        let special_map = read(&folder.join(SPECIAL_FILE))?;
+        let fallback: Map<String, Json> = match &special_map {
+            Some(bytes) => as_map(&folder.join(SPECIAL_FILE), parse_json(&folder.join(SPECIAL_FILE), bytes)?)?,
+            None => Map::new(),
+        };
+
+        let named = |name: &str| token_text(config.get(name)).or_else(|| token_text(fallback.get(name)));
+        let mut problems = Vec::new();
+        let mut required = |name: &str| {
+            let text = named(name)?;
+            let id = inner.token_to_id(&text);
+            if id.is_none() {
+                problems.push(format!("{name} `{text}` is not in the vocabulary"));
+            }
+            id
+        };
+        let mut special = Special {
+            bos: required("bos_token"),
+            eos: required("eos_token").into_iter().collect(),
+            pad: named("pad_token").and_then(|text| inner.token_to_id(&text)),
+            unk: named("unk_token").and_then(|text| inner.token_to_id(&text)),
+            ..Special::default()
+        };
+        if !problems.is_empty() {
+            return Err(ModelError::Tokenizer(format!("{}: {}", folder.display(), problems.join("; "))));
+        }
+        for id in ids(generation.get("eos_token_id")) {
+            if !special.eos.contains(&id) {
+                special.eos.push(id);
+            }
+        }
+        special.bos = special.bos.or_else(|| ids(generation.get("bos_token_id")).first().copied());
+        special.pad = special.pad.or_else(|| ids(generation.get("pad_token_id")).first().copied());
+
+        let template_file = read(&folder.join(TEMPLATE_FILE))?;
+        let chat_template = match &template_file {
+            Some(bytes) => Some(String::from_utf8(bytes.clone()).map_err(|e| {
+                ModelError::ChatTemplate(format!("{}: {e}", folder.join(TEMPLATE_FILE).display()))
+            })?),
+            None => template_text(config.get("chat_template")),
+        };
+        let kept = Kept { json: Some(bytes), special_map, template_file: template_file.is_some(), generation, ..Kept::default() };
+        let flag = |name: &str| config.get(name).and_then(Json::as_bool);
+        let flags = (flag("add_bos_token"), flag("add_eos_token"));
+        let mut tokenizer = Tokenizer::assemble(inner, special, chat_template, Kept { config, ..kept });
+        if flags.0.is_some() || flags.1.is_some() {
+            tokenizer.set_added(flags.0.unwrap_or(false), flags.1.unwrap_or(false))?;
+        } else {
+            tokenizer.find_added()?;
+        }
+        Ok(tokenizer)
+    }
+
+    fn assemble(inner: tokenizers::Tokenizer, special: Special, chat_template: Option<String>, kept: Kept) -> Tokenizer {
+        let rows = inner.get_vocab(true).values().max().map_or(0, |&id| id as usize + 1);
+        Tokenizer { inner, rows, special, chat_template, kept }
+    }
+
+    /// The ids of `text`. Texts of special tokens in it become those tokens. `add_special` adds what the model expects
+    /// around a text (a begin token, say); prompts from a chat template have it already.
+    ///
+    /// # Errors
+    /// When the tokenizer fails, as one without an unknown token does on text outside its alphabet.
+    pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>, ModelError> {
+        let encoding = self.inner.encode_fast(text, add_special).map_err(|e| ModelError::Tokenizer(e.to_string()))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// The text of `ids`; `skip_special` leaves special tokens out. Ids without a token are left out, and bytes that
+    /// are not UTF-8 become U+FFFD.
+    ///
+    /// # Errors
+    /// When the decoder fails.
+    pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String, ModelError> {
+        self.inner.decode(ids, skip_special).map_err(|e| ModelError::Tokenizer(e.to_string()))
+    }
+
+    /// Decodes ids one by one, see [`DecodeStream`].
+    pub fn decode_stream(&self, skip_special: bool) -> DecodeStream<'_> {
+        DecodeStream::new(self, skip_special)
+    }
+
+    /// Rows an embedding needs: the highest id plus one. (Models often have more, for alignment.)
+    pub fn vocab_size(&self) -> usize {
+        self.rows
+    }
+
+    /// The token of `id` as the vocabulary spells it (in byte-level vocabularies a space is `Ġ`).
+    pub fn token(&self, id: u32) -> Option<String> {
+        self.inner.id_to_token(id)
+    }
+
+    /// The id of `token` as the vocabulary spells it.
+    pub fn id(&self, token: &str) -> Option<u32> {
+        self.inner.token_to_id(token)
+    }
+
+    /// Ids that end a text, the tokenizer's own first; the others come from `generation_config.json` or GGUF's end of
+    /// turn and end of message.
+    pub fn eos_ids(&self) -> &[u32] {
+        &self.special.eos
+    }
+
+    /// The id that begins a text.
+    pub fn bos_id(&self) -> Option<u32> {
+        self.special.bos
+    }
+
+    /// The id that fills up batches.
+    pub fn pad_id(&self) -> Option<u32> {
+        self.special.pad
+    }
+
+    /// The id of unknown tokens.
+    pub fn unk_id(&self) -> Option<u32> {
+        self.special.unk
+    }
+
+    /// Whether [`Tokenizer::encode`] with `add_special` begins with [`Tokenizer::bos_id`].
+    pub fn adds_bos(&self) -> bool {
+        self.special.add_bos
+    }
+
+    /// Source of the chat template, see [`crate::chat::ChatTemplate::of`].
+    pub fn chat_template(&self) -> Option<&str> {
+        self.chat_template.as_deref()
+    }
+
+    /// Replaces the chat template.
+    pub fn set_chat_template(&mut self, source: Option<String>) {
+        self.kept.config.shift_remove("chat_template");
+        self.kept.template_file = false;
+        self.chat_template = source;
+    }
+
+    /// Writes `tokenizer.json`, `tokenizer_config.json`, `generation_config.json` and, where there is one,
+    /// `chat_template.jinja`, as transformers' `AutoTokenizer` reads them. Files this tokenizer was read from are
+    /// written with all they held.
+    ///
+    /// # Errors
+    /// When a file can't be written.
+    pub fn save(&self, folder: impl AsRef<Path>) -> Result<(), ModelError> {
+        let folder = folder.as_ref();
+        std::fs::create_dir_all(folder).map_err(|e| ModelError::io(folder, e))?;
+        let json = match &self.kept.json {
+            Some(bytes) => bytes.clone(),
+            None => self.inner.to_string(true).map_err(|e| ModelError::Tokenizer(e.to_string()))?.into_bytes(),
+        };
+        write(&folder.join(JSON_FILE), &json)?;
+        write_map(&folder.join(CONFIG_FILE), &self.config())?;
+        let generation = self.generation();
+        if !generation.is_empty() {
+            write_map(&folder.join(GENERATION_FILE), &generation)?;
+        }
+        if let Some(bytes) = &self.kept.special_map {
+            write(&folder.join(SPECIAL_FILE), bytes)?;
+        }
+        match &self.chat_template {
+            // A list of named templates lives in the configuration, and a file would hide all but one of it.
+            Some(source) if self.kept.template_file || !self.kept.config.contains_key("chat_template") => {
+                write(&folder.join(TEMPLATE_FILE), source.as_bytes())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// `tokenizer_config.json`: as it was read, or made from what is known.
+    fn config(&self) -> Map<String, Json> {
+        let mut config = self.kept.config.clone();
+        if self.kept.json.is_none() {
+            config.insert("tokenizer_class".into(), "PreTrainedTokenizerFast".into());
+            let Special { bos, eos, pad, unk, .. } = &self.special;
+            let names = ["bos_token", "eos_token", "pad_token", "unk_token"];
+            for (name, id) in names.into_iter().zip([*bos, eos.first().copied(), *pad, *unk]) {
+                if let Some(token) = id.and_then(|id| self.token(id)) {
+                    config.insert(name.into(), token.into());
+                }
+            }
+            config.insert("add_bos_token".into(), self.special.add_bos.into());
+            config.insert("add_eos_token".into(), self.special.add_eos.into());
+            config.insert("clean_up_tokenization_spaces".into(), false.into());
+        }
+        // Transformers before 4.43 read templates from here only; a folder that had the file alone stays as it was.
+        if let (Some(source), false) = (&self.chat_template, self.kept.template_file) {
+            config.entry("chat_template").or_insert_with(|| source.as_str().into());
+        }
+        config
+    }
+
+    /// `generation_config.json`: as it was read, or the ids that transformers' `generate` needs.
+    fn generation(&self) -> Map<String, Json> {
+        let mut generation = self.kept.generation.clone();
+        if generation.is_empty() && self.kept.json.is_none() {
+            let Special { bos, eos, pad, .. } = &self.special;
+            generation.extend(bos.map(|id| ("bos_token_id".into(), id.into())));
+            match eos[..] {
+                [] => {}
+                [id] => drop(generation.insert("eos_token_id".into(), id.into())),
+                _ => drop(generation.insert("eos_token_id".into(), eos.clone().into())),
+            }
+            generation.extend(pad.map(|id| ("pad_token_id".into(), id.into())));
+        }
+        generation
+    }
+
+    /// Makes encoding add a begin and an end token, or nothing.
+    fn set_added(&mut self, bos: bool, eos: bool) -> Result<(), ModelError> {
+        let begin = if bos { self.special.bos } else { None };
+        let end = if eos { self.special.eos.first().copied() } else { None };
+        self.special.add_bos = begin.is_some();
+        self.special.add_eos = end.is_some();
+        let piece = |id: Option<u32>, kind: u32| -> Vec<Json> {
+            let token = id.and_then(|id| self.token(id));
+            token.map(|token| json!({"SpecialToken": {"id": token, "type_id": kind}})).into_iter().collect()
+        };
+        let text = |name: &str, kind: u32| -> Vec<Json> {
+            let middle = vec![json!({"Sequence": {"id": name, "type_id": kind}})];
+            [piece(begin, kind), middle, piece(end, kind)].concat()
+        };
+        let mut tokens = Map::new();
+        for id in [begin, end].into_iter().flatten() {
+            let token = self.token(id).ok_or_else(|| ModelError::Tokenizer(format!("special id {id} is not in the vocabulary")))?;
+            tokens.insert(token.clone(), json!({"id": token, "ids": [id], "tokens": [token]}));
+        }
+        let processor = (!tokens.is_empty()).then(|| {
+            let (single, pair) = (text("A", 0), [text("A", 0), text("B", 1)].concat());
+            json!({"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": tokens})
+        });
+        let processor: Option<tokenizers::PostProcessorWrapper> =
+            processor.map(serde_json::from_value).transpose().map_err(|e| ModelError::Tokenizer(e.to_string()))?;
+        self.inner.with_post_processor(processor);
+        Ok(())
+    }
+
+    /// Finds out what the post-processor adds.
+    fn find_added(&mut self) -> Result<(), ModelError> {
+        let (bare, full) = (self.encode("a", false)?, self.encode("a", true)?);
+        let longer = full.len() > bare.len();
+        self.special.add_bos = longer && self.special.bos.is_some_and(|id| full.first() == Some(&id));
+        self.special.add_eos = longer && full.last().is_some_and(|id| self.special.eos.contains(id));
+        Ok(())
+    }
+}
+
+/// A tokenizer from the contents of a `tokenizer.json`; `origin` names it in errors.
+fn build(json: Json, origin: &str) -> Result<tokenizers::Tokenizer, ModelError> {
+    let fail = |what: String| ModelError::Tokenizer(format!("{origin}: {what}"));
+    if let Some(model) = json.get("model") {
+        let problems = merge_problems(model);
+        if !problems.is_empty() {
+            let more = if problems.len() > 5 { format!(" and {} more", problems.len() - 5) } else { String::new() };
+            return Err(fail(problems[..problems.len().min(5)].join("; ") + &more));
+        }
+    }
+    let mut inner: tokenizers::Tokenizer = serde_json::from_value(json).map_err(|e| fail(e.to_string()))?;
+    inner.with_truncation(None).map_err(|e| fail(e.to_string()))?;
+    inner.with_padding(None);
+    Ok(inner)
+}
+
+/// Merges that the vocabulary can't make: the tokenizers crate takes these on trust, down to their lengths.
+fn merge_problems(model: &Json) -> Vec<String> {
+    let (Some(Json::Object(vocab)), Some(Json::Array(merges))) = (model.get("vocab"), model.get("merges")) else {
+        return Vec::new();
+    };
+    let prefix = model.get("continuing_subword_prefix").and_then(Json::as_str).unwrap_or("");
+    let mut problems = Vec::new();
+    for merge in merges {
+        let pair = merge_pair(merge);
+        let made = pair.and_then(|(a, b)| Some(format!("{a}{}", b.strip_prefix(prefix)?)));
+        let known = |token: &str| vocab.contains_key(token);
+        match (pair, made) {
+            (Some((a, b)), Some(made)) if known(a) && known(b) && known(&made) => {}
+            _ => problems.push(format!("merge {merge} does not fit the vocabulary")),
+        }
+    }
+    problems
+}
+
+/// The two sides of a merge, written as `"a b"` or `["a", "b"]`.
+fn merge_pair(merge: &Json) -> Option<(&str, &str)> {
+    match merge {
+        Json::String(text) => text.split_once(' '),
+        Json::Array(sides) => match &sides[..] {
+            [Json::String(a), Json::String(b)] => Some((a, b)),
+            _ => None,
+        },
+        _ => None,
+    }
+}
+
+/// The text of a special token: a string, or an object with `content`.
+fn token_text(value: Option<&Json>) -> Option<String> {
+    let value = value?;
+    value.as_str().or_else(|| value.get("content").and_then(Json::as_str)).map(String::from)
+}
+
+/// A template, or the one named `default` of a list.
+fn template_text(value: Option<&Json>) -> Option<String> {
+    match value? {
+        Json::String(text) => Some(text.clone()),
+        Json::Array(list) => list
+            .iter()
+            .find(|entry| entry.get("name").and_then(Json::as_str) == Some("default"))
+            .and_then(|entry| entry.get("template").and_then(Json::as_str))
+            .map(String::from),
+        _ => None,
+    }
+}
+
+/// An id or a list of ids.
+fn ids(value: Option<&Json>) -> Vec<u32> {
+    let id = |value: &Json| value.as_u64().and_then(|id| u32::try_from(id).ok());
+    match value {
+        Some(Json::Array(list)) => list.iter().filter_map(id).collect(),
+        Some(one) => id(one).into_iter().collect(),
+        None => Vec::new(),
+    }
+}
+
+fn read(path: &Path) -> Result<Option<Vec<u8>>, ModelError> {
+    match std::fs::read(path) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(ModelError::io(path, e)),
+    }
+}
+
+fn parse_json(path: &Path, bytes: &[u8]) -> Result<Json, ModelError> {
+    serde_json::from_slice(bytes).map_err(|e| ModelError::Tokenizer(format!("{}: {e}", path.display())))
+}
+
+fn as_map(path: &Path, json: Json) -> Result<Map<String, Json>, ModelError> {
+    match json {
+        Json::Object(map) => Ok(map),
+        _ => Err(ModelError::Tokenizer(format!("{}: not a JSON object", path.display()))),
+    }
+}
+
+/// The object in a JSON file; empty where there is no file.
+fn read_map(path: &Path) -> Result<Map<String, Json>, ModelError> {
+    match read(path)? {
+        Some(bytes) => as_map(path, parse_json(path, &bytes)?),
+        None => Ok(Map::new()),
+    }
+}
+
+fn write(path: &Path, bytes: &[u8]) -> Result<(), ModelError> {
+    let mut file = AtomicFile::create(path)?;
+    file.write_all(bytes).map_err(|e| ModelError::io(path, e))?;
+    Ok(file.commit()?)
+}
+
+fn write_map(path: &Path, map: &Map<String, Json>) -> Result<(), ModelError> {
+    let text = serde_json::to_string_pretty(map).map_err(|e| ModelError::Tokenizer(e.to_string()))?;
+    write(path, (text + "\n").as_bytes())
+}

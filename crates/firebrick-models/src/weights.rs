@@ -1,0 +1,150 @@
+//! Weights by site, in Hugging Face's layout, whatever file or module they come from.
+
+use firebrick_core::{Part, Site, SiteTable};
+use firebrick_tensor::checkpoint::{Checkpoint, Format};
+
+use crate::config::DecoderConfig;
+use crate::decoder::Decoder;
+use crate::error::ModelError;
+use crate::family::Family;
+
+/// Something that can give the weight of each site of a model.
+pub trait TensorSource {
+    /// The weight at `site`, row-major in Hugging Face's layout (`[d_out, d_in]`, `[vocab, d_model]`, `[d]`).
+    ///
+    /// # Errors
+    /// If the weight is missing or has another shape than `shape`.
+    fn read_site(&self, site: Site, shape: &[usize]) -> Result<Vec<f32>, ModelError>;
+}
+
+/// The weights of a checkpoint, by site: knows the family's tensor names and GGUF's order of q and k rows.
+#[derive(Clone, Copy)]
+pub struct CheckpointWeights<'a> {
+    /// The file or folder.
+    pub checkpoint: &'a Checkpoint,
+    /// The shape of the model in it.
+    pub config: &'a DecoderConfig,
+}
+
+impl CheckpointWeights<'_> {
+    /// The name of `site`'s weight in this checkpoint.
+    pub fn tensor_name(&self, site: Site) -> Option<String> {
+        let family = self.config.family();
+        match self.checkpoint.format() {
+            Format::Gguf => family.gguf_name(site),
+            _ => family.hf_name(site),
+        }
+    }
+
+    /// For q and k in GGUF: the number of heads whose rows are interleaved.
+    pub fn interleaved_heads(&self, site: Site) -> Option<usize> {
+        let gguf = self.checkpoint.format() == Format::Gguf;
+        if gguf { interleaved_heads(self.config.family(), self.config, site) } else { None }
+    }
+}
+
+/// How many heads' rows llama.cpp interleaves in the weight of `site`, if it does.
+pub(crate) fn interleaved_heads(family: &Family, config: &DecoderConfig, site: Site) -> Option<usize> {
+    match site.part {
+        Part::AttnQ if family.gguf_interleaves_qk => Some(config.heads),
+        Part::AttnK if family.gguf_interleaves_qk => Some(config.kv_heads),
+        _ => None,
+    }
+}
+
+impl TensorSource for CheckpointWeights<'_> {
+    fn read_site(&self, site: Site, shape: &[usize]) -> Result<Vec<f32>, ModelError> {
+        let name = self.tensor_name(site).ok_or_else(|| ModelError::NoWeight { site })?;
+        let info = self.checkpoint.get(&name).ok_or_else(|| ModelError::MissingTensor {
+            name: name.clone(),
+            path: self.checkpoint.path().to_path_buf(),
+        })?;
+        if info.shape != shape {
+            return Err(ModelError::Shape { name, expected: shape.to_vec(), found: info.shape.clone() });
+        }
+        let mut values = self.checkpoint.read_f32(&name)?;
+        if let Some(heads) = self.interleaved_heads(site) {
+            values = deinterleave_rows(&values, heads, shape[0], shape[1]);
+        }
+        Ok(values)
+    }
+}
+
+impl TensorSource for Decoder {
+    fn read_site(&self, site: Site, shape: &[usize]) -> Result<Vec<f32>, ModelError> {
+        let weight = self.weight(site).ok_or(ModelError::NoWeight { site })?;
+        let dims = weight.dims();
+        let expected = if let [d] = shape { [1, *d] } else { [shape[0], shape[1]] };
+        if dims != expected {
+            return Err(ModelError::Shape {
+                name: site.to_string(),
+                expected: shape.to_vec(),
+                found: dims.into(),
+            });
+        }
+        let data = weight.without_autodiff().into_data().convert::<f32>();
+        data.into_vec().map_err(|e| ModelError::Backend(format!("{e:?}")))
+    }
+}
+
+/// The shape of `site`'s weight in Hugging Face's layout, if it has one.
+pub fn weight_shape(sites: &SiteTable, site: Site) -> Option<Vec<usize>> {
+    use firebrick_core::SiteKind::*;
+    let entry = sites.get(site)?;
+    entry.tensor.as_ref()?;
+    match entry.kind {
+        Linear { d_in, d_out } => Some(vec![d_out, d_in]),
+        Embedding { vocab, d_model } => Some(vec![vocab, d_model]),
+        Norm { d } => Some(vec![d]),
+        _ => None,
+    }
+}
+
+/// Rows from llama.cpp's order (rotary pairs side by side) to Hugging Face's (halves), per head.
+pub fn deinterleave_rows(values: &[f32], heads: usize, rows: usize, cols: usize) -> Vec<f32> {
+    permute_rows(values, cols, rows, deinterleaved_row(rows, heads))
+}
+
+/// Rows from Hugging Face's order (halves) to llama.cpp's (rotary pairs side by side), per head.
+pub fn interleave_rows(values: &[f32], heads: usize, rows: usize, cols: usize) -> Vec<f32> {
+    permute_rows(values, cols, rows, interleaved_row(rows, heads))
+}
+
+/// For a row in Hugging Face's order, the same row in llama.cpp's.
+pub(crate) fn deinterleaved_row(rows: usize, heads: usize) -> impl Fn(usize) -> usize {
+    let dim = rows / heads;
+    move |row| row / dim * dim + row % dim % (dim / 2) * 2 + row % dim / (dim / 2)
+}
+
+/// For a row in llama.cpp's order, the same row in Hugging Face's.
+pub(crate) fn interleaved_row(rows: usize, heads: usize) -> impl Fn(usize) -> usize {
+    let dim = rows / heads;
+    move |row| row / dim * dim + row % 2 * (dim / 2) + row % dim / 2
+}
+
+/// Row `r` of the result is row `source(r)` of `values`.
+pub(crate) fn permute_rows<T: Copy>(
+    values: &[T],
+    cols: usize,
+    rows: usize,
+    source: impl Fn(usize) -> usize,
+) -> Vec<T> {
+    (0..rows).flat_map(|row| &values[source(row) * cols..(source(row) + 1) * cols]).copied().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn row_orders_are_inverse_and_differ() {
+        let (heads, rows, cols) = (3, 24, 2);
+        let values: Vec<f32> = (0..rows * cols).map(|i| i as f32).collect();
+        let there = interleave_rows(&values, heads, rows, cols);
+        assert_ne!(there, values);
+        assert_eq!(deinterleave_rows(&there, heads, rows, cols), values);
+        // Head 0 has rows 0..8: halves (0..4, 4..8) become pairs 0, 4, 1, 5, ...
+        let order: Vec<f32> = there.chunks(cols).take(4).map(|r| r[0] / cols as f32).collect();
+        assert_eq!(order, [0.0, 4.0, 1.0, 5.0]);
+    }
+}

@@ -1,0 +1,298 @@
+//! Tokenizers through files and back, and against reference ids.
+
+use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
+
+use firebrick_models::ModelError;
+use firebrick_models::chat::{ChatOptions, ChatTemplate, Message};
+use firebrick_models::tokenizer::{Tokenizer, train_bpe};
+use firebrick_tensor::checkpoint::gguf::{Array, Metadata, Value};
+use firebrick_tensor::checkpoint::{Checkpoint, Gguf, TensorSpec};
+use proptest::prelude::*;
+use serde_json::{Value as Json, json};
+
+const CORPUS: &str = "In the beginning was the word, and the word was short. The words that came after it were longer:\n\
+    \tthe other one, the others' other ones, and then another.  There were  1234 of them; they'd been 98 before.\n\
+    Élan, élève, là-bas: déjà vu, déjà là. 東京 東京 🙂🙂 🙂. for (i = 0; i < 10; i++) {    total += i;    }\n\n    x\n\n    y";
+
+static SMALL: LazyLock<Tokenizer> = LazyLock::new(|| train_bpe([CORPUS, "a text of its own, then another one"], 320).unwrap());
+
+const TEXTS: [&str; 7] = [
+    "",
+    "the other beginning",
+    "don't    indent  1234\n\n\tthere, 5 and  6",
+    "<|im_start|>user\nHi<|im_end|>\n<|endoftext|>",
+    "Ünïcödé, 東京, emoji 🙂, tabs\tand   spaces.",
+    "e\u{301}l\u{e8}ve \u{0} \u{7f} \u{fffd}",
+    "١٢٣ Ⅻ ½ x²",
+];
+
+fn gguf(metadata: Metadata) -> Gguf {
+    Gguf { path: PathBuf::from("test.gguf"), version: 3, alignment: 32, metadata }
+}
+
+fn assert_same(a: &Tokenizer, b: &Tokenizer, texts: &[&str]) {
+    for text in texts {
+        for special in [false, true] {
+            assert_eq!(a.encode(text, special).unwrap(), b.encode(text, special).unwrap(), "{text:?}");
+        }
+    }
+    assert_eq!(
+        (a.bos_id(), a.eos_ids(), a.pad_id(), a.unk_id(), a.adds_bos(), a.vocab_size(), a.chat_template()),
+        (b.bos_id(), b.eos_ids(), b.pad_id(), b.unk_id(), b.adds_bos(), b.vocab_size(), b.chat_template())
+    );
+}
+
+fn read_json(path: &Path) -> Json {
+    serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
+}
+
+#[test]
+fn text_survives_and_digits_stand_alone() {
+    for text in TEXTS {
+        assert_eq!(SMALL.decode(&SMALL.encode(text, true).unwrap(), false).unwrap(), text);
+    }
+    let ids = SMALL.encode("1234", false).unwrap();
+    assert_eq!(ids.iter().map(|&id| SMALL.token(id).unwrap()).collect::<Vec<_>>(), ["1", "2", "3", "4"]);
+    assert!(SMALL.encode("the other", false).unwrap().len() < 4);
+    let marked = SMALL.encode(TEXTS[3], false).unwrap();
+    assert_eq!((marked[0], marked[marked.len() - 1]), (1, 0));
+    assert_eq!(SMALL.decode(&marked, true).unwrap(), "user\nHi\n");
+    assert_eq!(SMALL.id("<|im_end|>"), Some(2));
+    assert_eq!(SMALL.decode(&[5000], false).unwrap(), "");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn any_text_survives_whole_and_streamed(text: String) {
+        let ids = SMALL.encode(&text, false).unwrap();
+        prop_assert_eq!(SMALL.decode(&ids, false).unwrap(), text.clone());
+        prop_assert_eq!(streamed(&ids).concat(), text);
+    }
+
+    #[test]
+    fn any_ids_stream_to_what_they_decode_to(ids in prop::collection::vec(0u32..330, 0..60)) {
+        prop_assert_eq!(streamed(&ids).concat(), SMALL.decode(&ids, false).unwrap());
+    }
+}
+
+fn streamed(ids: &[u32]) -> Vec<String> {
+    let mut stream = SMALL.decode_stream(false);
+    let mut pieces: Vec<String> = ids.iter().filter_map(|&id| stream.step(id).unwrap()).collect();
+    pieces.extend(stream.finish().unwrap());
+    pieces
+}
+
+#[test]
+fn a_stream_waits_for_whole_characters() {
+    let ids = SMALL.encode("a💡b", false).unwrap();
+    assert_eq!(ids.len(), 6, "the lamp is not in the corpus, so it is four bytes");
+    assert_eq!(streamed(&ids), ["a", "💡", "b"]);
+    assert_eq!(streamed(&ids[..3]), ["a", "\u{fffd}"]);
+}
+
+#[test]
+fn training_repeats() {
+    let again = train_bpe([CORPUS, "a text of its own, then another one"], 320).unwrap();
+    assert_eq!(again.gguf_metadata().unwrap(), SMALL.gguf_metadata().unwrap());
+    let other = train_bpe([CORPUS], 320).unwrap();
+    assert_ne!(other.gguf_metadata().unwrap(), SMALL.gguf_metadata().unwrap());
+}
+
+#[test]
+fn a_folder_gives_the_tokenizer_back() {
+    let (first, second) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    SMALL.save(first.path()).unwrap();
+    let read = Tokenizer::from_folder(first.path()).unwrap();
+    assert_same(&SMALL, &read, &TEXTS);
+    read.save(second.path()).unwrap();
+    for file in std::fs::read_dir(first.path()).unwrap() {
+        let name = file.unwrap().file_name();
+        let bytes = |folder: &Path| std::fs::read(folder.join(&name)).unwrap();
+        assert_eq!(bytes(first.path()), bytes(second.path()), "{name:?}");
+    }
+    let config = read_json(&first.path().join("tokenizer_config.json"));
+    assert_eq!(config["eos_token"], "<|endoftext|>");
+    assert_eq!(read_json(&first.path().join("generation_config.json"))["eos_token_id"], json!([0, 2]));
+}
+
+#[test]
+fn a_folder_keeps_what_is_not_understood() {
+    let (first, second) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    SMALL.save(first.path()).unwrap();
+    let config = json!({"eos_token": {"content": "<|im_end|>", "lstrip": false}, "strange": [1, {"b": 2, "a": 1}],
+        "chat_template": [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]});
+    let write = |name: &str, json: &Json| std::fs::write(first.path().join(name), json.to_string()).unwrap();
+    write("tokenizer_config.json", &config);
+    write("generation_config.json", &json!({"eos_token_id": 0, "temperature": 0.6}));
+    write("special_tokens_map.json", &json!({"bos_token": "<|im_start|>"}));
+    std::fs::remove_file(first.path().join("chat_template.jinja")).unwrap();
+    let read = Tokenizer::from_folder(first.path()).unwrap();
+    assert_eq!((read.bos_id(), read.eos_ids(), read.chat_template()), (Some(1), &[2, 0][..], Some("plain")));
+    read.save(second.path()).unwrap();
+    assert_eq!(read_json(&second.path().join("tokenizer_config.json")), config);
+    assert_eq!(read_json(&second.path().join("generation_config.json"))["temperature"], 0.6);
+    assert_eq!(read_json(&second.path().join("special_tokens_map.json"))["bos_token"], "<|im_start|>");
+    assert!(!second.path().join("chat_template.jinja").exists());
+}
+
+#[test]
+fn begin_tokens_are_added_where_asked() {
+    let folder = tempfile::tempdir().unwrap();
+    SMALL.save(folder.path()).unwrap();
+    let path = folder.path().join("tokenizer_config.json");
+    let mut config = read_json(&path);
+    config["add_bos_token"] = true.into();
+    config["bos_token"] = "<|im_start|>".into();
+    std::fs::write(&path, config.to_string()).unwrap();
+    let read = Tokenizer::from_folder(folder.path()).unwrap();
+    assert!(read.adds_bos() && !SMALL.adds_bos());
+    let plain = SMALL.encode("the", true).unwrap();
+    assert_eq!(read.encode("the", true).unwrap(), [&[1], &plain[..]].concat());
+    assert_eq!(read.encode("the", false).unwrap(), plain);
+    let metadata = read.gguf_metadata().unwrap();
+    assert_eq!(metadata["tokenizer.ggml.add_bos_token"], Value::Bool(true));
+    assert_same(&read, &Tokenizer::from_gguf(&gguf(metadata)).unwrap(), &TEXTS);
+}
+
+#[test]
+fn gguf_gives_the_tokenizer_back() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("tokenizer.gguf");
+    let mut metadata = SMALL.gguf_metadata_padded(330).unwrap();
+    metadata.insert("tokenizer.ggml.strange".into(), Value::F32(0.5));
+    firebrick_tensor::checkpoint::write_gguf(&path, &metadata, &[] as &[(TensorSpec, Vec<u8>)]).unwrap();
+    let checkpoint = Checkpoint::open(&path).unwrap();
+    let read = Tokenizer::from_gguf(checkpoint.gguf().unwrap()).unwrap();
+    assert_eq!(read.vocab_size(), 330);
+    for text in TEXTS {
+        assert_eq!(read.encode(text, true).unwrap(), SMALL.encode(text, true).unwrap());
+    }
+    assert_eq!(read.eos_ids(), [0, 2]);
+    assert_eq!(read.gguf_metadata().unwrap(), metadata);
+    assert_eq!(read.token(329).unwrap(), "[PAD329]");
+    assert!(SMALL.gguf_metadata_padded(319).is_err());
+
+    // The name of the pre-tokenizer matters.
+    metadata.insert("tokenizer.ggml.pre".into(), "gpt-2".into());
+    let other = Tokenizer::from_gguf(&gguf(metadata)).unwrap();
+    assert!(TEXTS.iter().any(|text| other.encode(text, true).unwrap() != SMALL.encode(text, true).unwrap()));
+}
+
+#[test]
+fn every_known_pre_tokenizer_survives_both_formats() {
+    let metadata = SMALL.gguf_metadata().unwrap();
+    for pre in ["gpt-2", "smollm", "llama-bpe", "smaug-bpe", "qwen2", "tekken", "default"] {
+        let mut metadata = metadata.clone();
+        metadata.insert("tokenizer.ggml.pre".into(), pre.into());
+        let first = Tokenizer::from_gguf(&gguf(metadata.clone())).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        first.save(folder.path()).unwrap();
+        let second = Tokenizer::from_folder(folder.path()).unwrap();
+        assert_eq!(second.gguf_metadata().unwrap(), metadata, "{pre}");
+        assert_same(&first, &second, &TEXTS);
+    }
+}
+
+#[test]
+fn damaged_gguf_is_an_error_that_names_the_damage() {
+    let good = SMALL.gguf_metadata().unwrap();
+    let broken = |key: &str, value: Value| {
+        let mut metadata = good.clone();
+        metadata.insert(format!("tokenizer.ggml.{key}"), value);
+        Tokenizer::from_gguf(&gguf(metadata)).unwrap_err()
+    };
+    let strings = |list: &[&str]| Value::Array(Array::String(list.iter().collect()));
+    let llama = broken("model", "llama".into());
+    assert!(matches!(&llama, ModelError::Unsupported(text) if text.contains("SentencePiece")), "{llama}");
+    assert!(matches!(broken("pre", "made-up".into()), ModelError::Unsupported(_)));
+    assert!(broken("bos_token_id", Value::U32(320)).to_string().contains("bos_token_id"));
+    assert!(broken("eos_token_id", "text".into()).to_string().contains("eos_token_id"));
+    assert!(broken("token_type", Value::Array(Array::I32(vec![1; 3]))).to_string().contains("3 types"));
+    assert!(broken("merges", strings(&["ab"])).to_string().contains("space"));
+    // Both sides are tokens, and together longer than any token: lengths the tokenizers crate would trust.
+    assert!(broken("merges", strings(&["<|endoftext|> <|endoftext|>"])).to_string().contains("does not fit"));
+    assert!(broken("tokens", strings(&["a", "b", "a"])).to_string().contains("token 2 `a`"));
+    let mut missing = good.clone();
+    missing.shift_remove("tokenizer.ggml.merges");
+    assert!(Tokenizer::from_gguf(&gguf(missing)).unwrap_err().to_string().contains("merges"));
+}
+
+#[test]
+fn damaged_folders_are_errors() {
+    let folder = tempfile::tempdir().unwrap();
+    assert!(matches!(Tokenizer::from_folder(folder.path()), Err(ModelError::Unsupported(_))));
+    SMALL.save(folder.path()).unwrap();
+    let path = folder.path().join("tokenizer.json");
+    let good = read_json(&path);
+    let broken = |change: &dyn Fn(&mut Json)| {
+        let mut json = good.clone();
+        change(&mut json);
+        std::fs::write(&path, json.to_string()).unwrap();
+        Tokenizer::from_folder(folder.path()).map(drop)
+    };
+    assert!(broken(&|_| ()).is_ok());
+    assert!(broken(&|json| json["model"]["merges"] = json!([["<|endoftext|>", "<|endoftext|>"]])).is_err());
+    assert!(broken(&|json| json["model"]["merges"] = json!([["x"]])).is_err());
+    assert!(broken(&|json| json["model"]["continuing_subword_prefix"] = "####".into()).is_err());
+    assert!(broken(&|json| json["model"]["vocab"] = json!({"a": -1})).is_err());
+    assert!(broken(&|json| json["pre_tokenizer"] = json!({"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": false})).is_err());
+    assert!(broken(&|json| *json = json!([])).is_err());
+    std::fs::write(&path, good.to_string()).unwrap();
+    std::fs::write(folder.path().join("tokenizer_config.json"), r#"{"eos_token": "</missing>"}"#).unwrap();
+    assert!(Tokenizer::from_folder(folder.path()).unwrap_err().to_string().contains("</missing>"));
+}
+
+#[test]
+fn a_space_swallowing_token_is_refused_by_gguf() {
+    let folder = tempfile::tempdir().unwrap();
+    SMALL.save(folder.path()).unwrap();
+    let path = folder.path().join("tokenizer.json");
+    let mut json = read_json(&path);
+    json["added_tokens"][1]["rstrip"] = true.into();
+    std::fs::write(&path, json.to_string()).unwrap();
+    let read = Tokenizer::from_folder(folder.path()).unwrap();
+    assert!(matches!(read.gguf_metadata(), Err(ModelError::Unsupported(_))));
+}
+
+#[test]
+fn smollm2_matches_transformers() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/models/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf");
+    if !path.exists() {
+        println!("skipped: {} is not there; `cargo xtask model smollm2` fetches it", path.display());
+        return;
+    }
+    let golden = read_json(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/smollm2.json"));
+    let ids = |case: &Json| -> Vec<u32> { case["ids"].as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect() };
+    let checkpoint = Checkpoint::open(&path).unwrap();
+    let tokenizer = Tokenizer::from_gguf(checkpoint.gguf().unwrap()).unwrap();
+    assert_eq!((tokenizer.vocab_size(), tokenizer.bos_id(), tokenizer.eos_ids()), (49152, Some(1), &[2][..]));
+
+    let metadata = tokenizer.gguf_metadata().unwrap();
+    for (key, value) in checkpoint.gguf().unwrap().metadata.iter().filter(|(key, _)| key.starts_with("tokenizer.")) {
+        assert!(metadata[key] == *value, "{key}");
+    }
+    let folder = tempfile::tempdir().unwrap();
+    tokenizer.save(folder.path()).unwrap();
+    let again = Tokenizer::from_gguf(&gguf(metadata)).unwrap();
+    let saved = Tokenizer::from_folder(folder.path()).unwrap();
+
+    let texts = golden["texts"].as_array().unwrap();
+    for case in texts {
+        let text = case["text"].as_str().unwrap();
+        for tokenizer in [&tokenizer, &again, &saved] {
+            assert_eq!(tokenizer.encode(text, true).unwrap(), ids(case), "{text}");
+        }
+        assert_eq!(tokenizer.decode(&ids(case), true).unwrap(), text);
+    }
+    let template = ChatTemplate::of(&tokenizer).unwrap();
+    let chats = golden["chats"].as_array().unwrap();
+    for case in chats {
+        let messages = [Message::user(case["user"].as_str().unwrap())];
+        assert_eq!(template.render(&messages, &ChatOptions::answer()).unwrap(), case["prompt"]);
+        assert_eq!(template.encode(&tokenizer, &messages, &ChatOptions::answer()).unwrap(), ids(case));
+    }
+    assert_eq!((texts.len(), chats.len()), (4, 2));
+}

@@ -1,0 +1,12 @@
+//! Parameter-efficient adapters and Hugging Face PEFT interchange.
+//!
+//! An adapter bank is a [`Brick`](firebrick_core::Brick) over the linear layers it adapts and a burn module whose parameters an optimizer
+//! steps, while the wiring below stays frozen.
+#![forbid(unsafe_code)]
+
+mod error;
+pub mod hf;
+mod lora;
+
+pub use error::PeftError;
+pub use lora::{LoraBank, LoraConfig, LoraFactors, LoraSettings};

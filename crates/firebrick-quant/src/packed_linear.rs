@@ -1,0 +1,61 @@
+//! The brick that computes with packed weights instead of the wiring's own.
+
+use std::collections::BTreeMap;
+
+use burn::module::Module;
+use burn::tensor::{Device, Tensor};
+use firebrick_core::{Base, Brick, Run, Site, SiteSet};
+use firebrick_tensor::ops::{PackedMatrix, packed_matmul};
+
+use crate::{QuantError, QuantizedMatrix};
+
+/// Linear layers with packed weights; never calls the layer below, whose weight need not exist.
+///
+/// An adapter bank above it is QLoRA (arXiv 2305.14314): gradients pass through, the packed weights stay.
+#[derive(Module, Debug)]
+pub struct PackedLinear {
+    weights: Vec<PackedMatrix>,
+    #[module(skip)]
+    sites: SiteSet,
+    #[module(skip)]
+    index: BTreeMap<Site, usize>,
+}
+
+impl PackedLinear {
+    /// Packs the quantized weight of each site onto `device`.
+    pub fn new<'a>(
+        weights: impl IntoIterator<Item = (Site, &'a QuantizedMatrix)>,
+        device: &Device,
+    ) -> Result<Self, QuantError> {
+        let (mut packed, mut index) = (Vec::new(), BTreeMap::new());
+        for (site, weight) in weights {
+            index.insert(site, packed.len());
+            packed.push(weight.pack(device)?);
+        }
+        let sites = index.keys().copied().collect();
+        Ok(PackedLinear { weights: packed, sites, index })
+    }
+
+    /// The packed weight at `site`.
+    pub fn get(&self, site: Site) -> Option<&PackedMatrix> {
+        self.index.get(&site).map(|i| &self.weights[*i])
+    }
+
+    /// Bytes of all packed weights with their scales and zero points.
+    pub fn bytes(&self) -> usize {
+        self.weights.iter().map(PackedMatrix::bytes).sum()
+    }
+}
+
+impl Brick for PackedLinear {
+    fn sites(&self) -> &SiteSet {
+        &self.sites
+    }
+
+    fn at(&self, site: Site, x: Tensor<3>, _base: &mut Base<'_>, _run: &mut Run<'_>) -> Tensor<3> {
+        let weight = self.get(site).expect("called at its own sites");
+        let [batch, tokens, d_in] = x.dims();
+        let y = packed_matmul(x.reshape([batch * tokens, d_in]), weight);
+        y.reshape([batch, tokens, weight.d_out])
+    }
+}

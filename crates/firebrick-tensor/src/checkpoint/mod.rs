@@ -1,0 +1,246 @@
+//! Checkpoints: named tensors on disk, memory-mapped and lazily read.
+//!
+//! [`Checkpoint::open`] reads a `.safetensors` file, a folder of shards with their index, or a `.gguf` file as one
+//! list of named tensors. [`TensorWriter`] writes both formats as a stream: the header first, then the bytes of each
+//! tensor in order. [`AtomicFile`] makes what is written appear whole or not at all.
+//!
+//! ```
+//! use firebrick_tensor::block::DType;
+//! use firebrick_tensor::checkpoint::{Checkpoint, TensorSpec, write_safetensors};
+//! # let folder = tempfile::tempdir()?;
+//! let path = folder.path().join("model.safetensors");
+//! let spec = TensorSpec::new("norm.weight", DType::BF16, [2]);
+//! write_safetensors(&path, &Default::default(), &[(spec, [0x80, 0x3f, 0x00, 0x40])])?;
+//! let checkpoint = Checkpoint::open(&path)?;
+//! assert_eq!(checkpoint.read_f32("norm.weight")?, [1.0, 2.0]);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+
+mod atomic;
+mod error;
+pub mod gguf;
+mod layout;
+mod safetensors;
+mod sharded;
+
+pub use atomic::AtomicFile;
+pub use error::{CheckpointError, Result};
+pub use gguf::{Gguf, Value, write_gguf};
+pub use layout::{Layout, TensorSpec, TensorWriter};
+pub use safetensors::{Metadata, write_safetensors};
+pub use sharded::{INDEX_FILE, MODEL_FILE};
+
+use crate::block::{self, DType};
+use memmap2::Mmap;
+use std::collections::HashMap;
+use std::fs::File;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+/// A tensor of a checkpoint.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TensorInfo {
+    /// Name in the file.
+    pub name: String,
+    /// Storage type.
+    pub dtype: DType,
+    /// Extents, outermost first as PyTorch prints them (GGUF's order reversed); empty for a scalar.
+    pub shape: Vec<usize>,
+    /// Which of [`Checkpoint::files`] holds it.
+    pub file: usize,
+    /// Where its bytes start, from the start of that file.
+    pub offset: u64,
+    /// Size in bytes.
+    pub len: usize,
+}
+
+impl TensorInfo {
+    /// Number of elements.
+    pub fn elements(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Name, type and shape, to write a tensor like this one.
+    pub fn spec(&self) -> TensorSpec {
+        TensorSpec { name: self.name.clone(), dtype: self.dtype, shape: self.shape.clone() }
+    }
+}
+
+/// The file format of a checkpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Format {
+    /// One `.safetensors` file, or shards with an index.
+    Safetensors,
+    /// One `.gguf` file.
+    Gguf,
+}
+
+/// Named tensors on disk, memory-mapped; only the headers are read on opening.
+#[derive(Debug)]
+pub struct Checkpoint {
+    path: PathBuf,
+    format: Format,
+    files: Vec<PathBuf>,
+    maps: Vec<Mmap>,
+    tensors: Vec<TensorInfo>,
+    by_name: HashMap<String, usize>,
+    metadata: Metadata,
+    gguf: Option<Gguf>,
+}
+
+impl Checkpoint {
+    /// Opens a `.safetensors` or `.gguf` file, or a folder that holds `model.safetensors` or
+    /// `model.safetensors.index.json` with its shards.
+    ///
+    /// A file is taken for GGUF by its first four bytes, whatever it is called.
+    ///
+    /// # Errors
+    /// When the files can't be read, or anything in their headers does not hold: every offset, size, type and name is
+    /// checked here, so that reading tensors later can't fail on the file.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let metadata = std::fs::metadata(path).map_err(|e| CheckpointError::io(path, e))?;
+        if metadata.is_dir() {
+            return sharded::open(path);
+        }
+        let map = map(path)?;
+        let mut checkpoint = Checkpoint {
+            path: path.to_owned(),
+            format: Format::Safetensors,
+            files: vec![path.to_owned()],
+            maps: Vec::new(),
+            tensors: Vec::new(),
+            by_name: HashMap::new(),
+            metadata: Metadata::new(),
+            gguf: None,
+        };
+        let named_gguf = path.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf"));
+        if map.starts_with(gguf::MAGIC) || named_gguf {
+            let (gguf, tensors) = gguf::read(path, &map)?;
+            checkpoint.format = Format::Gguf;
+            checkpoint.gguf = Some(gguf);
+            checkpoint.tensors = tensors;
+        } else {
+            (checkpoint.metadata, checkpoint.tensors) = safetensors::read(path, &map, 0)?;
+        }
+        checkpoint.maps.push(map);
+        Ok(checkpoint.indexed())
+    }
+
+    fn indexed(mut self) -> Self {
+        self.by_name = self.tensors.iter().enumerate().map(|(i, t)| (t.name.clone(), i)).collect();
+        self
+    }
+
+    /// The path it was opened from.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The file format.
+    pub fn format(&self) -> Format {
+        self.format
+    }
+
+    /// The files that hold tensors: one, or the shards in the order of their names.
+    pub fn files(&self) -> &[PathBuf] {
+        &self.files
+    }
+
+    /// Every tensor in file order: safetensors by offset, GGUF as its header lists them.
+    pub fn tensors(&self) -> &[TensorInfo] {
+        &self.tensors
+    }
+
+    /// The tensor `name`, if there is one.
+    pub fn get(&self, name: &str) -> Option<&TensorInfo> {
+        self.by_name.get(name).map(|&i| &self.tensors[i])
+    }
+
+    /// The tensor `name`.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn tensor(&self, name: &str) -> Result<&TensorInfo> {
+        self.get(name)
+            .ok_or_else(|| CheckpointError::NoTensor { path: self.path.clone(), tensor: name.to_owned() })
+    }
+
+    /// `__metadata__` of a safetensors checkpoint (of the first shard that has one); empty for GGUF.
+    pub fn metadata(&self) -> &Metadata {
+        &self.metadata
+    }
+
+    /// Metadata of a GGUF checkpoint.
+    pub fn gguf(&self) -> Option<&Gguf> {
+        self.gguf.as_ref()
+    }
+
+    /// The stored bytes of the tensor `name`, with no copy and no particular alignment.
+    ///
+    /// # Errors
+    /// When there is no such tensor.
+    pub fn bytes(&self, name: &str) -> Result<&[u8]> {
+        Ok(self.bytes_of(self.tensor(name)?))
+    }
+
+    fn bytes_of(&self, tensor: &TensorInfo) -> &[u8] {
+        &self.maps[tensor.file][tensor.offset as usize..][..tensor.len]
+    }
+
+    /// The tensor `name` decoded to `f32`, row-major.
+    ///
+    /// # Errors
+    /// When there is no such tensor, or it holds integers.
+    pub fn read_f32(&self, name: &str) -> Result<Vec<f32>> {
+        let tensor = self.tensor(name)?;
+        // Asked before allocating: every type takes more than an eighth of a byte per element on disk.
+        if !tensor.dtype.is_real() {
+            return Err(self.block_error(name, block::BlockError::NotReal(tensor.dtype)));
+        }
+        let mut out = vec![0.0; tensor.elements()];
+        self.read_f32_into(name, 0..out.len(), &mut out)?;
+        Ok(out)
+    }
+
+    /// Decodes the elements `range` of the tensor `name`, counted row-major, into `out`.
+    ///
+    /// # Errors
+    /// When there is no such tensor, it holds integers, the range is not inside it or does not start and end on a
+    /// block, or `out` has another length.
+    pub fn read_f32_into(&self, name: &str, range: Range<usize>, out: &mut [f32]) -> Result<()> {
+        let tensor = self.tensor(name)?;
+        let elements = tensor.elements();
+        if range.start > range.end || range.end > elements || range.len() != out.len() {
+            let Range { start, end } = range;
+            let (path, tensor) = (self.path.clone(), name.to_owned());
+            return Err(CheckpointError::Range { path, tensor, start, end, elements });
+        }
+        let dtype = tensor.dtype;
+        let byte = |element: usize| {
+            let partial =
+                || self.block_error(name, block::BlockError::PartialBlock { dtype, elements: element });
+            dtype.bytes_for(element).ok_or_else(partial)
+        };
+        let bytes = &self.bytes_of(tensor)[byte(range.start)?..byte(range.end)?];
+        block::decode(dtype, bytes, out).map_err(|e| self.block_error(name, e))
+    }
+
+    fn block_error(&self, tensor: &str, source: block::BlockError) -> CheckpointError {
+        CheckpointError::Block { path: self.path.clone(), tensor: tensor.to_owned(), source }
+    }
+}
+
+// Maps a regular file; anything else (a pipe, a device) could block or change under the map.
+fn map(path: &Path) -> Result<Mmap> {
+    let fail = |e| CheckpointError::io(path, e);
+    if !std::fs::metadata(path).map_err(fail)?.is_file() {
+        let what = "neither a file nor a folder".to_owned();
+        return Err(CheckpointError::NotACheckpoint { path: path.to_owned(), what });
+    }
+    let file = File::open(path).map_err(fail)?;
+    // SAFETY: the map is read-only, handed out only as bytes, and every bit pattern is a valid byte. Another process
+    // that truncates the file in place can still end this one with SIGBUS, as for every mapped file; our own writers
+    // replace files by renaming and leave mapped ones alone.
+    unsafe { Mmap::map(&file) }.map_err(fail)
+}

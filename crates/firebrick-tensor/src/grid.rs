@@ -1,0 +1,175 @@
+//! Uniform quantization grids: scale and zero point of a group of weights, codes, and round-to-nearest.
+//!
+//! Conventions of GPTQ and compressed-tensors: groups run along the input dimension, codes are `0..2^bits`,
+//! `w = scale * (code - zero)`, scales are rounded to f16 before anything is quantized with them, and rounding is half to even.
+
+use half::f16;
+use serde::{Deserialize, Serialize};
+
+/// How a group's scale and zero point follow from its values.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum GridKind {
+    /// `scale = max|w| / (2^(bits-1) - 1)`, zero in the middle code (QuaRot, AWQ's symmetric grid).
+    SymNarrow,
+    /// `scale = 2 max|w| / (2^bits - 1)`, zero at code `2^(bits-1)` (GPTQ's symmetric grid).
+    #[default]
+    SymHalf,
+    /// `scale = (max - min) / (2^bits - 1)` over a range that contains 0, zero at the code nearest to 0.
+    Asym,
+}
+
+/// Bits, group length and kind of a grid.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Grid {
+    /// Bits per code, 2 to 8.
+    pub bits: u8,
+    /// Number of consecutive inputs that share scale and zero point; 0 for a whole row.
+    pub group: usize,
+    /// How scale and zero point are chosen.
+    pub kind: GridKind,
+}
+
+/// Scale and zero point of one group.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct GroupParams {
+    /// Distance between codes; a value of f16.
+    pub scale: f32,
+    /// The code that stands for 0.
+    pub zero: f32,
+    /// The largest code.
+    pub top: f32,
+}
+
+impl Grid {
+    /// Group length for rows of `columns` values.
+    pub fn group_len(&self, columns: usize) -> usize {
+        if self.group == 0 { columns } else { self.group.min(columns).max(1) }
+    }
+
+    /// Number of groups in a row of `columns` values.
+    pub fn groups(&self, columns: usize) -> usize {
+        columns.div_ceil(self.group_len(columns))
+    }
+
+    /// Bits per weight of a row of `columns` values, with a 16-bit scale and, for [`GridKind::Asym`], a code-sized zero point per group.
+    pub fn bits_per_weight(&self, columns: usize) -> f64 {
+        let zero = if self.kind == GridKind::Asym { f64::from(self.bits) } else { 0.0 };
+        f64::from(self.bits) + self.groups(columns) as f64 * (16.0 + zero) / columns as f64
+    }
+
+    /// Scale and zero point for `values`; a group of zeros gets scale 1.
+    pub fn fit(&self, values: impl IntoIterator<Item = f32>) -> GroupParams {
+        let (mut low, mut high) = (0.0f32, 0.0f32);
+        for v in values {
+            low = low.min(v);
+            high = high.max(v);
+        }
+        let top = (1u32 << self.bits) as f32 - 1.0;
+        let middle = (1u32 << (self.bits - 1)) as f32;
+        let amax = high.max(-low);
+        let raw = match self.kind {
+            GridKind::SymNarrow => amax / (middle - 1.0),
+            GridKind::SymHalf => 2.0 * amax / top,
+            GridKind::Asym => (high - low) / top,
+        };
+        // A scale below f16's smallest positive value would divide by zero.
+        let scale = match f16::from_f32(raw).to_f32() {
+            s if raw == 0.0 || s == 0.0 || !s.is_finite() => if raw > 1.0 { f16::MAX.to_f32() } else { 1.0 },
+            s => s,
+        };
+        let zero = match self.kind {
+            GridKind::Asym => (-low / scale).round_ties_even().clamp(0.0, top),
+            _ => middle,
+        };
+        GroupParams { scale, zero, top }
+    }
+
+    /// Rounds `weight: [rows, columns]` to the nearest codes (RTN), in place.
+    pub fn round(&self, weight: &mut [f32], columns: usize) {
+        for row in weight.chunks_exact_mut(columns) {
+            for group in row.chunks_mut(self.group_len(columns)) {
+                let params = self.fit(group.iter().copied());
+                group.iter_mut().for_each(|v| *v = params.decode(params.encode(*v)));
+            }
+        }
+    }
+}
+
+impl GroupParams {
+    /// The code nearest to `value`.
+    pub fn encode(&self, value: f32) -> u8 {
+        ((value / self.scale).round_ties_even() + self.zero).clamp(0.0, self.top) as u8
+    }
+
+    /// The value of a code.
+    pub fn decode(&self, code: u8) -> f32 {
+        self.scale * (f32::from(code) - self.zero)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use firebrick_core::Seed;
+
+    fn relative_mse(bits: u8, group: usize, kind: GridKind) -> f64 {
+        let (rows, columns) = (1024, 768);
+        let original = Seed(0).normal("grid", rows * columns, 1.0);
+        let mut rounded = original.clone();
+        Grid { bits, group, kind }.round(&mut rounded, columns);
+        let error: f64 = original.iter().zip(&rounded).map(|(a, b)| f64::from(a - b).powi(2)).sum();
+        error / original.iter().map(|a| f64::from(*a).powi(2)).sum::<f64>()
+    }
+
+    #[test]
+    fn error_on_normal_weights_is_as_published() {
+        use GridKind::*;
+        let known = [
+            (2, 64, SymNarrow, 0.516),
+            (2, 64, Asym, 0.209),
+            (3, 64, SymNarrow, 0.0632),
+            (3, 64, Asym, 0.0382),
+            (4, 32, SymNarrow, 0.00941),
+            (4, 64, Asym, 0.00829),
+            (4, 128, SymNarrow, 0.01380),
+            (4, 0, Asym, 0.01500),
+        ];
+        for (bits, group, kind, expected) in known {
+            let found = relative_mse(bits, group, kind);
+            assert!((found / expected - 1.0).abs() < 0.02, "{bits} bits, group {group}, {kind:?}: {found}");
+        }
+    }
+
+    #[test]
+    fn zeros_constants_and_extremes_survive() {
+        for kind in [GridKind::SymNarrow, GridKind::SymHalf, GridKind::Asym] {
+            for bits in [2, 3, 4, 8] {
+                let grid = Grid { bits, group: 0, kind };
+                for value in [0.0, 1e-30, -1e-8, 3.0, -5e4, 1e30] {
+                    let mut row = [value; 5];
+                    grid.round(&mut row, 5);
+                    assert!(row.iter().all(|v| v.is_finite()), "{grid:?} {value}");
+                    if value == 0.0 {
+                        assert_eq!(row, [0.0; 5]);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn every_code_survives_its_own_value() {
+        for kind in [GridKind::SymNarrow, GridKind::SymHalf, GridKind::Asym] {
+            for bits in 2..=8 {
+                let grid = Grid { bits, group: 0, kind };
+                let params = grid.fit(Seed(3).normal("codes", 64, 0.3));
+                for code in 0..=params.top as u8 {
+                    assert_eq!(params.encode(params.decode(code)), code, "{grid:?}");
+                }
+                let off_grid = params.decode(1) + 0.4 * params.scale;
+                assert_ne!(params.decode(params.encode(off_grid)), off_grid, "control: values between codes move");
+            }
+        }
+    }
+}

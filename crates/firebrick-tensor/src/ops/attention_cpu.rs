@@ -1,0 +1,284 @@
+//! CPU kernel of [`attention`](super::attention): blocks of queries of one head, each with its scores in cache.
+//!
+//! A block computes scores only for the keys its mask lets through, so causal attention costs half and a window
+//! costs its width; memory is one block of scores for each thread.
+
+use burn_backend::{Shape, TensorMetadata};
+use burn_flex::FlexTensor;
+use faer::MatRef;
+use pulp::{Arch, Simd, WithSimd};
+use rayon::prelude::*;
+
+use super::AttentionOptions;
+use super::cpu::{self, Heads};
+
+/// Scores in a block, at most (for as long as that leaves 16 queries).
+const BLOCK_SCORES: usize = 1 << 17;
+
+/// Queries in a block, from the shape alone.
+fn block_queries(keys: usize) -> usize {
+    (BLOCK_SCORES / keys.max(1)).clamp(16, 128)
+}
+
+pub(super) fn forward(q: FlexTensor, k: FlexTensor, v: FlexTensor, options: &AttentionOptions) -> FlexTensor {
+    let (q, k, v) = (Heads::readable(q), Heads::readable(k), Heads::readable(v));
+    let problem = Problem { q: Heads::new(&q), k: Heads::new(&k), v: Heads::new(&v), options };
+    let [batch, heads, t, _] = problem.q.dims;
+    let value_dim = problem.v.dims[3];
+    let rows = block_queries(problem.k.dims[2]);
+    let mut out = vec![0.0; batch * heads * t * value_dim];
+    if value_dim > 0 {
+        let mut tasks = Vec::new();
+        for (head, out) in out.chunks_mut(t * value_dim).enumerate() {
+            for (i, out) in out.chunks_mut(rows * value_dim).enumerate() {
+                tasks.push((head, i * rows, out));
+            }
+        }
+        tasks.into_par_iter().for_each_init(Vec::new, |scores, (head, first, out)| {
+            let block = problem.block(head, first, out.len() / value_dim);
+            block.probabilities(scores, None);
+            cpu::gemm(out, false, block.scores(scores), block.v, 1.0);
+        });
+    }
+    cpu::tensor(out, Shape::new([batch, heads, t, value_dim]))
+}
+
+pub(super) fn backward(
+    q: FlexTensor,
+    k: FlexTensor,
+    v: FlexTensor,
+    grad: FlexTensor,
+    options: &AttentionOptions,
+) -> (FlexTensor, FlexTensor, FlexTensor) {
+    let (q, k, v, grad) = (Heads::readable(q), Heads::readable(k), Heads::readable(v), Heads::readable(grad));
+    let problem = Problem { q: Heads::new(&q), k: Heads::new(&k), v: Heads::new(&v), options };
+    let grad = Heads::new(&grad);
+    let [batch, heads, t, head_dim] = problem.q.dims;
+    let [_, kv_heads, s, value_dim] = problem.v.dims;
+    let rows = block_queries(s);
+    let mut dq = vec![0.0; batch * heads * t * head_dim];
+    // One gradient for each query head; those of a group are added up at the end, in order.
+    let mut dk = vec![0.0; batch * heads * s * head_dim];
+    let mut dv = vec![0.0; batch * heads * s * value_dim];
+    dq.par_chunks_mut((t * head_dim).max(1))
+        .zip(dk.par_chunks_mut((s * head_dim).max(1)))
+        .zip(dv.par_chunks_mut((s * value_dim).max(1)))
+        .enumerate()
+        .for_each_init(Scratch::default, |scratch, (head, ((dq, dk), dv))| {
+            for (i, dq) in dq.chunks_mut(rows * head_dim).enumerate() {
+                let block = problem.block(head, i * rows, dq.len() / head_dim);
+                let grad = grad.tokens(head / heads, head % heads, block.first, block.first + block.rows);
+                block.backward(scratch, grad, dq, dk, dv);
+            }
+        });
+    let group = heads / kv_heads;
+    (
+        cpu::tensor(dq, Shape::new([batch, heads, t, head_dim])),
+        cpu::tensor(sum_groups(dk, group, s * head_dim), Shape::new([batch, kv_heads, s, head_dim])),
+        cpu::tensor(sum_groups(dv, group, s * value_dim), Shape::new([batch, kv_heads, s, value_dim])),
+    )
+}
+
+/// Adds up runs of `group` consecutive chunks of `len` values.
+fn sum_groups(x: Vec<f32>, group: usize, len: usize) -> Vec<f32> {
+    if group == 1 || x.is_empty() {
+        return x;
+    }
+    let mut out = vec![0.0; x.len() / group];
+    out.par_chunks_mut(len).zip(x.par_chunks(len * group)).for_each(|(out, heads)| {
+        for head in heads.chunks_exact(len) {
+            for (sum, &part) in out.iter_mut().zip(head) {
+                *sum += part;
+            }
+        }
+    });
+    out
+}
+
+#[derive(Clone, Copy)]
+struct Problem<'a> {
+    q: Heads<'a>,
+    k: Heads<'a>,
+    v: Heads<'a>,
+    options: &'a AttentionOptions,
+}
+
+impl<'a> Problem<'a> {
+    /// Queries `first..first + rows` of a head (numbered through the batch) and the keys any of them sees.
+    fn block(&self, head: usize, first: usize, rows: usize) -> Block<'a> {
+        let [_, heads, t, _] = self.q.dims;
+        let [_, kv_heads, s, _] = self.k.dims;
+        let (batch, head) = (head / heads, head % heads);
+        let kv_head = head / (heads / kv_heads);
+        let position = s - t + first;
+        let last = position + rows - 1;
+        let reach = self.options.window.unwrap_or(s).min(s);
+        let from = (position + 1).saturating_sub(reach);
+        let to = if self.options.causal { last + 1 } else { (last + reach).min(s) };
+        Block {
+            q: self.q.tokens(batch, head, first, first + rows),
+            k: self.k.tokens(batch, kv_head, from, to),
+            v: self.v.tokens(batch, kv_head, from, to),
+            first,
+            rows,
+            position,
+            from,
+            to,
+            options: self.options,
+        }
+    }
+}
+
+/// Some queries of one head with the keys and values they see.
+struct Block<'a> {
+    q: MatRef<'a, f32>,
+    k: MatRef<'a, f32>,
+    v: MatRef<'a, f32>,
+    /// Number of the first query.
+    first: usize,
+    rows: usize,
+    /// Absolute position of the first query.
+    position: usize,
+    /// Keys `from..to`.
+    from: usize,
+    to: usize,
+    options: &'a AttentionOptions,
+}
+
+#[derive(Default)]
+struct Scratch {
+    scores: Vec<f32>,
+    capped: Vec<f32>,
+    slopes: Vec<f32>,
+}
+
+impl Block<'_> {
+    fn keys(&self) -> usize {
+        self.to - self.from
+    }
+
+    fn scores<'b>(&self, scores: &'b [f32]) -> MatRef<'b, f32> {
+        MatRef::from_row_major_slice(&scores[..self.rows * self.keys()], self.rows, self.keys())
+    }
+
+    /// Fills `scores` with probabilities, and `capped` with the scores before the softmax if asked to.
+    fn probabilities(&self, scores: &mut Vec<f32>, capped: Option<&mut Vec<f32>>) {
+        scores.resize(self.rows * self.keys(), 0.0);
+        cpu::gemm(scores, false, self.q, self.k.transpose(), self.options.scale as f32);
+        if let Some(cap) = self.options.softcap {
+            Arch::new().dispatch(Cap { scores, cap: cap as f32 });
+            if let Some(capped) = capped {
+                capped.clear();
+                capped.extend_from_slice(scores);
+            }
+        }
+        Arch::new().dispatch(MaskedSoftmax { scores, block: self });
+    }
+
+    /// Keys that query `row` sees, counted from `from`.
+    #[inline(always)]
+    fn visible(&self, row: usize) -> std::ops::Range<usize> {
+        let position = self.position + row;
+        let reach = self.options.window.unwrap_or(usize::MAX);
+        let from = (position + 1).saturating_sub(reach).max(self.from);
+        let to = if self.options.causal { position + 1 } else { position.saturating_add(reach).min(self.to) };
+        from - self.from..to - self.from
+    }
+
+    fn backward(
+        &self,
+        scratch: &mut Scratch,
+        grad: MatRef<'_, f32>,
+        dq: &mut [f32],
+        dk: &mut [f32],
+        dv: &mut [f32],
+    ) {
+        let Scratch { scores, capped, slopes } = scratch;
+        self.probabilities(scores, Some(&mut *capped));
+        let (head_dim, value_dim) = (self.q.ncols(), self.v.ncols());
+        let dv = &mut dv[self.from * value_dim..self.to * value_dim];
+        cpu::gemm(dv, true, self.scores(scores).transpose(), grad, 1.0);
+        slopes.resize(self.rows * self.keys(), 0.0);
+        cpu::gemm(slopes, false, grad, self.v.transpose(), 1.0);
+        let (cap, scale) = (self.options.softcap.map(|cap| cap as f32), self.options.scale as f32);
+        let keys = self.keys();
+        Arch::new().dispatch(ScoreGradient { probabilities: scores, slopes, capped, cap, scale, keys });
+        let slopes = self.scores(slopes);
+        cpu::gemm(dq, false, slopes, self.k, 1.0);
+        cpu::gemm(&mut dk[self.from * head_dim..self.to * head_dim], true, slopes.transpose(), self.q, 1.0);
+    }
+}
+
+struct Cap<'a> {
+    scores: &'a mut [f32],
+    cap: f32,
+}
+
+impl WithSimd for Cap<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        for score in self.scores {
+            *score = self.cap * cpu::tanh(*score / self.cap);
+        }
+    }
+}
+
+struct MaskedSoftmax<'a> {
+    scores: &'a mut [f32],
+    block: &'a Block<'a>,
+}
+
+impl WithSimd for MaskedSoftmax<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        for (i, row) in self.scores.chunks_exact_mut(self.block.keys()).enumerate() {
+            let visible = self.block.visible(i);
+            row[..visible.start].fill(0.0);
+            row[visible.end..].fill(0.0);
+            let row = &mut row[visible];
+            let max = cpu::max(row);
+            for score in row.iter_mut() {
+                *score = cpu::exp(*score - max);
+            }
+            let norm = 1.0 / cpu::sum(row.len(), |j| row[j]);
+            for score in row.iter_mut() {
+                *score *= norm;
+            }
+        }
+    }
+}
+
+/// Turns `slopes` from the gradient of the probabilities into the gradient of `q k^T`.
+struct ScoreGradient<'a> {
+    probabilities: &'a [f32],
+    slopes: &'a mut [f32],
+    capped: &'a [f32],
+    cap: Option<f32>,
+    scale: f32,
+    keys: usize,
+}
+
+impl WithSimd for ScoreGradient<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        let rows = self.slopes.chunks_exact_mut(self.keys).zip(self.probabilities.chunks_exact(self.keys));
+        for (i, (slopes, p)) in rows.enumerate() {
+            let mean = cpu::sum(p.len(), |j| p[j] * slopes[j]);
+            for (slope, &p) in slopes.iter_mut().zip(p) {
+                *slope = p * (*slope - mean) * self.scale;
+            }
+            if let Some(cap) = self.cap {
+                for (slope, &score) in slopes.iter_mut().zip(&self.capped[i * self.keys..]) {
+                    let tanh = score / cap;
+                    *slope *= 1.0 - tanh * tanh;
+                }
+            }
+        }
+    }
+}

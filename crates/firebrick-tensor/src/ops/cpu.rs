@@ -1,0 +1,269 @@
+//! Pieces the CPU kernels share: buffers, blocks of rows, vector arithmetic and matrix products on slices.
+//!
+//! Work is cut into blocks by shape alone and every reduction has a fixed order: the thread count never shows in a result.
+
+use burn_backend::{Bytes, DType, Shape, TensorMetadata};
+use burn_flex::{FlexTensor, Layout};
+use faer::{Accum, MatMut, MatRef, Par, linalg::matmul::matmul};
+use rayon::prelude::*;
+
+/// Elements of a block of rows: large enough to pay for a task, small enough for the L2 cache.
+const BLOCK: usize = 1 << 14;
+
+/// Whether the f32 kernels apply; other dtypes take the composed body.
+pub(super) fn all_f32(tensors: &[&FlexTensor]) -> bool {
+    tensors.iter().all(|t| t.dtype() == DType::F32)
+}
+
+/// A row-major tensor that owns exactly its elements; copies only when it has to.
+pub(super) fn contiguous(x: FlexTensor) -> FlexTensor {
+    let whole = x.is_contiguous()
+        && x.layout().start_offset() == 0
+        && x.bytes().len() == x.layout().num_elements() * x.dtype().size();
+    if whole { x } else { x.to_contiguous() }
+}
+
+/// Wraps row-major data.
+pub(super) fn tensor(data: Vec<f32>, shape: Shape) -> FlexTensor {
+    FlexTensor::new(Bytes::from_elems(data), Layout::contiguous(shape), DType::F32)
+}
+
+/// Length of the last dimension.
+pub(super) fn last_dim(x: &FlexTensor) -> usize {
+    let shape = x.shape();
+    shape[shape.num_dims() - 1]
+}
+
+/// Runs `f(old, new)` on a buffer to fill: `x`'s own if nobody else holds it (then `old` is `None` and `new` holds
+/// the values of `x`), a fresh one otherwise.
+pub(super) fn reuse(mut x: FlexTensor, f: impl FnOnce(Option<&[f32]>, &mut [f32])) -> FlexTensor {
+    if let Some(values) = x.try_storage_mut::<f32>() {
+        f(None, values);
+        return x;
+    }
+    let mut out = vec![0.0; x.layout().num_elements()];
+    f(Some(x.storage::<f32>()), &mut out);
+    tensor(out, x.shape())
+}
+
+/// Rows in a block, from the shape alone.
+pub(super) fn block_rows(d: usize) -> usize {
+    (BLOCK / d.max(1)).max(1)
+}
+
+/// `f(first row, rows)` over blocks of `rows` rows of length `d`, in parallel.
+pub(super) fn blocks(data: &mut [f32], d: usize, rows: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
+    if data.len() <= rows * d {
+        return if data.is_empty() { () } else { f(0, data) };
+    }
+    data.par_chunks_mut(rows * d).enumerate().for_each(|(i, chunk)| f(i * rows, chunk));
+}
+
+/// As [`blocks`], over two buffers with the same number of rows.
+pub(super) fn blocks2(
+    (a, da): (&mut [f32], usize),
+    (b, db): (&mut [f32], usize),
+    rows: usize,
+    f: impl Fn(usize, &mut [f32], &mut [f32]) + Sync,
+) {
+    if a.len() <= rows * da {
+        return if a.is_empty() { () } else { f(0, a, b) };
+    }
+    let pairs = a.par_chunks_mut(rows * da).zip(b.par_chunks_mut(rows * db));
+    pairs.enumerate().for_each(|(i, (a, b))| f(i * rows, a, b));
+}
+
+/// Sum over `f(i)`, in 32 lanes and a fixed order; the compiler turns the lanes into vectors.
+#[inline(always)]
+pub(super) fn sum(len: usize, f: impl Fn(usize) -> f32) -> f32 {
+    const LANES: usize = 32;
+    let mut lanes = [0.0f32; LANES];
+    let whole = len / LANES * LANES;
+    for base in (0..whole).step_by(LANES) {
+        for lane in 0..LANES {
+            lanes[lane] += f(base + lane);
+        }
+    }
+    for i in whole..len {
+        lanes[i - whole] += f(i);
+    }
+    let mut width = LANES / 2;
+    while width > 0 {
+        for lane in 0..width {
+            lanes[lane] += lanes[lane + width];
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
+/// Largest of `x`, NaN if any is (like a reduction that propagates it).
+#[inline(always)]
+pub(super) fn max(x: &[f32]) -> f32 {
+    const LANES: usize = 32;
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    let chunks = x.chunks_exact(LANES);
+    let tail = chunks.remainder();
+    for chunk in chunks {
+        for lane in 0..LANES {
+            lanes[lane] = larger(lanes[lane], chunk[lane]);
+        }
+    }
+    for (lane, &v) in lanes.iter_mut().zip(tail) {
+        *lane = larger(*lane, v);
+    }
+    lanes.into_iter().fold(f32::NEG_INFINITY, larger)
+}
+
+#[inline(always)]
+fn larger(a: f32, b: f32) -> f32 {
+    if a >= b || a.is_nan() { a } else { b }
+}
+
+/// `e^x` within 2 ulp (Cephes' polynomial): 0 below -87.3, infinite above 88.3, NaN for NaN. Branch-free, so that
+/// loops over it become vector code.
+#[inline(always)]
+pub(super) fn exp(x: f32) -> f32 {
+    const LOW: f32 = -87.3;
+    const HIGH: f32 = 88.3;
+    // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
+    const ROUND: f32 = 12_582_912.0;
+    let c = if x > HIGH { HIGH } else { x };
+    let c = if c < LOW { LOW } else { c };
+    let shifted = c * std::f32::consts::LOG2_E + ROUND;
+    let n = shifted - ROUND;
+    let r = c - n * 0.693_359_4 + n * 2.121_944_4e-4;
+    let p = 1.987_569_1e-4;
+    let p = p * r + 1.398_2e-3;
+    let p = p * r + 8.333_452e-3;
+    let p = p * r + 4.166_579_6e-2;
+    let p = p * r + 1.666_666_5e-1;
+    let p = p * r + 5e-1;
+    let y = p * r * r + r + 1.0;
+    let y = y * f32::from_bits(shifted.to_bits().wrapping_add(127) << 23);
+    let y = if x < LOW { 0.0 } else { y };
+    if x > HIGH { f32::INFINITY } else { y }
+}
+
+/// `tanh(x)` to about 3e-7 relative.
+#[inline(always)]
+pub(super) fn tanh(x: f32) -> f32 {
+    let large = 1.0 - 2.0 / (exp(2.0 * x) + 1.0);
+    let s = x * x;
+    let small = x * (1.0 + s * (-1.0 / 3.0 + s * (2.0 / 15.0 + s * (-17.0 / 315.0))));
+    if x.abs() < 0.25 { small } else { large }
+}
+
+/// A tensor `[batch, heads, tokens, d]` whose rows are unbroken but may lie anywhere (a transposed projection, a slice of a cache).
+#[derive(Clone, Copy)]
+pub(super) struct Heads<'a> {
+    data: &'a [f32],
+    strides: [usize; 3],
+    pub dims: [usize; 4],
+}
+
+impl<'a> Heads<'a> {
+    /// `x` itself if its rows are unbroken, a row-major copy otherwise.
+    pub fn readable(x: FlexTensor) -> FlexTensor {
+        let strides = x.layout().strides();
+        let unbroken = (strides[3] == 1 || dim_len(&x, 3) == 1) && strides.iter().all(|&s| s >= 0);
+        if unbroken { x } else { x.to_contiguous() }
+    }
+
+    /// Views a tensor that went through [`readable`](Self::readable).
+    pub fn new(x: &'a FlexTensor) -> Self {
+        let strides = x.layout().strides();
+        Self {
+            data: &x.storage::<f32>()[x.layout().start_offset()..],
+            strides: std::array::from_fn(|i| strides[i] as usize),
+            dims: std::array::from_fn(|i| dim_len(x, i)),
+        }
+    }
+
+    /// Views row-major data.
+    pub fn dense(data: &'a [f32], dims: [usize; 4]) -> Self {
+        let [_, heads, tokens, d] = dims;
+        Self { data, strides: [heads * tokens * d, tokens * d, d], dims }
+    }
+
+    /// Row `index` of all `batch * heads * tokens`.
+    #[inline(always)]
+    pub fn row(&self, index: usize) -> &'a [f32] {
+        let [_, heads, tokens, d] = self.dims;
+        let (head, token) = (index / tokens, index % tokens);
+        let at = head / heads * self.strides[0] + head % heads * self.strides[1] + token * self.strides[2];
+        &self.data[at..][..d]
+    }
+
+    /// Tokens `from..to` of one head of one sequence, `[to - from, d]`.
+    pub fn tokens(&self, batch: usize, head: usize, from: usize, to: usize) -> MatRef<'a, f32> {
+        let at = batch * self.strides[0] + head * self.strides[1] + from * self.strides[2];
+        MatRef::from_row_major_slice_with_stride(&self.data[at..], to - from, self.dims[3], self.strides[2])
+    }
+}
+
+fn dim_len(x: &FlexTensor, dim: usize) -> usize {
+    x.layout().shape()[dim]
+}
+
+/// `dst = alpha * lhs rhs`, or added to `dst`, on the calling thread; `dst` is row-major without gaps.
+pub(super) fn gemm(dst: &mut [f32], add: bool, lhs: MatRef<'_, f32>, rhs: MatRef<'_, f32>, alpha: f32) {
+    let accum = if add { Accum::Add } else { Accum::Replace };
+    let dst = MatMut::from_row_major_slice_mut(dst, lhs.nrows(), rhs.ncols());
+    matmul(dst, accum, lhs, rhs, alpha, Par::Seq);
+}
+
+/// [`gemm`] over blocks of `rows` rows of `dst`, in parallel.
+pub(super) fn gemm_blocks(dst: &mut [f32], add: bool, lhs: MatRef<'_, f32>, rhs: MatRef<'_, f32>, rows: usize) {
+    blocks(dst, rhs.ncols(), rows, |first, dst| {
+        let count = dst.len() / rhs.ncols();
+        gemm(dst, add, lhs.subrows(first, count), rhs, 1.0);
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_and_tanh_agree_with_f64() {
+        let mut worst = (0.0f64, 0.0f64);
+        for i in -87_000..88_000 {
+            let x = i as f32 / 1000.0;
+            let want = f64::from(x).exp();
+            worst.0 = worst.0.max((f64::from(exp(x)) / want - 1.0).abs());
+        }
+        for i in -9000..9000 {
+            let x = (i as f32 + 0.5) / 1000.0;
+            let want = f64::from(x).tanh();
+            worst.1 = worst.1.max((f64::from(tanh(x)) / want - 1.0).abs());
+        }
+        assert!(worst.0 < 2.5e-7, "exp is off by {:e}", worst.0);
+        assert!(worst.1 < 6e-7, "tanh is off by {:e}", worst.1);
+    }
+
+    #[test]
+    fn exp_saturates() {
+        assert_eq!(exp(f32::NEG_INFINITY), 0.0);
+        assert_eq!(exp(-200.0), 0.0);
+        assert_eq!(exp(0.0), 1.0);
+        assert_eq!(exp(200.0), f32::INFINITY);
+        assert!(exp(f32::NAN).is_nan());
+        assert!(tanh(f32::NAN).is_nan());
+        assert_eq!((tanh(50.0), tanh(-50.0)), (1.0, -1.0));
+    }
+
+    #[test]
+    fn sum_and_max_cover_every_element() {
+        for len in [0, 1, 31, 32, 33, 100] {
+            assert_eq!(sum(len, |i| i as f32), (0..len).sum::<usize>() as f32);
+            for at in 0..len {
+                let mut x = vec![-1.0; len];
+                x[at] = 2.0;
+                assert_eq!(max(&x), 2.0);
+                x[at] = f32::NAN;
+                assert!(max(&x).is_nan());
+            }
+        }
+    }
+}

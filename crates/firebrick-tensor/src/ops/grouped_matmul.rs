@@ -1,0 +1,218 @@
+//! Matrix products of expert segments: every expert multiplies its own rows.
+
+use std::ops::Range;
+
+use burn::backend::backend_extension;
+use burn::tensor::Tensor;
+use burn_autodiff::{
+    Autodiff,
+    checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
+    grads::Gradients,
+    ops::{Backward, Ops, OpsKind},
+};
+use burn_backend::{Backend, Shape, Slice, TensorMetadata, tensor::FloatTensor};
+#[cfg(feature = "cubecl-backend")]
+use burn_cubecl::CubeBackend;
+use burn_flex::{Flex, FlexTensor};
+use faer::MatRef;
+use rayon::prelude::*;
+
+use super::cpu;
+
+/// Rows of a result that one task computes.
+const ROWS: usize = 64;
+
+/// Rows `offsets[e]..offsets[e + 1]` of `x` times `weight[e]`, for every expert `e`.
+///
+/// Both gradients are products over the same segments; an expert without rows gets a gradient of zero.
+///
+/// - x: `[rows, d_in]`, sorted by expert
+/// - weight: `[experts, d_in, d_out]`
+/// - offsets: `experts + 1` row numbers from 0 to `rows`, none below the one before
+/// - result: `[rows, d_out]`
+///
+/// # Panics
+/// If a shape disagrees or `offsets` are not as above.
+pub fn grouped_matmul(x: Tensor<2>, weight: Tensor<3>, offsets: &[usize]) -> Tensor<2> {
+    let ([rows, d_in], [experts, weight_in, _]) = (x.dims(), weight.dims());
+    assert_eq!(d_in, weight_in, "grouped_matmul: columns of x against rows of weight");
+    assert_eq!(offsets.len(), experts + 1, "grouped_matmul: offsets for {experts} experts");
+    let ascending = offsets.is_sorted() && offsets[0] == 0 && offsets[experts] == rows;
+    assert!(ascending, "grouped_matmul: offsets {offsets:?} do not ascend from 0 to {rows}");
+    let (x, weight) = (x.into_dispatch(), weight.into_dispatch());
+    Tensor::from_dispatch(<burn::backend::Dispatch as GroupedMatmulOps>::grouped_matmul(
+        x,
+        weight,
+        offsets.to_vec(),
+    ))
+}
+
+/// Products of segments on a backend's own tensors.
+#[backend_extension(Flex, Cube: cfg(feature = "cubecl-backend"), Autodiff, Fusion: cfg(feature = "cubecl-backend"))]
+pub trait GroupedMatmulOps: Backend {
+    /// Segments of rows times their expert's matrix, see [`grouped_matmul`].
+    #[fusion(default)]
+    fn grouped_matmul(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        offsets: Vec<usize>,
+    ) -> FloatTensor<Self> {
+        composed::<Self>(x, weight, &offsets)
+    }
+
+    /// Gradient of the weight, `x[segment]^T grad[segment]` for each expert, `[experts, d_in, d_out]`.
+    #[fusion(default)]
+    fn grouped_matmul_weight(
+        x: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        offsets: Vec<usize>,
+    ) -> FloatTensor<Self> {
+        composed_weight::<Self>(x, grad, &offsets)
+    }
+}
+
+/// The segments, empty ones included.
+fn segments(offsets: &[usize]) -> impl Iterator<Item = Range<usize>> {
+    offsets.windows(2).map(|pair| pair[0]..pair[1])
+}
+
+fn rows<B: Backend>(x: &FloatTensor<B>, rows: Range<usize>) -> FloatTensor<B> {
+    let columns = x.shape()[1];
+    B::float_slice(x.clone(), &[Slice::from(rows), Slice::from(0..columns)])
+}
+
+fn composed<B: Backend>(x: FloatTensor<B>, weight: FloatTensor<B>, offsets: &[usize]) -> FloatTensor<B> {
+    let (d_in, d_out) = (weight.shape()[1], weight.shape()[2]);
+    let mut parts = Vec::new();
+    for (e, segment) in segments(offsets).enumerate().filter(|(_, segment)| !segment.is_empty()) {
+        let slices = [Slice::from(e..e + 1), Slice::from(0..d_in), Slice::from(0..d_out)];
+        let w = B::float_reshape(B::float_slice(weight.clone(), &slices), Shape::new([d_in, d_out]));
+        parts.push(B::float_matmul(rows::<B>(&x, segment), w));
+    }
+    if parts.is_empty() {
+        return B::float_zeros(Shape::new([0, d_out]), &x.device(), x.dtype().into());
+    }
+    B::float_cat(parts, 0)
+}
+
+fn composed_weight<B: Backend>(x: FloatTensor<B>, grad: FloatTensor<B>, offsets: &[usize]) -> FloatTensor<B> {
+    let shape = Shape::new([1, x.shape()[1], grad.shape()[1]]);
+    let parts = segments(offsets).map(|segment| {
+        if segment.is_empty() {
+            return B::float_zeros(shape.clone(), &x.device(), x.dtype().into());
+        }
+        let (x, grad) = (rows::<B>(&x, segment.clone()), rows::<B>(&grad, segment));
+        B::float_reshape(B::float_matmul(B::float_swap_dims(x, 0, 1), grad), shape.clone())
+    });
+    let parts: Vec<_> = parts.collect();
+    B::float_cat(parts, 0)
+}
+
+#[cfg(feature = "cubecl-backend")]
+impl GroupedMatmulOps for CubeBackend {}
+
+impl GroupedMatmulOps for Flex {
+    fn grouped_matmul(x: FlexTensor, weight: FlexTensor, offsets: Vec<usize>) -> FlexTensor {
+        let (d_in, d_out) = (weight.shape()[1], weight.shape()[2]);
+        if !cpu::all_f32(&[&x, &weight]) || x.shape().num_elements() * d_out == 0 {
+            return composed::<Self>(x, weight, &offsets);
+        }
+        let x = cpu::contiguous(x);
+        // The backward pass hands over a transposed view: read as it is, by columns.
+        let strides = weight.layout().strides();
+        let by_columns = strides[1] == 1 && strides[2] >= d_in as isize && strides[0] >= 0;
+        let weight = if by_columns { weight } else { cpu::contiguous(weight) };
+        let strides: Vec<usize> = weight.layout().strides().iter().map(|&s| s as usize).collect();
+        let w = &weight.storage::<f32>()[weight.layout().start_offset()..];
+        let values = x.storage::<f32>();
+        let mut out = vec![0.0; x.shape()[0] * d_out];
+        let mut rest = out.as_mut_slice();
+        let mut tasks = Vec::new();
+        for (e, segment) in segments(&offsets).enumerate() {
+            let (part, tail) = rest.split_at_mut(segment.len() * d_out);
+            rest = tail;
+            for (i, part) in part.chunks_mut(ROWS * d_out).enumerate() {
+                tasks.push((e, segment.start + i * ROWS, part));
+            }
+        }
+        tasks.into_par_iter().for_each(|(e, first, part)| {
+            let count = part.len() / d_out;
+            let x = MatRef::from_row_major_slice(&values[first * d_in..][..count * d_in], count, d_in);
+            let w = &w[e * strides[0]..];
+            let w = if by_columns {
+                MatRef::from_column_major_slice_with_stride(w, d_in, d_out, strides[2])
+            } else {
+                MatRef::from_row_major_slice_with_stride(w, d_in, d_out, strides[1])
+            };
+            cpu::gemm(part, false, x, w, 1.0);
+        });
+        cpu::tensor(out, Shape::new([x.shape()[0], d_out]))
+    }
+
+    fn grouped_matmul_weight(x: FlexTensor, grad: FlexTensor, offsets: Vec<usize>) -> FlexTensor {
+        let (d_in, d_out) = (x.shape()[1], grad.shape()[1]);
+        if !cpu::all_f32(&[&x, &grad]) || d_in * d_out == 0 {
+            return composed_weight::<Self>(x, grad, &offsets);
+        }
+        let (x, grad) = (cpu::contiguous(x), cpu::contiguous(grad));
+        let (x, grad) = (x.storage::<f32>(), grad.storage::<f32>());
+        let experts = offsets.len() - 1;
+        let mut out = vec![0.0; experts * d_in * d_out];
+        let mut tasks = Vec::new();
+        for (part, segment) in out.chunks_mut(d_in * d_out).zip(segments(&offsets)) {
+            if segment.is_empty() {
+                continue;
+            }
+            for (i, part) in part.chunks_mut(ROWS * d_out).enumerate() {
+                tasks.push((segment.clone(), i * ROWS, part));
+            }
+        }
+        tasks.into_par_iter().for_each(|(segment, first, part)| {
+            let range = |d: usize| segment.start * d..segment.end * d;
+            let x = MatRef::from_row_major_slice(&x[range(d_in)], segment.len(), d_in).transpose();
+            let grad = MatRef::from_row_major_slice(&grad[range(d_out)], segment.len(), d_out);
+            cpu::gemm(part, false, x.subrows(first, part.len() / d_out), grad, 1.0);
+        });
+        cpu::tensor(out, Shape::new([experts, d_in, d_out]))
+    }
+}
+
+impl<B: Backend + GroupedMatmulOps, C: CheckpointStrategy> GroupedMatmulOps for Autodiff<B, C> {
+    fn grouped_matmul(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        offsets: Vec<usize>,
+    ) -> FloatTensor<Self> {
+        #[derive(Debug)]
+        struct GroupedMatmul;
+
+        impl<B: Backend + GroupedMatmulOps> Backward<B, 2> for GroupedMatmul {
+            /// Each input only if the other's gradient needs it.
+            type State = (Option<FloatTensor<B>>, Option<FloatTensor<B>>, Vec<usize>);
+
+            fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
+                let grad = grads.consume::<B>(&ops.node);
+                let (x, weight, offsets) = ops.state;
+                let [x_node, weight_node] = ops.parents;
+                if let (Some(node), Some(x)) = (weight_node, x) {
+                    let dweight = B::grouped_matmul_weight(x, grad.clone(), offsets.clone());
+                    grads.register::<B>(node.id, dweight);
+                }
+                if let (Some(node), Some(weight)) = (x_node, weight) {
+                    let weight = B::float_swap_dims(weight, 1, 2);
+                    grads.register::<B>(node.id, B::grouped_matmul(grad, weight, offsets));
+                }
+            }
+        }
+
+        let (x_tracked, weight_tracked) = (x.is_tracked(), weight.is_tracked());
+        let (x, x_node) = x.into_parts();
+        let (weight, weight_node) = weight.into_parts();
+        let kept = (weight_tracked.then(|| x.clone()), x_tracked.then(|| weight.clone()), offsets.clone());
+        let y = B::grouped_matmul(x, weight, offsets);
+        match GroupedMatmul.prepare::<C>([x_node, weight_node]).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => prep.finish(kept, y),
+            OpsKind::UnTracked(prep) => prep.finish(y),
+        }
+    }
+}

@@ -1,0 +1,88 @@
+//! Preallocated keys and values of past tokens, layer by layer.
+
+use burn::tensor::{Device, Tensor};
+
+/// Keys and values of the tokens seen so far, one preallocated buffer per layer.
+///
+/// A layer's buffers are allocated by its first [`append`](Self::append): a layer that never attends holds nothing.
+#[derive(Debug, Clone)]
+pub struct KvCache {
+    layers: Vec<Option<Layer>>,
+    shape: [usize; 4],
+    device: Device,
+}
+
+#[derive(Debug, Clone)]
+struct Layer {
+    keys: Tensor<4>,
+    values: Tensor<4>,
+    len: usize,
+}
+
+impl KvCache {
+    /// An empty cache for up to `capacity` tokens; nothing is allocated yet.
+    pub fn new(
+        layers: usize,
+        batch: usize,
+        kv_heads: usize,
+        capacity: usize,
+        head_dim: usize,
+        device: &Device,
+    ) -> Self {
+        Self {
+            layers: (0..layers).map(|_| None).collect(),
+            shape: [batch, kv_heads, capacity, head_dim],
+            device: device.clone(),
+        }
+    }
+
+    /// Writes `k` and `v` after the tokens already held and returns all keys and values held, `[batch, kv_heads, len, head_dim]`.
+    ///
+    /// The write is in place as long as the caller has dropped the tensors returned before (otherwise the device copies).
+    ///
+    /// - k, v: `[batch, kv_heads, tokens, head_dim]`
+    ///
+    /// # Panics
+    /// If `layer` is out of range, a shape disagrees or the tokens exceed the capacity (see [`remaining`](Self::remaining)).
+    pub fn append(&mut self, layer: usize, k: Tensor<4>, v: Tensor<4>) -> (Tensor<4>, Tensor<4>) {
+        let [batch, kv_heads, capacity, head_dim] = self.shape;
+        let tokens = k.dims()[2];
+        assert_eq!(k.dims(), [batch, kv_heads, tokens, head_dim], "KvCache: shape of k");
+        assert_eq!(v.dims(), k.dims(), "KvCache: shape of v");
+        // Taken out of the vector: a second handle would turn the in-place write into a copy of the buffer.
+        let held = self.layers[layer].take().unwrap_or_else(|| Layer {
+            keys: Tensor::zeros(self.shape, (&self.device, k.dtype())),
+            values: Tensor::zeros(self.shape, (&self.device, v.dtype())),
+            len: 0,
+        });
+        let len = held.len + tokens;
+        assert!(len <= capacity, "KvCache: {len} tokens in layer {layer} exceed the capacity of {capacity}");
+        let write = [0..batch, 0..kv_heads, held.len..len, 0..head_dim];
+        let keys = held.keys.slice_assign(write.clone(), k);
+        let values = held.values.slice_assign(write, v);
+        let filled = (keys.clone().narrow(2, 0, len), values.clone().narrow(2, 0, len));
+        self.layers[layer] = Some(Layer { keys, values, len });
+        filled
+    }
+
+    /// Tokens held by a layer.
+    pub fn len(&self, layer: usize) -> usize {
+        self.layers[layer].as_ref().map_or(0, |held| held.len)
+    }
+
+    /// Whether a layer holds no token.
+    pub fn is_empty(&self, layer: usize) -> bool {
+        self.len(layer) == 0
+    }
+
+    /// Tokens a layer can still take.
+    pub fn remaining(&self, layer: usize) -> usize {
+        self.shape[2] - self.len(layer)
+    }
+
+    /// Bytes allocated over all layers.
+    pub fn bytes(&self) -> usize {
+        let size = |t: &Tensor<4>| t.shape().num_elements() * t.dtype().size();
+        self.layers.iter().flatten().map(|held| size(&held.keys) + size(&held.values)).sum()
+    }
+}

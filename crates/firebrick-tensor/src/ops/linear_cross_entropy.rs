@@ -1,0 +1,163 @@
+//! Cross-entropy of a linear head that never holds the logits of all rows.
+//!
+//! Rows go through in chunks; the backward pass computes each chunk's logits again, so that what is kept between
+//! the passes is one log-sum-exp for each row (after Wijmans et al. 2024, arXiv:2411.09009, and Liger-Kernel).
+
+use burn::backend::backend_extension;
+use burn::tensor::{Int, Tensor};
+use burn_autodiff::{
+    Autodiff,
+    checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
+    grads::Gradients,
+    ops::{Backward, Ops, OpsKind},
+};
+use burn_backend::{
+    Backend, Shape, Slice, TensorMetadata,
+    tensor::{FloatTensor, IntTensor},
+};
+#[cfg(feature = "cubecl-backend")]
+use burn_cubecl::CubeBackend;
+use burn_flex::Flex;
+
+use super::cross_entropy::CrossEntropyOps;
+use super::matmul_add::MatmulAddOps;
+
+/// Logits held at a time.
+const CHUNK: usize = 1 << 22;
+
+/// Negative log-likelihood of each target under `softmax(hidden weight)`, in nats.
+///
+/// About 4 million logits exist at a time, whatever `n` is, in the forward and in the backward pass. The gradient
+/// of the weight is computed only if the weight is tracked.
+///
+/// - hidden: `[n, d]`
+/// - weight: `[d, vocab]`
+/// - targets: `[n]`, each in `0..vocab`
+/// - result: `[n]`
+///
+/// # Panics
+/// If a shape disagrees; on the CPU also if a target is out of range.
+pub fn linear_cross_entropy(hidden: Tensor<2>, weight: Tensor<2>, targets: Tensor<1, Int>) -> Tensor<1> {
+    assert_eq!(hidden.dims()[1], weight.dims()[0], "linear_cross_entropy: columns of hidden against rows of weight");
+    assert_eq!(hidden.dims()[0], targets.dims()[0], "linear_cross_entropy: rows of hidden against targets");
+    let (hidden, weight, targets) = (hidden.into_dispatch(), weight.into_dispatch(), targets.into_dispatch());
+    Tensor::from_dispatch(<burn::backend::Dispatch as LinearCrossEntropyOps>::linear_cross_entropy(
+        hidden, weight, targets,
+    ))
+}
+
+/// Cross-entropy of a linear head on a backend's own tensors.
+#[backend_extension(Flex, Cube: cfg(feature = "cubecl-backend"), Autodiff, Fusion: cfg(feature = "cubecl-backend"))]
+pub trait LinearCrossEntropyOps: Backend + CrossEntropyOps + MatmulAddOps {
+    /// Loss of each row, see [`linear_cross_entropy`].
+    #[fusion(default)]
+    fn linear_cross_entropy(
+        hidden: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+    ) -> FloatTensor<Self> {
+        forward::<Self>(&hidden, &weight, &targets).0
+    }
+}
+
+impl LinearCrossEntropyOps for Flex {}
+
+#[cfg(feature = "cubecl-backend")]
+impl LinearCrossEntropyOps for CubeBackend {}
+
+/// Row ranges of the chunks for `rows` rows of `width` values; at least one, possibly empty.
+pub(super) fn chunks(rows: usize, width: usize) -> Vec<std::ops::Range<usize>> {
+    let step = (CHUNK / width.max(1)).max(1);
+    (0..rows.max(1)).step_by(step).map(|first| first..rows.min(first + step)).collect()
+}
+
+/// Some rows of a matrix or some values of a vector.
+pub(super) fn rows<B: Backend>(x: &FloatTensor<B>, rows: &std::ops::Range<usize>) -> FloatTensor<B> {
+    let mut slices: Vec<Slice> = x.shape().iter().map(|&n| Slice::from(0..n)).collect();
+    slices[0] = Slice::from(rows.clone());
+    B::float_slice(x.clone(), &slices)
+}
+
+fn forward<B: CrossEntropyOps>(
+    hidden: &FloatTensor<B>,
+    weight: &FloatTensor<B>,
+    targets: &IntTensor<B>,
+) -> (FloatTensor<B>, FloatTensor<B>) {
+    let (mut loss, mut log_sum) = (Vec::new(), Vec::new());
+    for chunk in chunks(hidden.shape()[0], weight.shape()[1]) {
+        let logits = B::float_matmul(rows::<B>(hidden, &chunk), weight.clone());
+        let targets = B::int_slice(targets.clone(), &[Slice::from(chunk)]);
+        let (l, s) = B::cross_entropy(logits, targets);
+        loss.push(l);
+        log_sum.push(s);
+    }
+    (B::float_cat(loss, 0), B::float_cat(log_sum, 0))
+}
+
+#[derive(Debug, Clone)]
+struct State<B: Backend> {
+    hidden: FloatTensor<B>,
+    weight: FloatTensor<B>,
+    targets: IntTensor<B>,
+    log_sum: FloatTensor<B>,
+}
+
+/// Gradients for the hidden states and for the weight, each only if asked for.
+fn backward<B: CrossEntropyOps + MatmulAddOps>(
+    state: State<B>,
+    grad: FloatTensor<B>,
+    wants: [bool; 2],
+) -> [Option<FloatTensor<B>>; 2] {
+    let State { hidden, weight, targets, log_sum } = state;
+    let mut dhidden = Vec::new();
+    let mut dweight = wants[1].then(|| {
+        let [d, vocab] = [weight.shape()[0], weight.shape()[1]];
+        B::float_zeros(Shape::new([d, vocab]), &weight.device(), weight.dtype().into())
+    });
+    for chunk in chunks(hidden.shape()[0], weight.shape()[1]) {
+        let h = rows::<B>(&hidden, &chunk);
+        let logits = B::float_matmul(h.clone(), weight.clone());
+        let (log_sum, grad) = (rows::<B>(&log_sum, &chunk), rows::<B>(&grad, &chunk));
+        let targets = B::int_slice(targets.clone(), &[Slice::from(chunk)]);
+        let dlogits = B::cross_entropy_backward(logits, targets, log_sum, grad);
+        if wants[0] {
+            dhidden.push(B::float_matmul(dlogits.clone(), B::float_swap_dims(weight.clone(), 0, 1)));
+        }
+        dweight = dweight.map(|sum| B::transposed_matmul_add(sum, h, dlogits));
+    }
+    [wants[0].then(|| B::float_cat(dhidden, 0)), dweight]
+}
+
+impl<B: Backend + LinearCrossEntropyOps, C: CheckpointStrategy> LinearCrossEntropyOps for Autodiff<B, C> {
+    fn linear_cross_entropy(
+        hidden: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+    ) -> FloatTensor<Self> {
+        #[derive(Debug)]
+        struct LinearCrossEntropy;
+
+        impl<B: Backend + LinearCrossEntropyOps> Backward<B, 2> for LinearCrossEntropy {
+            type State = State<B>;
+
+            fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
+                let grad = grads.consume::<B>(&ops.node);
+                let wants = ops.parents.each_ref().map(Option::is_some);
+                let computed = backward::<B>(ops.state, grad, wants);
+                for (parent, grad) in ops.parents.into_iter().zip(computed) {
+                    if let (Some(parent), Some(grad)) = (parent, grad) {
+                        grads.register::<B>(parent.id, grad);
+                    }
+                }
+            }
+        }
+
+        let (hidden, hidden_node) = hidden.into_parts();
+        let (weight, weight_node) = weight.into_parts();
+        let (loss, log_sum) = forward::<B>(&hidden, &weight, &targets);
+        match LinearCrossEntropy.prepare::<C>([hidden_node, weight_node]).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => prep.finish(State { hidden, weight, targets, log_sum }, loss),
+            OpsKind::UnTracked(prep) => prep.finish(loss),
+        }
+    }
+}

@@ -1,0 +1,30 @@
+//! Custom ops with their kernels: one file per op, a composed default body, kernels and a backward pass.
+//!
+//! Every function here takes ordinary burn tensors and works on any device the crate was built for. Behind it
+//! is a backend trait whose default body composes burn's own ops (the reference, and what a device without a
+//! kernel runs); a backend with a kernel overrides the method, and gradients are hand-written.
+
+mod attention;
+mod attention_cpu;
+mod cpu;
+mod cross_entropy;
+mod grouped_matmul;
+mod kv_cache;
+mod linear_cross_entropy;
+mod linear_kl;
+mod matmul_add;
+mod packed;
+mod rms_norm;
+mod rope;
+mod swiglu;
+
+pub use attention::{AttentionOptions, attention};
+pub use cross_entropy::cross_entropy;
+pub use grouped_matmul::grouped_matmul;
+pub use kv_cache::KvCache;
+pub use linear_cross_entropy::linear_cross_entropy;
+pub use linear_kl::{Divergence, linear_kl};
+pub use packed::{PackedMatrix, packed_matmul};
+pub use rms_norm::rms_norm;
+pub use rope::rope;
+pub use swiglu::swiglu;

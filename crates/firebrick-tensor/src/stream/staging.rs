@@ -1,0 +1,272 @@
+//! The folder beside the target where parts are collected, and the journal of those that are finished.
+//!
+//! `.NAME.partial/journal.jsonl` holds one line with the key of the run (a hash of everything but the contents of the
+//! sources) and one line for each finished part with the hashes of its inputs and bytes. `.NAME.partial/out/` holds
+//! the files at their full size. A line is written after its bytes; both hashes are checked before a part is kept.
+
+use super::plan::Part;
+use super::positioned::{read_at, write_at};
+use super::target::{OutputFile, Target};
+use super::{StreamError, provenance};
+use serde::{Deserialize, Serialize};
+use std::collections::HashMap;
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+const JOURNAL: &str = "journal.jsonl";
+const JOURNAL_VERSION: u32 = 1;
+// Far above one line per part of the largest model.
+const MAX_JOURNAL: u64 = 1 << 30;
+
+#[derive(Serialize, Deserialize)]
+struct Header {
+    firebrick_journal: u32,
+    key: String,
+}
+
+/// A finished part.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Claim {
+    name: String,
+    file: usize,
+    offset: u64,
+    bytes: u64,
+    /// Hash of the bytes it was computed from.
+    pub(super) inputs: String,
+    /// Hash of its own bytes.
+    pub(super) blake3: String,
+}
+
+impl Claim {
+    pub(super) fn new(name: &str, part: &Part, inputs: String, blake3: String) -> Self {
+        let Part { file, offset, bytes, .. } = *part;
+        Claim { name: name.to_owned(), file, offset, bytes, inputs, blake3 }
+    }
+}
+
+/// The staging folder of one run, locked against others.
+pub(super) struct Staging {
+    folder: PathBuf,
+    journal: File,
+    pub(super) files: Vec<(PathBuf, File)>,
+    claims: HashMap<(usize, u64, u64), Claim>,
+    finished: AtomicUsize,
+}
+
+impl Staging {
+    /// Opens what an interrupted run with the same `key` left, or starts over.
+    pub(super) fn open(
+        target: &Target,
+        files: &[OutputFile],
+        key: &str,
+        resume: bool,
+    ) -> Result<Self, StreamError> {
+        let folder = target.staging();
+        let out = folder.join("out");
+        std::fs::create_dir_all(&out).map_err(StreamError::io(&out))?;
+        let path = folder.join(JOURNAL);
+        let mut journal = lock(&folder)?;
+        if resume
+            && let Some(claims) = read_journal(&mut journal, key).map_err(StreamError::io(&path))?
+            && let Some(files) = reopen(&out, files)
+        {
+            let finished = AtomicUsize::new(claims.len());
+            return Ok(Staging { folder, journal, files, claims, finished });
+        }
+        // Emptied before anything else changes: no line may speak of files that are about to go.
+        journal.set_len(0).and_then(|()| journal.rewind()).map_err(StreamError::io(&path))?;
+        std::fs::remove_dir_all(&out).map_err(StreamError::io(&out))?;
+        let files = create(&out, files)?;
+        let header = Header { firebrick_journal: JOURNAL_VERSION, key: key.to_owned() };
+        let staging = Staging { folder, journal, files, claims: HashMap::new(), finished: AtomicUsize::new(0) };
+        staging.append(&header)?;
+        Ok(staging)
+    }
+
+    /// What the journal says of this part.
+    pub(super) fn claim(&self, part: &Part) -> Option<&Claim> {
+        self.claims.get(&(part.file, part.offset, part.bytes))
+    }
+
+    /// Hash of the bytes that are in the place of this part.
+    pub(super) fn hash(&self, part: &Part) -> Result<String, StreamError> {
+        let (path, file) = &self.files[part.file];
+        let mut buffer = vec![0; super::job::BUFFER.min(part.bytes as usize)];
+        let mut hasher = blake3::Hasher::new();
+        let mut done = 0;
+        while done < part.bytes {
+            let n = buffer.len().min((part.bytes - done) as usize);
+            read_at(file, part.offset + done, &mut buffer[..n]).map_err(StreamError::io(path))?;
+            hasher.update(&buffer[..n]);
+            done += n as u64;
+        }
+        Ok(hasher.finalize().to_hex().to_string())
+    }
+
+    /// Notes a part whose bytes are in place.
+    pub(super) fn finish(&self, claim: &Claim) -> Result<(), StreamError> {
+        self.finished.fetch_add(1, Ordering::Relaxed);
+        self.append(claim)
+    }
+
+    fn append(&self, line: &impl Serialize) -> Result<(), StreamError> {
+        let mut text = serde_json::to_vec(line).expect("plain data is JSON");
+        text.push(b'\n');
+        (&self.journal).write_all(&text).map_err(StreamError::io(&self.folder.join(JOURNAL)))
+    }
+
+    /// Writes a small file beside the tensors.
+    pub(super) fn add_file(&self, name: &str, bytes: &[u8]) -> Result<(), StreamError> {
+        let path = self.folder.join("out").join(name);
+        let write = || {
+            let mut file = File::create(&path)?;
+            file.write_all(bytes)?;
+            file.sync_all()
+        };
+        write().map_err(StreamError::io(&path))
+    }
+
+    /// Whether there is anything to go on from.
+    pub(super) fn has_parts(&self) -> bool {
+        self.finished.load(Ordering::Relaxed) > 0
+    }
+
+    /// Removes the folder.
+    pub(super) fn discard(self) {
+        let Staging { folder, journal, files, .. } = self;
+        drop((journal, files));
+        // An error is on its way to the caller already, and a folder that stays is resumed or replaced later.
+        let _ = std::fs::remove_dir_all(folder);
+    }
+
+    /// Puts the output in place of the target and removes the staging folder.
+    pub(super) fn commit(self, target: &Target) -> Result<(), StreamError> {
+        let Staging { folder, journal, files, .. } = self;
+        drop(files);
+        let (out, path) = (folder.join("out"), target.path());
+        let rename = |from: &Path, to: &Path| std::fs::rename(from, to).map_err(StreamError::io(to));
+        match target {
+            Target::Gguf { .. } => {
+                let provenance = provenance::file_name(target);
+                rename(&out.join(target.file_name()), path)?;
+                rename(&out.join(&provenance), &target.parent().join(&provenance))?;
+            }
+            Target::Folder { .. } => {
+                sync_folder(&out);
+                let old = folder.join("old");
+                if path.exists() {
+                    rename(path, &old)?;
+                }
+                if let Err(error) = rename(&out, path) {
+                    if old.exists() {
+                        rename(&old, path)?;
+                    }
+                    return Err(error);
+                }
+            }
+        }
+        drop(journal);
+        sync_folder(&target.parent());
+        std::fs::remove_dir_all(&folder).map_err(StreamError::io(&folder))
+    }
+}
+
+/// Cleans up after a run that died while it replaced a folder: the old one is put back, or removed if the new one is
+/// in place.
+pub(super) fn recover(target: &Target) -> Result<(), StreamError> {
+    let folder = target.staging();
+    let old = folder.join("old");
+    if !old.exists() {
+        return Ok(());
+    }
+    let _lock = lock(&folder)?;
+    if target.path().exists() {
+        std::fs::remove_dir_all(&old).map_err(StreamError::io(&old))
+    } else {
+        std::fs::rename(&old, target.path()).map_err(StreamError::io(target.path()))
+    }
+}
+
+/// Opens the journal, locked against other runs.
+fn lock(folder: &Path) -> Result<File, StreamError> {
+    let path = folder.join(JOURNAL);
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create(true).truncate(false);
+    let journal = options.open(&path).map_err(StreamError::io(&path))?;
+    match journal.try_lock() {
+        Ok(()) => Ok(journal),
+        Err(TryLockError::WouldBlock) => Err(StreamError::Busy { path: folder.to_owned() }),
+        Err(TryLockError::Error(source)) => Err(StreamError::Io { path, source }),
+    }
+}
+
+/// Makes renames reach the disk, where folders can be synced.
+fn sync_folder(folder: &Path) {
+    if let Ok(folder) = File::open(folder) {
+        let _ = folder.sync_all();
+    }
+}
+
+/// The finished parts of the run `key`, and the journal cut behind the last whole line; `None` for another run.
+fn read_journal(journal: &mut File, key: &str) -> std::io::Result<Option<HashMap<(usize, u64, u64), Claim>>> {
+    if journal.metadata()?.len() > MAX_JOURNAL {
+        return Ok(None);
+    }
+    let mut text = Vec::new();
+    journal.read_to_end(&mut text)?;
+    let mut lines = text.split_inclusive(|&b| b == b'\n').filter(|line| line.ends_with(b"\n"));
+    let header = lines.next();
+    let same = header.and_then(|line| serde_json::from_slice::<Header>(line).ok()).is_some_and(|header| {
+        header.firebrick_journal == JOURNAL_VERSION && header.key == key
+    });
+    if !same {
+        return Ok(None);
+    }
+    let mut claims = HashMap::new();
+    let mut good = header.map_or(0, <[u8]>::len) as u64;
+    for line in lines {
+        // Behind the first broken line nothing is trusted.
+        let Ok(claim) = serde_json::from_slice::<Claim>(line) else { break };
+        good += line.len() as u64;
+        claims.insert((claim.file, claim.offset, claim.bytes), claim);
+    }
+    journal.set_len(good)?;
+    journal.seek(SeekFrom::Start(good))?;
+    Ok(Some(claims))
+}
+
+/// The files of the interrupted run, if all of them are as they were created.
+fn reopen(out: &Path, files: &[OutputFile]) -> Option<Vec<(PathBuf, File)>> {
+    files
+        .iter()
+        .map(|OutputFile { name, layout }| {
+            let path = out.join(name);
+            let file = OpenOptions::new().read(true).write(true).open(&path).ok()?;
+            let mut header = vec![0; layout.header().len()];
+            let whole = file.metadata().ok()?.len() == layout.file_len();
+            (whole && read_at(&file, 0, &mut header).is_ok() && header == layout.header())
+                .then_some((path, file))
+        })
+        .collect()
+}
+
+fn create(out: &Path, files: &[OutputFile]) -> Result<Vec<(PathBuf, File)>, StreamError> {
+    std::fs::create_dir_all(out).map_err(StreamError::io(out))?;
+    files
+        .iter()
+        .map(|OutputFile { name, layout }| {
+            let path = out.join(name);
+            let write = || {
+                let file =
+                    OpenOptions::new().read(true).write(true).create(true).truncate(true).open(&path)?;
+                file.set_len(layout.file_len())?;
+                write_at(&file, 0, layout.header())?;
+                Ok(file)
+            };
+            let file = write().map_err(StreamError::io(&path))?;
+            Ok((path, file))
+        })
+        .collect()
+}

@@ -1,0 +1,218 @@
+//! Checkpoints of a training run: a folder that appears whole, replaces the one before, and resumes bit for bit.
+//!
+//! `checkpoint-<step>/` holds `model.safetensors` (trainable parameters by path), `optimizer.safetensors` (moments under
+//! `<path>.exp_avg` and `<path>.exp_avg_sq`, PyTorch's names) and `state.json`.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use burn::module::Module;
+use burn::tensor::{DType, Device, Tensor, TensorData};
+use firebrick_tensor::block;
+use firebrick_tensor::checkpoint::{AtomicFile, Checkpoint, Layout, TensorSpec, TensorWriter};
+use serde::{Deserialize, Serialize};
+
+use crate::TrainError;
+use crate::optimizer::{AdamW, Moments};
+use crate::params::{map_trainable, trainable};
+
+const PREFIX: &str = "checkpoint-";
+const PARTIAL: &str = ".partial";
+const MODEL: &str = "model.safetensors";
+const OPTIMIZER: &str = "optimizer.safetensors";
+const STATE: &str = "state.json";
+
+/// Everything a run is made of besides tensors.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct State {
+    /// Steps done.
+    pub step: usize,
+    /// Tokens seen.
+    pub tokens: u64,
+    /// The settings, to refuse a run with others.
+    pub config: serde_json::Value,
+    /// Digest of the training text.
+    pub data: String,
+    /// How many gradients each parameter has seen.
+    pub updates: BTreeMap<String, u64>,
+    /// The loss of every step.
+    pub losses: Vec<f64>,
+}
+
+/// The checkpoint of the highest step in the folder `out`, if there is one.
+pub(crate) fn latest(out: &Path) -> Result<Option<(PathBuf, State)>, TrainError> {
+    let Some((_, folder)) = complete(out)?.pop() else { return Ok(None) };
+    let path = folder.join(STATE);
+    let text = fs::read(&path).map_err(|e| TrainError::io(&path, e))?;
+    let state = serde_json::from_slice(&text)
+        .map_err(|e| TrainError::Resume { path: folder.clone(), problems: vec![format!("{STATE}: {e}")] })?;
+    Ok(Some((folder, state)))
+}
+
+/// The checkpoint folders in `out` by step; none if there is no such folder.
+fn complete(out: &Path) -> Result<Vec<(usize, PathBuf)>, TrainError> {
+    let entries = match fs::read_dir(out) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries.map_err(|e| TrainError::io(out, e))?,
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        let path = entry.map_err(|e| TrainError::io(out, e))?.path();
+        let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
+        if let Some(step) = name.strip_prefix(PREFIX).and_then(|s| s.parse().ok()) {
+            found.push((step, path));
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// Writes a checkpoint into `out`, then removes the ones before it.
+pub(crate) fn save<M: Module>(
+    out: &Path,
+    module: &M,
+    optimizer: &AdamW,
+    state: &State,
+) -> Result<(), TrainError> {
+    let folder = out.join(format!("{PREFIX}{:08}", state.step));
+    let partial = out.join(format!("{PREFIX}{:08}{PARTIAL}", state.step));
+    let remove = |path: &Path| match fs::remove_dir_all(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(TrainError::io(path, e)),
+        _ => Ok(()),
+    };
+    remove(&partial)?;
+    fs::create_dir_all(&partial).map_err(|e| TrainError::io(&partial, e))?;
+
+    let parameters = trainable(module);
+    write_tensors(
+        &partial.join(MODEL),
+        parameters.into_iter().map(|p| (p.path, p.dims, p.values)).collect(),
+    )?;
+    let moments = optimizer.moments.iter().flat_map(|(path, m)| {
+        let flat = |name: &str, t: &Tensor<1>| (format!("{path}.{name}"), t.dims().to_vec(), t.clone());
+        [flat("exp_avg", &m.first), flat("exp_avg_sq", &m.second)]
+    });
+    write_tensors(&partial.join(OPTIMIZER), moments.collect())?;
+    let text = serde_json::to_vec_pretty(state).expect("numbers and strings are JSON");
+    write_file(&partial.join(STATE), &text)?;
+
+    fs::rename(&partial, &folder).map_err(|e| TrainError::io(&folder, e))?;
+    // The rename must reach the disk before the folders it replaces go; where folders can't be synced nothing helps.
+    if let Ok(handle) = fs::File::open(out) {
+        let _ = handle.sync_all();
+    }
+    for (step, old) in complete(out)? {
+        if step != state.step {
+            remove(&old)?;
+        }
+    }
+    Ok(())
+}
+
+/// Puts the tensors of the checkpoint at `folder` into `module` and `optimizer`; every difference is listed.
+pub(crate) fn load<M: Module>(
+    folder: &Path,
+    state: &State,
+    module: M,
+    optimizer: &mut AdamW,
+) -> Result<M, TrainError> {
+    let (model, moments) =
+        (Checkpoint::open(folder.join(MODEL))?, Checkpoint::open(folder.join(OPTIMIZER))?);
+    let mut problems = Vec::new();
+    let parameters = trainable(&module);
+    let mut values = BTreeMap::new();
+    for p in &parameters {
+        let device = p.values.device();
+        let (elements, dtype) = (p.values.dims()[0], p.values.dtype());
+        match model.get(&p.path) {
+            None => problems.push(format!("parameter `{}` is not in the checkpoint", p.path)),
+            Some(info) if info.shape != p.dims || Some(info.dtype) != stored(dtype) => problems.push(format!(
+                "parameter `{}` is {:?} {dtype:?} here, {:?} {} in the checkpoint",
+                p.path, p.dims, info.shape, info.dtype
+            )),
+            Some(_) => {
+                values.insert(p.path.clone(), read(&model, &p.path, dtype, &device)?);
+            }
+        }
+        let Some(&updates) = state.updates.get(&p.path) else { continue };
+        let mut moment = |name: &str| {
+            let name = format!("{}.{name}", p.path);
+            let wide = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
+            match moments.get(&name) {
+                Some(info) if info.shape == [elements] && Some(info.dtype) == stored(wide) => {
+                    read(&moments, &name, wide, &device).map(Some)
+                }
+                _ => {
+                    problems.push(format!("moment `{name}` is missing or has another shape"));
+                    Ok(None)
+                }
+            }
+        };
+        if let (Some(first), Some(second)) = (moment("exp_avg")?, moment("exp_avg_sq")?) {
+            optimizer.moments.insert(p.path.clone(), Moments { updates, first, second });
+        }
+    }
+    let known = |name: &str| parameters.iter().any(|p| p.path == name);
+    for info in model.tensors().iter().filter(|t| !known(&t.name)) {
+        problems.push(format!("parameter `{}` of the checkpoint is not trainable here", info.name));
+    }
+    if !problems.is_empty() {
+        return Err(TrainError::Resume { path: folder.to_path_buf(), problems });
+    }
+    Ok(map_trainable(module, &mut |path, old| values.remove(path).unwrap_or(old)))
+}
+
+/// Writes flat `tensors` (name, extents, values) in the order the format asks for, one in memory at a time.
+fn write_tensors(path: &Path, tensors: Vec<(String, Vec<usize>, Tensor<1>)>) -> Result<(), TrainError> {
+    let mut specs = Vec::new();
+    for (name, dims, values) in &tensors {
+        let dtype = stored(values.dtype()).ok_or_else(|| TrainError::Config {
+            problems: vec![format!("parameter `{name}` of type {:?} cannot be saved", values.dtype())],
+        })?;
+        specs.push(TensorSpec::new(name.clone(), dtype, dims.clone()));
+    }
+    let values: BTreeMap<&str, &Tensor<1>> = tensors.iter().map(|(n, _, v)| (n.as_str(), v)).collect();
+    let layout = Layout::safetensors(&Default::default(), &specs)?;
+    let order: Vec<String> = layout.tensors().iter().map(|t| t.name.clone()).collect();
+    let mut writer = TensorWriter::new(AtomicFile::create(path)?, layout)?;
+    for name in order {
+        let data = values[name.as_str()].clone().try_into_data().map_err(|e| TrainError::Device(e.to_string()))?;
+        writer.write(&name, data.bytes())?;
+    }
+    Ok(writer.finish()?.commit()?)
+}
+
+fn read(checkpoint: &Checkpoint, name: &str, dtype: DType, device: &Device) -> Result<Tensor<1>, TrainError> {
+    let tensor = if dtype == DType::F64 {
+        let bytes = checkpoint.bytes(name)?.chunks_exact(8);
+        let values: Vec<f64> =
+            bytes.map(|b| f64::from_le_bytes(b.try_into().expect("chunks of 8"))).collect();
+        let n = values.len();
+        Tensor::from_data(TensorData::new(values, [n]), (device, DType::F64))
+    } else {
+        // Exact for 16-bit types too: each of their values is an `f32`.
+        let values = checkpoint.read_f32(name)?;
+        let n = values.len();
+        Tensor::from_data(TensorData::new(values, [n]), (device, DType::F32)).cast(dtype)
+    };
+    Ok(tensor)
+}
+
+fn stored(dtype: DType) -> Option<block::DType> {
+    match dtype {
+        DType::F32 => Some(block::DType::F32),
+        DType::F16 => Some(block::DType::F16),
+        DType::BF16 => Some(block::DType::BF16),
+        DType::F64 => Some(block::DType::F64),
+        _ => None,
+    }
+}
+
+/// Writes a small file atomically.
+pub(crate) fn write_file(path: &Path, bytes: &[u8]) -> Result<(), TrainError> {
+    let mut file = AtomicFile::create(path)?;
+    file.write_all(bytes).map_err(|e| TrainError::io(path, e))?;
+    Ok(file.commit()?)
+}

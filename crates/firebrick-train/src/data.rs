@@ -1,0 +1,335 @@
+//! Text as token ids, cut into windows and drawn in a repeatable order.
+
+use std::path::Path;
+
+use burn::tensor::{Device, Int, Tensor, TensorData};
+use firebrick_core::Seed;
+use firebrick_models::Tokenizer;
+use rand::seq::SliceRandom;
+
+use crate::TrainError;
+
+/// Token ids of one or more documents, each ended by the tokenizer's end-of-sequence token if it has one.
+///
+/// A window may span documents (packing without masking, as in GPT-3 pretraining).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct TextData {
+    /// The ids of all documents, in order.
+    pub ids: Vec<u32>,
+    /// How many bytes of text the ids stand for; 0 if unknown.
+    pub bytes: usize,
+    /// Where each document ends: in `ids`, and in bytes of text.
+    ends: Vec<(usize, usize)>,
+}
+
+impl TextData {
+    /// One document, already encoded; `bytes` of text, or 0 if unknown.
+    pub fn new(ids: Vec<u32>, bytes: usize) -> Self {
+        let ends = vec![(ids.len(), bytes)];
+        TextData { ids, bytes, ends }
+    }
+
+    /// Encodes each document and ends it with the end-of-sequence token.
+    ///
+    /// # Errors
+    /// If the tokenizer fails.
+    pub fn from_documents<'a>(
+        documents: impl IntoIterator<Item = &'a str>,
+        tokenizer: &Tokenizer,
+    ) -> Result<Self, TrainError> {
+        Self::encoded(documents, tokenizer.eos(), &mut |text| Ok(tokenizer.encode(text, false)?))
+    }
+
+    /// Encodes `text` as one document.
+    ///
+    /// # Errors
+    /// If the tokenizer fails.
+    pub fn from_text(text: &str, tokenizer: &Tokenizer) -> Result<Self, TrainError> {
+        Self::from_documents([text], tokenizer)
+    }
+
+    /// Reads a file: `.jsonl` is one document per line, an object with the text under `text` (blank lines are skipped);
+    /// any other file is plain text, one document.
+    ///
+    /// # Errors
+    /// If the file cannot be read, has no text, is not UTF-8 (with the offset) or has a bad line, or if the
+    /// tokenizer fails.
+    pub fn from_file(path: &Path, tokenizer: &Tokenizer) -> Result<Self, TrainError> {
+        let documents = read_documents(path)?;
+        Self::from_documents(documents.iter().map(String::as_str), tokenizer)
+    }
+
+    fn encoded<'a>(
+        documents: impl IntoIterator<Item = &'a str>,
+        end: Option<u32>,
+        encode: &mut dyn FnMut(&str) -> Result<Vec<u32>, TrainError>,
+    ) -> Result<Self, TrainError> {
+        let mut data = TextData::default();
+        for document in documents {
+            data.ids.append(&mut encode(document)?);
+            data.ids.extend(end);
+            data.bytes += document.len();
+            data.ends.push((data.ids.len(), data.bytes));
+        }
+        Ok(data)
+    }
+
+    /// The texts one after the other.
+    pub fn concat(parts: impl IntoIterator<Item = TextData>) -> Self {
+        let mut all = TextData::default();
+        for part in parts {
+            let (ids, bytes) = (all.ids.len(), all.bytes);
+            all.ends.extend(part.ends.iter().map(|(i, b)| (ids + i, bytes + b)));
+            all.ids.extend(part.ids);
+            all.bytes += part.bytes;
+        }
+        all
+    }
+
+    /// Number of documents.
+    pub fn documents(&self) -> usize {
+        self.ends.len()
+    }
+
+    /// Non-overlapping windows of `window` tokens; an incomplete last one is left out.
+    ///
+    /// # Panics
+    /// If `window` is 0.
+    pub fn windows(&self, window: usize) -> std::slice::ChunksExact<'_, u32> {
+        self.ids.chunks_exact(window)
+    }
+
+    /// Splits off about the fraction `held_out` of the tokens at the end, as `(train, held_out)`: at the end of a
+    /// document if there are several, else at the end of a window (then the bytes are shared out by tokens).
+    ///
+    /// # Errors
+    /// If either part would not fill one window.
+    pub fn split(&self, held_out: f64, window: usize) -> Result<(TextData, TextData), TrainError> {
+        let target = (self.ids.len() as f64 * (1.0 - held_out.clamp(0.0, 1.0))).round() as usize;
+        let (at, bytes, documents) = match &self.ends[..] {
+            [first @ .., _] if !first.is_empty() => {
+                let nearest = (0..first.len()).min_by_key(|&i| first[i].0.abs_diff(target));
+                let i = nearest.expect("not empty");
+                (first[i].0, first[i].1, i + 1)
+            }
+            _ => {
+                let at = target - target % window.max(1);
+                let share = at as f64 / self.ids.len().max(1) as f64;
+                (at, (self.bytes as f64 * share).round() as usize, 0)
+            }
+        };
+        let (head, tail) = self.ids.split_at(at);
+        if let Some(short) = [head, tail].into_iter().find(|part| part.len() < window) {
+            return Err(TrainError::TooShort { tokens: short.len(), window });
+        }
+        let part = |ids: &[u32], bytes, ends: Vec<(usize, usize)>| {
+            let ends = if ends.is_empty() { vec![(ids.len(), bytes)] } else { ends };
+            TextData { ids: ids.to_vec(), bytes, ends }
+        };
+        let tail_ends = self.ends[documents..].iter().map(|(i, b)| (i - at, b - bytes)).collect();
+        Ok((part(head, bytes, self.ends[..documents].to_vec()), part(tail, self.bytes - bytes, tail_ends)))
+    }
+
+    /// A digest of the ids, to tell whether a checkpoint was made from this text.
+    pub fn digest(&self) -> String {
+        let mut hasher = blake3::Hasher::new();
+        for id in &self.ids {
+            hasher.update(&id.to_le_bytes());
+        }
+        hasher.finalize().to_hex()[..32].to_string()
+    }
+}
+
+fn read_documents(path: &Path) -> Result<Vec<String>, TrainError> {
+    let bytes = std::fs::read(path).map_err(|e| TrainError::io(path, e))?;
+    let text = String::from_utf8(bytes).map_err(|e| TrainError::NotUtf8 {
+        path: path.to_path_buf(),
+        offset: e.utf8_error().valid_up_to(),
+    })?;
+    let documents = if path.extension().is_some_and(|e| e.eq_ignore_ascii_case("jsonl")) {
+        let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
+        lines.map(|(i, line)| json_document(path, i + 1, line)).collect::<Result<Vec<_>, _>>()?
+    } else {
+        vec![text]
+    };
+    match documents.iter().all(|d| d.trim().is_empty()) {
+        true => Err(TrainError::EmptyFile { path: path.to_path_buf() }),
+        false => Ok(documents),
+    }
+}
+
+fn json_document(path: &Path, line: usize, text: &str) -> Result<String, TrainError> {
+    let fail = |what: String| TrainError::JsonLine { path: path.to_path_buf(), line, what };
+    let value: serde_json::Value = serde_json::from_str(text).map_err(|e| fail(e.to_string()))?;
+    let document = value.get("text").and_then(|t| t.as_str());
+    document.map(str::to_string).ok_or_else(|| fail("no string under `text`".into()))
+}
+
+/// Stacks windows of equal length into `[windows, tokens]` on `device`.
+///
+/// # Panics
+/// If the windows differ in length.
+pub fn token_tensor(windows: &[&[u32]], device: &Device) -> Tensor<2, Int> {
+    let tokens = windows.first().map_or(0, |w| w.len());
+    assert!(windows.iter().all(|w| w.len() == tokens), "windows of a batch have one length");
+    let ids: Vec<i32> = windows.iter().flat_map(|w| w.iter().map(|&id| id as i32)).collect();
+    Tensor::from_data(TensorData::new(ids, [windows.len(), tokens]), device)
+}
+
+/// Draws batches of windows: every epoch passes all windows once in an order of its own.
+///
+/// The order of an epoch is a function of the seed and its number, and batch `k` of the seed and `k`, so that a
+/// resumed run needs to know only where it was.
+#[derive(Clone, Debug)]
+pub struct Sampler<'a> {
+    data: &'a TextData,
+    window: usize,
+    batch: usize,
+    seed: Seed,
+    /// The epoch drawn last, and its order.
+    order: Option<(usize, Vec<u32>)>,
+}
+
+impl<'a> Sampler<'a> {
+    /// Batches of `batch` windows of `window` tokens.
+    ///
+    /// # Errors
+    /// If `data` does not fill one window.
+    ///
+    /// # Panics
+    /// If `window` or `batch` is 0.
+    pub fn new(data: &'a TextData, window: usize, batch: usize, seed: Seed) -> Result<Self, TrainError> {
+        assert!(window > 0 && batch > 0, "a batch has windows and a window has tokens");
+        match data.windows(window).len() {
+            0 => Err(TrainError::TooShort { tokens: data.ids.len(), window }),
+            _ => Ok(Sampler { data, window, batch, seed, order: None }),
+        }
+    }
+
+    /// The order in which `epoch` passes the windows, as indices into [`TextData::windows`].
+    pub fn order(&mut self, epoch: usize) -> &[u32] {
+        if self.order.as_ref().is_none_or(|(e, _)| *e != epoch) {
+            let mut order: Vec<u32> = (0..self.data.windows(self.window).len() as u32).collect();
+            order.shuffle(&mut self.seed.stream(&format!("sampler/epoch.{epoch}")));
+            self.order = Some((epoch, order));
+        }
+        &self.order.as_ref().expect("just drawn").1
+    }
+
+    /// The windows of batch `k`, counted from 0 over all epochs; a batch at the end of an epoch goes on in the next.
+    pub fn batch(&mut self, k: usize) -> Vec<&'a [u32]> {
+        let data = self.data;
+        let windows = data.windows(self.window).len();
+        (k * self.batch..(k + 1) * self.batch)
+            .map(|at| {
+                let index = self.order(at / windows)[at % windows] as usize;
+                &data.ids[index * self.window..][..self.window]
+            })
+            .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bytes(documents: &[&str]) -> TextData {
+        let mut encode = |text: &str| Ok(text.bytes().map(u32::from).collect());
+        TextData::encoded(documents.iter().copied(), Some(999), &mut encode).unwrap()
+    }
+
+    #[test]
+    fn documents_are_ended_and_counted() {
+        let data = bytes(&["abc", "", "de"]);
+        assert_eq!(data.ids, [97, 98, 99, 999, 999, 100, 101, 999]);
+        assert_eq!((data.bytes, data.documents()), (5, 3));
+        assert_eq!(TextData::concat([bytes(&["abc", ""]), bytes(&["de"])]), data);
+        assert_eq!(data.windows(3).collect::<Vec<_>>(), [[97, 98, 99], [999, 999, 100]]);
+        assert_ne!(data.digest(), bytes(&["abc", "de"]).digest());
+    }
+
+    #[test]
+    fn a_split_cuts_at_the_nearest_document() {
+        let data = bytes(&["aaaa", "bbbb", "cccc", "dd"]);
+        let (train, held) = data.split(0.4, 2).unwrap();
+        assert_eq!((train.ids.len(), held.ids.len()), (10, 8));
+        assert_eq!((train.bytes, held.bytes), (8, 6));
+        assert_eq!(TextData::concat([train, held]), data);
+        assert!(matches!(data.split(0.1, 4), Err(TrainError::TooShort { tokens: 3, window: 4 })));
+    }
+
+    #[test]
+    fn a_split_of_one_document_cuts_at_a_window() {
+        let data = TextData::new((0..100).collect(), 200);
+        let (train, held) = data.split(0.25, 10).unwrap();
+        assert_eq!((train.ids.len(), train.bytes, held.ids.len(), held.bytes), (70, 140, 30, 60));
+        assert_eq!(held.ids[0], 70);
+        assert!(matches!(data.split(0.0, 10), Err(TrainError::TooShort { tokens: 0, .. })));
+        assert!(matches!(TextData::default().split(0.5, 1), Err(TrainError::TooShort { .. })));
+    }
+
+    #[test]
+    fn every_epoch_passes_every_window_once_in_its_own_order() {
+        let data = TextData::new((0..77).collect(), 0);
+        let mut sampler = Sampler::new(&data, 7, 3, Seed(4)).unwrap();
+        let (first, second) = (sampler.order(0).to_vec(), sampler.order(1).to_vec());
+        assert_ne!(first, second);
+        for mut order in [first, second] {
+            order.sort_unstable();
+            assert_eq!(order, (0..11).collect::<Vec<u32>>());
+        }
+        let drawn: Vec<u32> = (0..11).flat_map(|k| sampler.batch(k)).map(|w| w[0] / 7).collect();
+        let mut counts = [0; 11];
+        drawn.iter().for_each(|&w| counts[w as usize] += 1);
+        assert_eq!(counts, [3; 11], "11 batches of 3 are 3 epochs of 11");
+    }
+
+    #[test]
+    fn a_batch_depends_on_seed_and_number_alone() {
+        let data = TextData::new((0..200).collect(), 0);
+        let sampler = |seed| Sampler::new(&data, 10, 4, Seed(seed)).unwrap();
+        let mut forward = sampler(1);
+        let all: Vec<_> = (0..12).map(|k| forward.batch(k)).collect();
+        for k in [11, 3, 7, 0] {
+            assert_eq!(sampler(1).batch(k), all[k]);
+        }
+        assert_ne!(sampler(2).batch(0), all[0]);
+    }
+
+    #[test]
+    fn too_little_text_is_an_error() {
+        let data = TextData::new(vec![1, 2, 3], 3);
+        let error = Sampler::new(&data, 4, 1, Seed(0)).unwrap_err();
+        assert_eq!(error.to_string(), "3 tokens do not fill one window of 4");
+    }
+
+    #[test]
+    fn tensors_hold_the_ids() {
+        let tensor = token_tensor(&[&[1, 2, 3], &[4, 5, 70000]], &Device::flex());
+        assert_eq!(tensor.dims(), [2, 3]);
+        assert_eq!(tensor.into_data().iter::<i64>().collect::<Vec<_>>(), [1, 2, 3, 4, 5, 70000]);
+    }
+
+    #[test]
+    fn files_are_read_or_refused_with_the_place() {
+        let folder = tempfile::tempdir().unwrap();
+        let write = |name: &str, bytes: &[u8]| {
+            let path = folder.path().join(name);
+            std::fs::write(&path, bytes).unwrap();
+            path
+        };
+        let message = |path: &Path| read_documents(path).unwrap_err().to_string();
+        assert_eq!(read_documents(&write("a.txt", "né\n".as_bytes())).unwrap(), ["né\n"]);
+        let lines = write("a.jsonl", b"{\"text\":\"one\\n\"}\n\n{\"text\":\"two\",\"x\":1}\n");
+        assert_eq!(read_documents(&lines).unwrap(), ["one\n", "two"]);
+
+        assert!(message(&write("empty.txt", b" \n")).ends_with("empty.txt: the file has no text"));
+        assert!(message(&write("empty.jsonl", b"")).contains("no text"));
+        let latin = message(&write("latin.txt", b"ab\xe9c"));
+        assert!(latin.ends_with("latin.txt: not UTF-8: the byte at offset 2 belongs to no character"), "{latin}");
+        let bad = message(&write("bad.jsonl", b"{\"text\":\"one\"}\n{\"txt\":1}\n"));
+        assert!(bad.ends_with("bad.jsonl:2: no string under `text`"), "{bad}");
+        assert!(message(&folder.path().join("none.txt")).contains("none.txt"));
+        assert!(message(folder.path()).contains(&folder.path().display().to_string()));
+    }
+}

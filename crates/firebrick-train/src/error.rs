@@ -1,0 +1,124 @@
+//! The error of this crate.
+
+use std::path::{Path, PathBuf};
+
+use firebrick_core::Cancelled;
+use firebrick_models::ModelError;
+use firebrick_tensor::checkpoint::CheckpointError;
+
+/// What can go wrong in reading data, training or evaluating.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TrainError {
+    /// A file or folder could not be read or written.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file or folder.
+        path: PathBuf,
+        /// What the system answered.
+        source: std::io::Error,
+    },
+    /// A file without text.
+    #[error("{}: the file has no text", path.display())]
+    EmptyFile {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A text file that is not UTF-8.
+    #[error("{}: not UTF-8: the byte at offset {offset} belongs to no character", path.display())]
+    NotUtf8 {
+        /// The file.
+        path: PathBuf,
+        /// Offset of the first bad byte from the start of the file.
+        offset: usize,
+    },
+    /// A line of a JSONL file that is not an object with a string under `text`.
+    #[error("{}:{line}: {what}", path.display())]
+    JsonLine {
+        /// The file.
+        path: PathBuf,
+        /// The line, counted from 1.
+        line: usize,
+        /// What is wrong with it.
+        what: String,
+    },
+    /// Too few tokens for a single window.
+    #[error("{tokens} tokens do not fill one window of {window}")]
+    TooShort {
+        /// How many tokens there are.
+        tokens: usize,
+        /// The window, in tokens.
+        window: usize,
+    },
+    /// Settings that cannot be meant; every problem is listed.
+    #[error("training settings: {}", listed(problems))]
+    Config {
+        /// One line each, naming the setting.
+        problems: Vec<String>,
+    },
+    /// No parameter of the module is trainable.
+    #[error(
+        "the module has no trainable parameter: build it on `device.autodiff()` and set `require_grad` on what is to train"
+    )]
+    NothingToTrain,
+    /// The loss of a step does not depend on any trainable parameter.
+    #[error("step {step}: the loss does not depend on any trainable parameter")]
+    Untracked {
+        /// The step, counted from 1.
+        step: usize,
+    },
+    /// A loss or a gradient norm that is not a finite number; nothing was saved after the last good step.
+    #[error("step {step}: the {what} is {value}; lower the learning rate, or clip gradients")]
+    NotFinite {
+        /// The step, counted from 1.
+        step: usize,
+        /// `loss` or `gradient norm`.
+        what: &'static str,
+        /// Its value.
+        value: f64,
+    },
+    /// There is a checkpoint in the output folder already, and the run was not asked to resume.
+    #[error("{}: holds a checkpoint of step {step}; resume it, or choose another folder", path.display())]
+    Occupied {
+        /// The output folder.
+        path: PathBuf,
+        /// The step of the checkpoint.
+        step: usize,
+    },
+    /// A checkpoint that does not belong to this run; every difference is listed.
+    #[error("{}: cannot resume: {}", path.display(), listed(problems))]
+    Resume {
+        /// The checkpoint's folder.
+        path: PathBuf,
+        /// One line each, naming the setting or parameter.
+        problems: Vec<String>,
+    },
+    /// An evaluation would record gradients that nobody takes.
+    #[error("evaluation with trainable bricks would pile up gradient records: pass `bricks.valid()`")]
+    Tracked,
+    /// A read-back from the device failed.
+    #[error("device: {0}")]
+    Device(String),
+    /// The model or its tokenizer.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// A tensor file of a checkpoint.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// Stopped from outside; the checkpoint of the last step is written if there is an output folder.
+    #[error(transparent)]
+    Cancelled(#[from] Cancelled),
+}
+
+impl TrainError {
+    pub(crate) fn io(path: &Path, source: std::io::Error) -> Self {
+        TrainError::Io { path: path.to_path_buf(), source }
+    }
+}
+
+fn listed(problems: &[String]) -> String {
+    match problems {
+        [one] => one.clone(),
+        many => many.iter().map(|p| format!("\n  - {p}")).collect(),
+    }
+}

@@ -1,0 +1,49 @@
+//! Text data, the training loop, optimizers, schedules and evaluation.
+//!
+//! [`fit`] trains any burn module (an adapter bank over a frozen decoder, or a decoder itself) on the windows of a
+//! [`TextData`] and resumes bit for bit; [`perplexity`] evaluates a decoder with bricks; [`domains`] are five small
+//! texts that need no download.
+//!
+//! ```
+//! use burn::tensor::{Device, Int, Tensor};
+//! use firebrick_core::{Run, Seed, Silent};
+//! use firebrick_models::{Decoder, DecoderConfig};
+//! use firebrick_train::{TextData, TrainConfig, fit};
+//!
+//! # let config: DecoderConfig = DecoderConfig::from_hf(&serde_json::json!({
+//! #     "model_type": "llama", "vocab_size": 16, "hidden_size": 8, "intermediate_size": 16,
+//! #     "num_hidden_layers": 1, "num_attention_heads": 2, "rms_norm_eps": 1e-5
+//! # })).unwrap();
+//! let device = Device::flex().autodiff();
+//! let decoder = Decoder::random(config, Seed(1), &device)?.trainable();
+//! let data = TextData::new((0..200).map(|i| i % 16).collect(), 200);
+//! let settings = TrainConfig { steps: 3, batch: 2, window: 10, learning_rate: 1e-2, ..TrainConfig::default() };
+//! let loss = &mut |decoder: &Decoder, tokens: Tensor<2, Int>, seed| {
+//!     let mut run = Run { seed, ..Run::default() };
+//!     decoder.nll(tokens, &mut run).mean()
+//! };
+//! let (decoder, report) = fit(decoder, &settings, &data, loss, &Silent, false)?;
+//! assert_eq!(report.steps, 3);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+#![forbid(unsafe_code)]
+
+mod checkpoint;
+mod clip;
+mod data;
+mod domains;
+mod error;
+mod eval;
+mod optimizer;
+mod params;
+mod schedule;
+mod trainer;
+
+pub use clip::{clip_global_norm, global_norm};
+pub use data::{Sampler, TextData, token_tensor};
+pub use domains::{Domain, domain, domains};
+pub use error::TrainError;
+pub use eval::{EvalReport, perplexity};
+pub use optimizer::{AdamW, Group};
+pub use schedule::Schedule;
+pub use trainer::{TrainConfig, TrainReport, fit};

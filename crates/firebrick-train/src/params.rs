@@ -1,0 +1,116 @@
+//! Trainable parameters of a module by path, as flat tensors.
+
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
+use burn::tensor::{Device, Tensor};
+
+/// A trainable parameter.
+pub(crate) struct Trainable {
+    /// Its path in the module, such as `layers.0.q.weight`.
+    pub path: String,
+    /// Extents.
+    pub dims: Vec<usize>,
+    /// Its elements in row-major order, outside autodiff.
+    pub values: Tensor<1>,
+    /// The device of the parameter, with its autodiff association.
+    pub device: Device,
+}
+
+/// The trainable parameters of `module`, in module order.
+pub(crate) fn trainable<M: Module>(module: &M) -> Vec<Trainable> {
+    struct Collect {
+        path: Path,
+        found: Vec<Trainable>,
+    }
+    impl ModuleVisitor for Collect {
+        fn enter_module(&mut self, name: &str, _kind: &str) {
+            self.path.enter(name);
+        }
+        fn exit_module(&mut self, _name: &str, _kind: &str) {
+            self.path.exit();
+        }
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            if !param.is_require_grad() {
+                return;
+            }
+            let value = param.base();
+            self.found.push(Trainable {
+                path: self.path.to_string(),
+                dims: value.dims().to_vec(),
+                device: value.device(),
+                values: flat(value.inner()),
+            });
+        }
+    }
+    let mut collect = Collect { path: Path::default(), found: Vec::new() };
+    module.visit(&mut collect);
+    collect.found
+}
+
+/// Replaces every trainable parameter by what `change` makes of its path and its flat values, on its device.
+pub(crate) fn map_trainable<M: Module>(
+    module: M,
+    change: &mut dyn FnMut(&str, Tensor<1>) -> Tensor<1>,
+) -> M {
+    struct Change<'a> {
+        path: Path,
+        change: &'a mut dyn FnMut(&str, Tensor<1>) -> Tensor<1>,
+    }
+    impl ModuleMapper for Change<'_> {
+        fn enter_module(&mut self, name: &str, _kind: &str) {
+            self.path.enter(name);
+        }
+        fn exit_module(&mut self, _name: &str, _kind: &str) {
+            self.path.exit();
+        }
+        fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+            if !param.is_require_grad() {
+                return param;
+            }
+            let path = self.path.to_string();
+            map_values(param, |_, values| (self.change)(&path, values))
+        }
+    }
+    module.map(&mut Change { path: Path::default(), change })
+}
+
+/// Replaces the value of `param` by what `change` makes of its flat values, outside autodiff; identity, training state
+/// and checkpointing strategy stay.
+pub(crate) fn map_values<const D: usize>(
+    param: Param<Tensor<D>>,
+    change: impl FnOnce(ParamId, Tensor<1>) -> Tensor<1>,
+) -> Param<Tensor<D>> {
+    let (id, value, mapper) = param.consume();
+    let (dims, require_grad) = (value.dims(), value.is_require_grad());
+    let strategy = value.gradient_checkpointing_strategy();
+    let mut value: Tensor<D> = change(id, flat(value.inner())).reshape(dims);
+    if let Some(strategy) = strategy {
+        value = value.autodiff().with_gradient_checkpointing_strategy(strategy);
+    }
+    Param::from_mapped_value(id, value.set_require_grad(require_grad), mapper)
+}
+
+/// `tensor` as one row of its elements in row-major order.
+pub(crate) fn flat<const D: usize>(tensor: Tensor<D>) -> Tensor<1> {
+    let n = tensor.shape().num_elements();
+    tensor.reshape([n])
+}
+
+/// The path of the parameter a visitor is at.
+#[derive(Default)]
+pub(crate) struct Path(Vec<String>);
+
+impl Path {
+    pub fn enter(&mut self, name: &str) {
+        self.0.push(name.to_string());
+    }
+
+    pub fn exit(&mut self) {
+        self.0.pop();
+    }
+}
+
+impl std::fmt::Display for Path {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0.join("."))
+    }
+}

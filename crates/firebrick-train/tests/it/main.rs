@@ -1,0 +1,6 @@
+//! Integration tests of firebrick-train on tiny random decoders.
+
+mod eval;
+mod resume;
+mod tiny;
+mod training;

@@ -1,0 +1,212 @@
+//! `cargo xtask ci`: what CI checks, cheapest first.
+
+use crate::{cmd, python, test, tidy};
+use anyhow::{Result, bail};
+use clap::ValueEnum;
+use std::path::PathBuf;
+use std::process::{Command, ExitCode};
+use std::time::{Duration, Instant};
+
+#[derive(clap::Args)]
+pub struct CiArgs {
+    /// Run only these steps, in the usual order.
+    #[arg(value_enum)]
+    steps: Vec<Step>,
+    /// Leave these steps out.
+    #[arg(long, value_enum, value_delimiter = ',')]
+    skip: Vec<Step>,
+    /// List the steps and run none.
+    #[arg(long)]
+    list: bool,
+}
+
+/// In the order they run. The tests come last, so that a log ends with nextest's own summary.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Step {
+    Fmt,
+    Tidy,
+    Typos,
+    Deny,
+    Clippy,
+    Doc,
+    CudaCheck,
+    Wgpu,
+    Doctest,
+    Test,
+}
+
+pub fn run(args: &CiArgs) -> Result<ExitCode> {
+    let steps = select(&args.steps, &args.skip);
+    if args.list {
+        for step in &steps {
+            println!("{:<11} {}", step.name(), step.what());
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
+    require_tools(&steps)?;
+    if steps.contains(&Step::Test) && python::existing().is_none() {
+        eprintln!(
+            "xtask: no target/py (`cargo xtask python`): the tests against Python peers will be skipped"
+        );
+    }
+    let mut done: Vec<(Step, Duration)> = Vec::new();
+    for (n, &step) in steps.iter().enumerate() {
+        if n + 1 == steps.len() && n > 0 {
+            eprintln!("\n{}{:<11} next", summary(&done), step.name());
+        }
+        eprintln!("\n==> [{}/{}] {}: {}", n + 1, steps.len(), step.name(), step.what());
+        let start = Instant::now();
+        if let Err(error) = step.run() {
+            // The last step has said by itself what failed.
+            if step != Step::Test {
+                eprintln!("\n{}{:<11} FAILED {:>9}", summary(&done), step.name(), seconds(start.elapsed()));
+                eprintln!("xtask: {error:#}");
+            }
+            return Ok(ExitCode::FAILURE);
+        }
+        done.push((step, start.elapsed()));
+        if step != Step::Test {
+            eprintln!("==> {} ok, {}", step.name(), seconds(start.elapsed()));
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn select(only: &[Step], skip: &[Step]) -> Vec<Step> {
+    let all = Step::value_variants().iter().copied();
+    all.filter(|step| (only.is_empty() || only.contains(step)) && !skip.contains(step)).collect()
+}
+
+fn summary(done: &[(Step, Duration)]) -> String {
+    let mut table = format!("{:<11} result {:>9}\n", "step", "time");
+    for (step, time) in done {
+        table += &format!("{:<11} ok     {:>9}\n", step.name(), seconds(*time));
+    }
+    let total = done.iter().map(|(_, time)| *time).sum();
+    table + &format!("{:<11}        {:>9}\n", "so far", seconds(total))
+}
+
+fn seconds(time: Duration) -> String {
+    format!("{:.1} s", time.as_secs_f64())
+}
+
+/// Fails with every tool that the steps need and this machine lacks.
+fn require_tools(steps: &[Step]) -> Result<()> {
+    let missing: Vec<String> = steps
+        .iter()
+        .filter_map(|step| step.tool().map(|(name, hint)| (step, name, hint)))
+        .filter(|(_, name, _)| find(name).is_none())
+        .map(|(step, name, hint)| format!("  {name}, for the step {}: {hint}", step.name()))
+        .collect();
+    if !missing.is_empty() {
+        bail!(
+            "missing tools (or leave steps out with --skip; .ci/run installs all):\n{}",
+            missing.join("\n")
+        );
+    }
+    Ok(())
+}
+
+fn find(tool: &str) -> Option<PathBuf> {
+    cmd::find_program(tool).or_else(|| python::tool(tool))
+}
+
+impl Step {
+    fn name(self) -> String {
+        self.to_possible_value().expect("no step is hidden").get_name().to_owned()
+    }
+
+    fn what(self) -> &'static str {
+        match self {
+            Self::Fmt => "the code is formatted",
+            Self::Tidy => "the rules of this repository",
+            Self::Typos => "spelling",
+            Self::Deny => "licences, banned crates and sources of dependencies",
+            Self::Clippy => "lints, in tests and benches too",
+            Self::Doc => "the documentation builds without a warning",
+            Self::CudaCheck => "everything type-checks with the cuda feature",
+            Self::Wgpu => "firebrick-tensor on wgpu (Mesa's lavapipe where installed)",
+            Self::Doctest => "the examples in the documentation",
+            Self::Test => "all tests on the CPU",
+        }
+    }
+
+    /// A program beyond cargo, and how to get it.
+    fn tool(self) -> Option<(&'static str, &'static str)> {
+        match self {
+            Self::Typos => Some(("typos", "`cargo xtask python`, or `cargo install typos-cli --locked`")),
+            Self::Deny => Some(("cargo-deny", "`cargo install cargo-deny --locked`")),
+            Self::Wgpu | Self::Test => Some(("cargo-nextest", "`cargo install cargo-nextest --locked`")),
+            _ => None,
+        }
+    }
+
+    fn run(self) -> Result<()> {
+        match self.command() {
+            Some(mut command) => cmd::run(&mut command),
+            None => tidy::run(),
+        }
+    }
+
+    /// The program that the step is; `None` for tidy, which is part of xtask.
+    fn command(self) -> Option<Command> {
+        Some(match self {
+            Self::Tidy => return None,
+            Self::Fmt => cmd::cargo_with(&["fmt", "--all", "--check"]),
+            Self::Typos => cmd::command(find("typos").unwrap_or_else(|| "typos".into())),
+            Self::Deny => cmd::cargo_with(&["deny", "check", "licenses", "bans", "sources"]),
+            Self::Clippy => {
+                cmd::cargo_with(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"])
+            }
+            Self::Doc => {
+                let mut doc = cmd::cargo_with(&["doc", "--workspace", "--no-deps"]);
+                doc.env("RUSTDOCFLAGS", "-Dwarnings");
+                doc
+            }
+            Self::CudaCheck => {
+                let mut check = cmd::cargo_with(&["check", "-p", "firebrick-cli", "--features", "cuda"]);
+                check.args(["--target-dir", "target/cuda"]);
+                // The build scripts of cubecl's LLVM then download nothing, and a check links nothing.
+                check.env("DOCS_RS", "1");
+                check
+            }
+            Self::Wgpu => test::nextest(test::Device::Wgpu),
+            Self::Doctest => cmd::cargo_with(&["test", "--workspace", "--doc"]),
+            Self::Test => {
+                let mut test = test::nextest(test::Device::Flex);
+                test.args(["--profile", "ci"]);
+                test
+            }
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn steps_are_chosen_by_name_and_keep_their_order() {
+        assert_eq!(select(&[], &[]).last(), Some(&Step::Test));
+        assert_eq!(select(&[Step::Deny, Step::Fmt], &[]), [Step::Fmt, Step::Deny]);
+        assert_eq!(select(&[Step::Deny, Step::Fmt], &[Step::Fmt]), [Step::Deny]);
+        assert!(!select(&[], &[Step::Wgpu]).contains(&Step::Wgpu));
+    }
+
+    #[test]
+    fn every_step_but_tidy_is_a_program() {
+        for step in Step::value_variants() {
+            assert_eq!(step.command().is_none(), *step == Step::Tidy, "{step:?}");
+        }
+    }
+
+    #[test]
+    fn the_summary_lists_each_step_and_the_total() {
+        let table =
+            summary(&[(Step::Fmt, Duration::from_millis(1500)), (Step::CudaCheck, Duration::from_secs(2))]);
+        let lines: Vec<Vec<&str>> = table.lines().map(|line| line.split_whitespace().collect()).collect();
+        assert_eq!(lines[1], ["fmt", "ok", "1.5", "s"]);
+        assert_eq!(lines[2], ["cuda-check", "ok", "2.0", "s"]);
+        assert_eq!(lines[3], ["so", "far", "3.5", "s"]);
+    }
+}

@@ -1,0 +1,101 @@
+//! Builds, checks and fetches for the firebrick workspace: `cargo xtask --help`.
+//!
+//! Nothing here links the crates of the workspace: what needs them is started as a program of its own.
+
+#![forbid(unsafe_code)]
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "a command-line tool talks to its user")]
+#![allow(clippy::disallowed_methods, reason = "the environment is read here and handed on as arguments")]
+
+mod ci;
+mod cmd;
+mod data;
+mod model;
+mod python;
+mod test;
+mod tidy;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+#[derive(Parser)]
+#[command(
+    name = "xtask",
+    bin_name = "cargo xtask",
+    about = "Builds, checks and fetches for the firebrick workspace"
+)]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Everything that CI checks, cheapest first.
+    Ci(ci::CiArgs),
+    /// The tests, on the CPU or on a GPU backend.
+    Test(test::TestArgs),
+    /// The benchmarks (`cargo xtask bench -- --help` lists their own options).
+    Bench(Passthrough),
+    /// Fetch and verify a real model; its path is the only line on stdout.
+    Model(model::ModelArgs),
+    /// Rebuild the embedded texts and the corpus that the embedded model is trained on.
+    Data(data::DataArgs),
+    /// Train the embedded model again from its recipe.
+    Pretrain(Passthrough),
+    /// Make the Python environment of the interchange tests in target/py.
+    Python,
+    /// Check the rules of this repository that no other tool checks.
+    Tidy,
+    /// List the devices that the `firebrick` binary sees.
+    Devices,
+}
+
+#[derive(clap::Args)]
+struct Passthrough {
+    /// Handed to the program as they are.
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    args: Vec<OsString>,
+}
+
+fn main() -> Result<ExitCode> {
+    match Cli::parse().verb {
+        Verb::Ci(args) => return ci::run(&args),
+        Verb::Tidy => tidy::run()?,
+        Verb::Test(args) => test::run(&args)?,
+        Verb::Model(args) => model::run(&args)?,
+        Verb::Data(args) => data::run(&args)?,
+        Verb::Python => println!("{}", python::environment()?.display()),
+        Verb::Bench(rest) => start(&["--release", "-p", "firebrick-benches", "--bin", "bench"], &rest.args)?,
+        Verb::Pretrain(rest) => {
+            start(&["--release", "-p", "firebrick-models", "--example", "pretrain"], &rest.args)?;
+        }
+        Verb::Devices => start(&["--quiet", "-p", "firebrick-cli"], &["devices".into()])?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// `cargo run TARGET -- ARGS`.
+fn start(target: &[&str], args: &[OsString]) -> Result<()> {
+    cmd::run(cmd::cargo().arg("run").args(target).arg("--").args(args))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn options_of_other_programs_pass_through() {
+        let Verb::Bench(rest) = Cli::parse_from(["xtask", "bench", "merge", "--device", "flex"]).verb else {
+            panic!("not bench");
+        };
+        assert_eq!(rest.args, ["merge", "--device", "flex"]);
+    }
+}

@@ -1,0 +1,93 @@
+//! `cargo xtask test`: nextest with the features and variables that each device needs.
+
+use crate::{cmd, python};
+use anyhow::Result;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+#[derive(clap::Args)]
+pub struct TestArgs {
+    /// The backend under test: every test on flex, those of firebrick-tensor on the others.
+    #[arg(long, value_enum, default_value_t = Device::Flex)]
+    device: Device,
+    /// Handed to nextest.
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    args: Vec<OsString>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Device {
+    Flex,
+    Wgpu,
+    Cuda,
+}
+
+pub fn run(args: &TestArgs) -> Result<()> {
+    cmd::run(nextest(args.device).args(&args.args))
+}
+
+/// The nextest run for `device`. A device that is asked for and missing fails the tests instead of skipping them.
+pub fn nextest(device: Device) -> Command {
+    let mut command = cmd::cargo_with(&["nextest", "run"]);
+    match device {
+        Device::Flex => {
+            command.arg("--workspace");
+        }
+        Device::Wgpu => {
+            command.args(["--profile", "gpu", "--cargo-profile", "gpu-test", "--target-dir", "target/wgpu"]);
+            command.args(["-p", "firebrick-tensor", "--features", "wgpu"]);
+            command.env("FIREBRICK_REQUIRE_DEVICE", "wgpu").env("CUBECL_AUTOTUNE_LEVEL", "minimal");
+            if let Some(driver) = software_vulkan() {
+                command.env("VK_ICD_FILENAMES", driver).env("CUBECL_WGPU_DEFAULT_DEVICE", "Cpu");
+            }
+        }
+        Device::Cuda => {
+            command.args(["--profile", "gpu", "--target-dir", "target/cuda-test"]);
+            command.args(["-p", "firebrick-tensor", "--features", "cuda"]);
+            command.env("FIREBRICK_REQUIRE_DEVICE", "cuda").env("CUBECL_AUTOTUNE_LEVEL", "minimal");
+        }
+    }
+    if let Some(python) = python::existing() {
+        command.env("FIREBRICK_PYTHON", python);
+    }
+    command
+}
+
+/// The driver file of Mesa's lavapipe, unless the user has already chosen a Vulkan driver or wgpu device.
+pub fn software_vulkan() -> Option<PathBuf> {
+    let chosen = ["VK_ICD_FILENAMES", "VK_DRIVER_FILES", "CUBECL_WGPU_DEFAULT_DEVICE"];
+    if chosen.iter().any(|name| std::env::var_os(name).is_some()) {
+        return None;
+    }
+    lavapipe(Path::new("/usr/share/vulkan/icd.d"))
+}
+
+fn lavapipe(dir: &Path) -> Option<PathBuf> {
+    let names = [format!("lvp_icd.{}.json", std::env::consts::ARCH), "lvp_icd.json".to_owned()];
+    names.iter().map(|name| dir.join(name)).find(|path| path.is_file())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lavapipe_is_found_by_architecture_and_not_mistaken_for_another_driver() {
+        let dir = std::env::temp_dir().join(format!("xtask-icd-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        std::fs::write(dir.join("radeon_icd.x86_64.json"), "{}").unwrap();
+        assert_eq!(lavapipe(&dir), None);
+        let wanted = dir.join(format!("lvp_icd.{}.json", std::env::consts::ARCH));
+        std::fs::write(&wanted, "{}").unwrap();
+        assert_eq!(lavapipe(&dir), Some(wanted));
+        std::fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[test]
+    fn a_gpu_run_requires_its_device() {
+        assert!(cmd::show(&nextest(Device::Wgpu)).contains("FIREBRICK_REQUIRE_DEVICE=wgpu"));
+        assert!(cmd::show(&nextest(Device::Cuda)).contains("FIREBRICK_REQUIRE_DEVICE=cuda"));
+        assert!(!cmd::show(&nextest(Device::Flex)).contains("FIREBRICK_REQUIRE_DEVICE"));
+    }
+}
