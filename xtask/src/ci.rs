@@ -165,7 +165,7 @@ impl Step {
             }
             Self::CudaCheck => {
                 let mut check = cmd::cargo_with(&["check", "-p", "firebrick-cli", "--features", "cuda"]);
-                check.args(["--target-dir", "target/cuda"]);
+                check.args(["--profile", "quick", "--target-dir", "target/cuda"]);
                 // The build scripts of cubecl's LLVM then download nothing, and a check links nothing.
                 check.env("DOCS_RS", "1");
                 check

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use firebrick_core::{BudgetError, Cancelled, Site};
+use firebrick_tensor::checkpoint::CheckpointError;
 use firebrick_tensor::linalg::LinalgError;
 
 /// A profile cannot be taken, read or spent.
@@ -75,6 +76,9 @@ pub enum AnalysisError {
         /// The version this release reads.
         expected: u32,
     },
+    /// A file cannot be put in place.
+    #[error(transparent)]
+    File(#[from] CheckpointError),
     /// A file cannot be read or written.
     #[error("{}: {error}", path.display())]
     Io {

@@ -50,8 +50,7 @@ impl ResidualFlow {
             let values: Vec<f32> = pair
                 .clone()
                 .into_data()
-                .convert::<f32>()
-                .into_vec()
+                .try_into_vec_as::<f32>()
                 .map_err(|e| AnalysisError::Site { site, what: format!("{e:?}") })?;
             if values.iter().any(|v| !v.is_finite()) {
                 return Err(fail("the residual stream is not finite"));

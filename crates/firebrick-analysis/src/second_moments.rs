@@ -48,7 +48,7 @@ impl SecondMoments {
     pub fn matrix(&self, site: Site) -> Option<Matrix> {
         let sum = self.sum(site)?;
         let n = sum.dims()[0];
-        let values: Vec<f32> = sum.into_data().convert::<f32>().into_vec().ok()?;
+        let values: Vec<f32> = sum.into_data().try_into_vec_as::<f32>().ok()?;
         Matrix::from_f32(n, n, &values).ok()
     }
 

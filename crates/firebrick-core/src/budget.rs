@@ -278,7 +278,8 @@ impl Market {
         if !sites.is_empty() {
             return Err(BudgetError::NoChoices { sites });
         }
-        let pairs = options.iter().enumerate().flat_map(|(s, c)| c.iter().enumerate().map(move |(i, c)| (s, i, c)));
+        let pairs =
+            options.iter().enumerate().flat_map(|(s, c)| c.iter().enumerate().map(move |(i, c)| (s, i, c)));
         let at: Vec<(usize, usize)> = pairs.filter(|p| !p.2.loss.is_finite()).map(|p| (p.0, p.1)).collect();
         if !at.is_empty() {
             return Err(BudgetError::NotFinite { at });
@@ -373,7 +374,8 @@ mod tests {
     #[test]
     fn a_case_where_greedy_is_not_optimal() {
         // The steepest step (7 for 4) blocks the better pair (5 + 5 for 3 + 3).
-        let options = [choices(&[(0, 7.0), (4, 0.0)]), choices(&[(0, 5.0), (3, 0.0)]), choices(&[(0, 5.0), (3, 0.0)])];
+        let options =
+            [choices(&[(0, 7.0), (4, 0.0)]), choices(&[(0, 5.0), (3, 0.0)]), choices(&[(0, 5.0), (3, 0.0)])];
         assert_eq!(allocate_exact(&options, 6), Ok(vec![0, 1, 1]));
         assert_eq!(allocate_greedy(&options, 6), Ok(vec![1, 0, 0]));
         assert_eq!(allocate(&options, 6), Ok(vec![0, 1, 1]));
@@ -400,7 +402,11 @@ mod tests {
         assert_eq!(random, run(Baseline::Random(Seed(1))));
         assert!((2..20).any(|s| run(Baseline::Random(Seed(s))) != random), "the seed matters");
         let three = vec![choices(&[(2, 9.0), (3, 4.0), (4, 1.0)]); 4];
-        assert_eq!(allocate_baseline(&three, 12, Baseline::Uniform), Ok(vec![1; 4]), "a whole level is exactly uniform");
+        assert_eq!(
+            allocate_baseline(&three, 12, Baseline::Uniform),
+            Ok(vec![1; 4]),
+            "a whole level is exactly uniform"
+        );
     }
 
     #[test]
@@ -431,6 +437,9 @@ mod tests {
         }
         let too_dear = vec![choices(&[(top, 1.0)]); 2];
         let error = allocate(&too_dear, top).unwrap_err();
-        assert_eq!(error, BudgetError::TooSmall { budget: top, cheapest: 2 * u128::from(top), short: u128::from(top) });
+        assert_eq!(
+            error,
+            BudgetError::TooSmall { budget: top, cheapest: 2 * u128::from(top), short: u128::from(top) }
+        );
     }
 }

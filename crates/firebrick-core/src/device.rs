@@ -126,7 +126,8 @@ impl DeviceSpec {
         match self {
             DeviceSpec::Flex => Ok(Device::flex()),
             DeviceSpec::Auto => {
-                let real = found().into_iter().filter(|(info, _)| !info.software && info.spec != DeviceSpec::Flex);
+                let real =
+                    found().into_iter().filter(|(info, _)| !info.software && info.spec != DeviceSpec::Flex);
                 let mut opened = real.filter(|(_, device)| opened_name(device).is_ok());
                 Ok(opened.next().map_or_else(Device::flex, |(_, device)| device))
             }
@@ -168,7 +169,13 @@ pub fn list_devices() -> Vec<DeviceInfo> {
 
 /// The devices of this build, without opening them; flex is the last.
 fn found() -> Vec<(DeviceInfo, Device)> {
-    #[allow(unused_mut)] // Without GPU features there is nothing to add.
+    let mut found = gpus();
+    found.push((info(DeviceSpec::Flex, "cpu", false), Device::flex()));
+    found
+}
+
+#[allow(unused_mut)] // Without GPU features there is nothing to add.
+fn gpus() -> Vec<(DeviceInfo, Device)> {
     let mut found: Vec<(DeviceInfo, Device)> = Vec::new();
     #[cfg(feature = "cuda")]
     for (n, device) in Device::enumerate(DeviceType::Cuda).into_iter().enumerate() {
@@ -183,7 +190,6 @@ fn found() -> Vec<(DeviceInfo, Device)> {
             found.push((info(DeviceSpec::Wgpu(n), kind, kind == "cpu"), device));
         }
     }
-    found.push((info(DeviceSpec::Flex, "cpu", false), Device::flex()));
     found
 }
 
@@ -231,7 +237,13 @@ mod tests {
 
     #[test]
     fn names_round_trip() {
-        let specs = [DeviceSpec::Auto, DeviceSpec::Flex, DeviceSpec::Wgpu(0), DeviceSpec::Wgpu(3), DeviceSpec::Cuda(1)];
+        let specs = [
+            DeviceSpec::Auto,
+            DeviceSpec::Flex,
+            DeviceSpec::Wgpu(0),
+            DeviceSpec::Wgpu(3),
+            DeviceSpec::Cuda(1),
+        ];
         for spec in specs {
             assert_eq!(spec.to_string().parse(), Ok(spec));
             let json = serde_json::to_string(&spec).unwrap();

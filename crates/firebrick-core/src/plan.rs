@@ -170,7 +170,19 @@ impl Settings {
     /// Takes over every field that `later` sets; `extra` name by name.
     pub fn overlay(&mut self, later: &Settings) {
         let Settings {
-            rank, alpha, dropout, bits, group, experts, top_k, weight, density, learning_rate, frozen, drop, extra,
+            rank,
+            alpha,
+            dropout,
+            bits,
+            group,
+            experts,
+            top_k,
+            weight,
+            density,
+            learning_rate,
+            frozen,
+            drop,
+            extra,
         } = later;
         self.rank = rank.or(self.rank);
         self.alpha = alpha.or(self.alpha);
@@ -343,7 +355,8 @@ impl LayerPlan {
         problems.extend(wrong_version(self.version));
         let mut rules = Vec::new();
         for (i, rule) in self.rules.iter().enumerate() {
-            problems.extend(rule.settings.problems().into_iter().map(|(_, why)| format!("rules[{i}]: {why}")));
+            problems
+                .extend(rule.settings.problems().into_iter().map(|(_, why)| format!("rules[{i}]: {why}")));
             let matched = rule.select.resolve(table).unwrap_or_else(|e| {
                 problems.push(format!("rules[{i}].select: {e}"));
                 SiteSet::default()

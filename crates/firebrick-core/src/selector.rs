@@ -16,6 +16,7 @@
 //! - A trailing `!` takes that back: `layers.3.mlp!` is that one site.
 //! - Without `layers.` a pattern matches in every layer, and parts that exist once per model (`embed`, `norm`, `head`).
 //! - `attn.*` matches names of two segments: the projections and head norms, not `attn` itself.
+//! - `experts` is short for `mlp.experts.*`.
 //! - `re:` takes the rest of the text verbatim, commas included, and is searched for in Hugging Face's tensor name.
 //! - White space may stand around patterns and inside braces.
 
@@ -230,9 +231,9 @@ impl Numbers {
     fn contains(&self, number: usize, count: usize) -> bool {
         match self {
             Numbers::All => true,
-            Numbers::Ranges(ranges) => ranges.iter().any(|&(from, to)| {
-                (from_end(from, count)..=from_end(to, count)).contains(&(number as i64))
-            }),
+            Numbers::Ranges(ranges) => ranges
+                .iter()
+                .any(|&(from, to)| (from_end(from, count)..=from_end(to, count)).contains(&(number as i64))),
         }
     }
 }
@@ -406,7 +407,7 @@ pub(crate) fn closest<'a>(word: &str, candidates: impl IntoIterator<Item = &'a s
     if word.len() > 64 {
         return None;
     }
-    let limit = 1 + word.chars().count() / 4;
+    let limit = (word.chars().count() + 1) / 3;
     let scored = candidates.into_iter().map(|c| (edit_distance(word, c), c));
     scored.filter(|(d, _)| *d <= limit).min_by_key(|(d, _)| *d).map(|(_, c)| c)
 }
@@ -426,4 +427,3 @@ fn edit_distance(a: &str, b: &str) -> usize {
     }
     row[b.len()]
 }
-

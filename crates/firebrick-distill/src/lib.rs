@@ -4,7 +4,9 @@
 //! Kullback-Leibler divergence, over the fused large-vocabulary kernel: the logits of neither are ever whole in memory.
 #![forbid(unsafe_code)]
 
+mod fit;
 mod logit_kd;
 
+pub use fit::distill_lora;
 pub use firebrick_tensor::ops::Divergence;
 pub use logit_kd::{KdConfig, LogitKd, Teacher};

@@ -141,7 +141,7 @@ mod tests {
         let (student, teacher) = (decoder(1, &device), decoder(2, &device));
         let logits = |d: &Decoder| -> Vec<f64> {
             let all = d.forward(tokens(&device), &mut Run::default()).narrow(1, 0, 11);
-            all.into_data().convert::<f64>().into_vec().unwrap()
+            all.into_data().try_into_vec_as::<f64>().unwrap()
         };
         let (z_s, z_t) = (logits(&student), logits(&teacher));
         let log_softmax = |z: &[f64], t: f64| -> Vec<f64> {

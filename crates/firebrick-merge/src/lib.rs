@@ -1,1 +1,17 @@
-//! Weight-space model merging on the streaming executor, mergekit interchange.
+//! Weight-space model merging on the streaming executor, with mergekit's YAML.
+//!
+//! A [`MergeConfig`] (mergekit's format) names checkpoints and a method; [`Merge`] is the transformation that the
+//! [`Executor`](firebrick_tensor::stream::Executor) runs tensor by tensor, in bounded memory.
+#![forbid(unsafe_code)]
+
+mod config;
+mod error;
+mod linear;
+mod merge;
+mod task_arithmetic;
+
+pub use config::{MergeConfig, MergeMethod, ModelEntry, Numerics, Value};
+pub use error::MergeError;
+pub use linear::linear;
+pub use merge::Merge;
+pub use task_arithmetic::task_arithmetic;

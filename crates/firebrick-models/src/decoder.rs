@@ -49,6 +49,13 @@ struct Shape {
     sites: Arc<SiteTable>,
 }
 
+impl Shape {
+    fn new(config: DecoderConfig) -> Self {
+        let sites = config.family().site_table(&config);
+        Shape { config: Arc::new(config), sites: Arc::new(sites) }
+    }
+}
+
 #[derive(Module, Debug)]
 struct Layer {
     attn_norm: Param<Tensor<1>>,
@@ -85,14 +92,17 @@ impl Decoder {
         device: &Device,
     ) -> Result<Self, ModelError> {
         let mut problems = Vec::new();
-        let mut read = |site: Site, shape: &[usize]| match source.read_site(site, shape) {
-            Ok(values) => Tensor::<1>::from_data(TensorData::new(values, [shape.iter().product()]), device),
-            Err(e) => {
-                problems.push(e.to_string());
-                Tensor::<1>::zeros([1], device)
+        let decoder = Self::build(config, &mut |site, shape| {
+            let n: usize = shape.iter().product();
+            match source.read_site(site, shape) {
+                Ok(values) => Tensor::from_data(TensorData::new(values, [n]), device),
+                Err(e) => {
+                    problems.push(e.to_string());
+                    // A stand-in that takes no memory, so that one pass finds every problem.
+                    Tensor::<1>::zeros([1], device).expand([n])
+                }
             }
-        };
-        let decoder = Self::build(config, &mut |site, shape: &[usize]| read(site, shape));
+        });
         match problems.is_empty() {
             true => Ok(decoder?.no_grad()),
             false => Err(ModelError::Weights { problems }),
@@ -103,7 +113,7 @@ impl Decoder {
     /// `1 / sqrt(2 layers)` (GPT-2), norms 1.
     pub fn random(config: DecoderConfig, seed: Seed, device: &Device) -> Result<Self, ModelError> {
         let depth = (2.0 * config.layers as f64).sqrt();
-        Self::build(config, &mut |site, shape: &[usize]| {
+        Self::build(config, &mut |site, shape| {
             let n: usize = shape.iter().product();
             let values: Vec<f32> = match (shape.len(), site.part) {
                 (1, _) => vec![1.0; n],
@@ -127,43 +137,38 @@ impl Decoder {
         if !problems.is_empty() {
             return Err(ModelError::Invalid { path: "config.json".into(), problems });
         }
-        let sites = config.family().site_table(&config);
-        let c = config.clone();
-        let matrix = |t: Tensor<1>, rows: usize, cols: usize| -> Tensor<2> {
-            // A failed read is a stand-in of one element; its error is reported by the caller.
-            if t.dims()[0] == 1 && rows * cols != 1 { t.expand([rows, cols]) } else { t.reshape([rows, cols]) }
-        };
-        let mut linear = |site: Site, weight: &mut dyn FnMut(Site, &[usize]) -> Tensor<1>| {
+        let shape = Shape::new(config);
+        let (c, sites) = (shape.config.clone(), shape.sites.clone());
+        let mut matrix = |site: Site, rows: usize, cols: usize| weight(site, &[rows, cols]).reshape([rows, cols]);
+        let embed = Param::from_tensor(matrix(Site::global(Part::Embed), c.vocab, c.d_model));
+        let mut linear = |site: Site| {
             let (d_in, d_out) = sites.linear(site).expect("the family's table has this linear layer");
-            let t = matrix(weight(site, &[d_out, d_in]), d_out, d_in).transpose();
-            Linear { weight: Param::from_tensor(t), bias: None }
+            Linear { weight: Param::from_tensor(matrix(site, d_out, d_in).transpose()), bias: None }
         };
-        let embed = matrix(weight(Site::global(Part::Embed), &[c.vocab, c.d_model]), c.vocab, c.d_model);
-        let mut layers = Vec::with_capacity(c.layers);
-        for l in 0..c.layers {
-            let site = |part| Site::layer(l, part);
-            let mut norm = |part, weight: &mut dyn FnMut(Site, &[usize]) -> Tensor<1>| {
-                Param::from_tensor(weight(site(part), &[c.d_model]))
-            };
-            let post = c.norm_placement.has_post_norm();
-            layers.push(Layer {
-                attn_norm: norm(Part::AttnNorm, weight),
-                q: linear(site(Part::AttnQ), weight),
-                k: linear(site(Part::AttnK), weight),
-                v: linear(site(Part::AttnV), weight),
-                o: linear(site(Part::AttnO), weight),
-                attn_post_norm: post.then(|| norm(Part::AttnPostNorm, weight)),
-                mlp_norm: norm(Part::MlpNorm, weight),
-                gate: linear(site(Part::MlpGate), weight),
-                up: linear(site(Part::MlpUp), weight),
-                down: linear(site(Part::MlpDown), weight),
-                mlp_post_norm: post.then(|| norm(Part::MlpPostNorm, weight)),
-            });
-        }
-        let norm = Param::from_tensor(weight(Site::global(Part::Norm), &[c.d_model]));
-        let head = (!c.tied_head).then(|| linear(Site::global(Part::Head), weight));
-        let shape = Shape { config: Arc::new(config), sites: Arc::new(sites) };
-        Ok(Decoder { embed: Param::from_tensor(embed), layers, norm, head, shape })
+        let head = (!c.tied_head).then(|| linear(Site::global(Part::Head)));
+        let linears: Vec<[Linear; 7]> = (0..c.layers)
+            .map(|l| Layer::LINEARS.map(|part| linear(Site::layer(l, part))))
+            .collect();
+        let mut norm = |site: Site| Param::from_tensor(weight(site, &[c.d_model]));
+        let post = c.norm_placement.has_post_norm();
+        let layers = linears
+            .into_iter()
+            .enumerate()
+            .map(|(l, [q, k, v, o, gate, up, down])| Layer {
+                attn_norm: norm(Site::layer(l, Part::AttnNorm)),
+                q,
+                k,
+                v,
+                o,
+                attn_post_norm: post.then(|| norm(Site::layer(l, Part::AttnPostNorm))),
+                mlp_norm: norm(Site::layer(l, Part::MlpNorm)),
+                gate,
+                up,
+                down,
+                mlp_post_norm: post.then(|| norm(Site::layer(l, Part::MlpPostNorm))),
+            })
+            .collect();
+        Ok(Decoder { embed, layers, norm: norm(Site::global(Part::Norm)), head, shape })
     }
 
     /// The same decoder with all weights trainable (for full fine-tuning), on a device that records gradients.
@@ -224,6 +229,17 @@ impl Decoder {
         let linear = layer.and_then(|l| l.linear_mut(site.part));
         let linear = linear.unwrap_or_else(|| panic!("{site} is not a linear layer inside a block"));
         linear.weight = Param::from_tensor(weight.transpose()).set_require_grad(false);
+        self
+    }
+
+    /// The same decoder with only these layers, in this order; a layer may appear more than once.
+    ///
+    /// # Panics
+    /// If there is no such layer.
+    pub fn with_layers(mut self, layers: &[usize]) -> Self {
+        let config = DecoderConfig { layers: layers.len(), ..self.config().clone() };
+        self.layers = layers.iter().map(|l| self.layers[*l].clone()).collect();
+        self.shape = Shape::new(config);
         self
     }
 
@@ -395,6 +411,10 @@ impl Decoder {
 }
 
 impl Layer {
+    /// The linear layers, in the order of the fields.
+    const LINEARS: [Part; 7] =
+        [Part::AttnQ, Part::AttnK, Part::AttnV, Part::AttnO, Part::MlpGate, Part::MlpUp, Part::MlpDown];
+
     fn linear(&self, part: Part) -> Option<&Linear> {
         match part {
             Part::AttnQ => Some(&self.q),

@@ -21,6 +21,9 @@ pub enum ModelError {
     /// A checkpoint could not be read or written.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
+    /// A checkpoint could not be written.
+    #[error(transparent)]
+    Stream(#[from] firebrick_tensor::stream::StreamError),
     /// A file could not be read or written.
     #[error("{}: {source}", path.display())]
     Io {

@@ -157,7 +157,7 @@ impl<'a> Export<'a> {
     fn target(&mut self, path: &Path) -> Result<Target, ModelError> {
         if path.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf")) {
             self.format = Format::Gguf;
-            return Ok(Target::gguf(path, self.gguf_metadata()?));
+            return Ok(Target::Gguf { path: path.into(), metadata: self.gguf_metadata()? });
         }
         self.format = Format::Safetensors;
         if self.dtype.is_packed() {
@@ -166,7 +166,7 @@ impl<'a> Export<'a> {
                 self.dtype
             )));
         }
-        Ok(Target::folder(path).with_side_files(self.side_files()?))
+        Ok(Target::Folder { path: path.into(), stem: "model".into(), side_files: self.side_files()? })
     }
 
     /// `config.json` and the tokenizer's files.

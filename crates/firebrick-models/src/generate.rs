@@ -70,8 +70,7 @@ pub fn generate(
         let logits = decoder.logits(hidden.narrow(1, length - 1, 1), &mut run);
         let logits: Vec<f32> = logits
             .into_data()
-            .convert::<f32>()
-            .into_vec()
+            .try_into_vec_as::<f32>()
             .map_err(|e| ModelError::Backend(format!("{e:?}")))?;
         let token = sampler.sample(&logits, &ids)?;
         if options.stop.contains(&token) {

@@ -82,8 +82,8 @@ impl TensorSource for Decoder {
                 found: dims.into(),
             });
         }
-        let data = weight.without_autodiff().into_data().convert::<f32>();
-        data.into_vec().map_err(|e| ModelError::Backend(format!("{e:?}")))
+        let data = weight.without_autodiff().into_data();
+        data.try_into_vec_as::<f32>().map_err(|e| ModelError::Backend(format!("{e:?}")))
     }
 }
 

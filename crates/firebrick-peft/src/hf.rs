@@ -80,7 +80,7 @@ pub fn save(bank: &LoraBank, sites: &SiteTable, base: &str, dir: &Path) -> Resul
             let t = factor.val().without_autodiff().transpose();
             let spec =
                 TensorSpec::new(format!("{PREFIX}{module}.lora_{letter}.weight"), DType::F32, t.dims());
-            let values: Vec<f32> = t.into_data().convert::<f32>().into_vec().expect("converted to f32");
+            let values: Vec<f32> = t.into_data().try_into_vec_as::<f32>().expect("converted to f32");
             let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
             tensors.push((spec, bytes));
         }

@@ -5,8 +5,10 @@
 #![forbid(unsafe_code)]
 
 mod error;
+mod fit;
 pub mod hf;
 mod lora;
 
 pub use error::PeftError;
+pub use fit::fit_lora;
 pub use lora::{LoraBank, LoraConfig, LoraFactors, LoraSettings};

@@ -150,7 +150,7 @@ fn quantize_site(
     let (d_in, _) = decoder.sites().linear(site).ok_or_else(|| at("is not a linear layer".into()))?;
     let weight = decoder.weight(site).ok_or_else(|| at("has no weight".into()))?;
     let weight: Vec<f32> =
-        weight.into_data().convert::<f32>().into_vec().map_err(|e| at(format!("{e:?}")))?;
+        weight.into_data().try_into_vec_as::<f32>().map_err(|e| at(format!("{e:?}")))?;
     let (matrix, damp) = match (config.method, hessian) {
         (Method::Gptq(settings), Some(hessian)) => {
             let (matrix, report) =

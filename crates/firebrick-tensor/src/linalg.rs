@@ -13,6 +13,12 @@
 //! # Ok::<(), firebrick_tensor::linalg::LinalgError>(())
 //! ```
 
+mod matrix;
+mod spectrum;
+
+pub use matrix::{Gram, Matrix};
+pub use spectrum::{effective_rank, energy_rank, participation_ratio, stable_rank};
+
 use faer::diag::Diag;
 use faer::dyn_stack::{MemBuffer, MemStack};
 use faer::linalg::cholesky::llt;
@@ -23,14 +29,10 @@ use faer::linalg::householder::{
 };
 use faer::linalg::qr::no_pivoting::factor::{qr_in_place, qr_in_place_scratch, recommended_block_size};
 use faer::linalg::svd::{ComputeSvdVectors, svd as faer_svd, svd_scratch};
-use faer::linalg::{matmul, triangular_inverse};
-use faer::{Accum, Conj, Mat, MatRef, Par};
+use faer::linalg::triangular_inverse;
+use faer::{Conj, Mat, Par};
 use firebrick_core::Seed;
-use rand::Rng;
-use rayon::prelude::*;
-
-/// Rows and columns of one tile of a product; fixed, so that the order of the sums never depends on the threads.
-const TILE: usize = 256;
+use matrix::{from_faer, product};
 
 /// What can go wrong in a decomposition.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
@@ -78,189 +80,6 @@ pub enum LinalgError {
     },
 }
 
-/// A dense row-major f64 matrix.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Matrix {
-    rows: usize,
-    cols: usize,
-    data: Vec<f64>,
-}
-
-impl Matrix {
-    /// A matrix of `rows * cols` row-major entries; an error if the lengths do not agree.
-    pub fn new(rows: usize, cols: usize, data: Vec<f64>) -> Result<Matrix, LinalgError> {
-        if rows.checked_mul(cols) != Some(data.len()) {
-            return Err(length_error("matrix", rows, cols, data.len()));
-        }
-        Ok(Matrix { rows, cols, data })
-    }
-
-    /// A matrix from row-major f32 entries; an error if the lengths do not agree.
-    pub fn from_f32(rows: usize, cols: usize, data: &[f32]) -> Result<Matrix, LinalgError> {
-        Matrix::new(rows, cols, data.iter().map(|&x| f64::from(x)).collect())
-    }
-
-    /// All zeros.
-    pub fn zeros(rows: usize, cols: usize) -> Matrix {
-        Matrix { rows, cols, data: vec![0.0; rows * cols] }
-    }
-
-    /// Ones on the diagonal.
-    pub fn identity(size: usize) -> Matrix {
-        Matrix::from_fn(size, size, |i, j| f64::from(u8::from(i == j)))
-    }
-
-    /// The matrix with entry `f(row, col)`.
-    pub fn from_fn(rows: usize, cols: usize, f: impl Fn(usize, usize) -> f64) -> Matrix {
-        Matrix { rows, cols, data: (0..rows * cols).map(|k| f(k / cols, k % cols)).collect() }
-    }
-
-    /// Independent standard normal entries drawn from the stream `name` of `seed`.
-    pub fn random_normal(rows: usize, cols: usize, seed: Seed, name: &str) -> Matrix {
-        let mut rng = seed.stream(name);
-        let mut data = Vec::with_capacity(rows * cols + 1);
-        while data.len() < rows * cols {
-            // Box-Muller; 1 - u lies in (0, 1], where the logarithm is finite.
-            let radius = (-2.0 * (1.0 - rng.random::<f64>()).ln()).sqrt();
-            let (sin, cos) = (std::f64::consts::TAU * rng.random::<f64>()).sin_cos();
-            data.extend([radius * cos, radius * sin]);
-        }
-        data.truncate(rows * cols);
-        Matrix { rows, cols, data }
-    }
-
-    /// Number of rows.
-    pub fn rows(&self) -> usize {
-        self.rows
-    }
-
-    /// Number of columns.
-    pub fn cols(&self) -> usize {
-        self.cols
-    }
-
-    /// The entries, row by row.
-    pub fn data(&self) -> &[f64] {
-        &self.data
-    }
-
-    /// The entries, row by row.
-    pub fn data_mut(&mut self) -> &mut [f64] {
-        &mut self.data
-    }
-
-    /// One row.
-    pub fn row(&self, row: usize) -> &[f64] {
-        &self.data[row * self.cols..(row + 1) * self.cols]
-    }
-
-    /// The entries rounded to f32, row by row.
-    pub fn to_f32(&self) -> Vec<f32> {
-        self.data.iter().map(|&x| x as f32).collect()
-    }
-
-    /// The transpose.
-    pub fn transpose(&self) -> Matrix {
-        from_faer(self.view().transpose())
-    }
-
-    /// The first `cols` columns.
-    pub fn first_cols(&self, cols: usize) -> Matrix {
-        from_faer(self.view().subcols(0, cols.min(self.cols)))
-    }
-
-    /// The product `self * other`, on all threads of the current rayon pool; `2 m n k` operations.
-    pub fn matmul(&self, other: &Matrix) -> Result<Matrix, LinalgError> {
-        if self.cols != other.rows {
-            let expected = format!("{} rows on the right", self.cols);
-            return Err(LinalgError::Shape { what: "matmul", expected, got: other.rows.to_string() });
-        }
-        Ok(product(self.view(), other.view()))
-    }
-
-    /// The largest absolute difference to `other`; infinite if the shapes differ.
-    pub fn max_abs_diff(&self, other: &Matrix) -> f64 {
-        if (self.rows, self.cols) != (other.rows, other.cols) {
-            return f64::INFINITY;
-        }
-        self.data.iter().zip(&other.data).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max)
-    }
-
-    fn view(&self) -> MatRef<'_, f64> {
-        MatRef::from_row_major_slice(&self.data, self.rows, self.cols)
-    }
-
-    fn check_finite(&self) -> Result<(), LinalgError> {
-        match self.data.iter().position(|x| !x.is_finite()) {
-            None => Ok(()),
-            Some(k) => Err(LinalgError::NotFinite {
-                row: k / self.cols,
-                col: k % self.cols,
-                rows: self.rows,
-                cols: self.cols,
-                value: self.data[k],
-            }),
-        }
-    }
-
-    fn check_square(&self, what: &'static str) -> Result<usize, LinalgError> {
-        if self.rows != self.cols {
-            let got = format!("{} x {}", self.rows, self.cols);
-            return Err(LinalgError::Shape { what, expected: "a square matrix".into(), got });
-        }
-        self.check_finite()?;
-        Ok(self.rows)
-    }
-}
-
-impl std::ops::Index<(usize, usize)> for Matrix {
-    type Output = f64;
-
-    fn index(&self, (row, col): (usize, usize)) -> &f64 {
-        &self.data[row * self.cols..(row + 1) * self.cols][col]
-    }
-}
-
-impl std::ops::IndexMut<(usize, usize)> for Matrix {
-    fn index_mut(&mut self, (row, col): (usize, usize)) -> &mut f64 {
-        &mut self.data[row * self.cols..(row + 1) * self.cols][col]
-    }
-}
-
-fn length_error(what: &'static str, rows: usize, cols: usize, len: usize) -> LinalgError {
-    LinalgError::Shape { what, expected: format!("{rows} x {cols} entries"), got: format!("{len} entries") }
-}
-
-fn from_faer(m: MatRef<'_, f64>) -> Matrix {
-    let (rows, cols) = (m.nrows(), m.ncols());
-    let mut data = Vec::with_capacity(rows * cols);
-    for i in 0..rows {
-        data.extend((0..cols).map(|j| m[(i, j)]));
-    }
-    Matrix { rows, cols, data }
-}
-
-/// `lhs * rhs` in panels of [`TILE`] rows (of columns when the product is wider than tall).
-fn product(lhs: MatRef<'_, f64>, rhs: MatRef<'_, f64>) -> Matrix {
-    let (rows, cols) = (lhs.nrows(), rhs.ncols());
-    if rows < cols && cols > TILE {
-        return product(rhs.transpose(), lhs.transpose()).transpose();
-    }
-    let mut out = Matrix::zeros(rows, cols);
-    if out.data.is_empty() {
-        return out;
-    }
-    out.data.par_chunks_mut(TILE * cols).enumerate().for_each(|(panel, chunk)| {
-        let n = chunk.len() / cols;
-        let mut tile = Mat::zeros(n, cols);
-        matmul::matmul(&mut tile, Accum::Replace, lhs.subrows(panel * TILE, n), rhs, 1.0, Par::Seq);
-        for (k, value) in chunk.iter_mut().enumerate() {
-            *value = tile[(k / cols, k % cols)];
-        }
-    });
-    out
-}
-
 /// A thin singular value decomposition `A = U diag(sigma) Vt` with `k = min(rows, cols)` or the rank asked for.
 ///
 /// Signs are fixed: the entry of largest absolute value in each column of `U` is positive.
@@ -293,9 +112,9 @@ impl Svd {
 
     fn fix_signs(&mut self) {
         for j in 0..self.sigma.len() {
-            let largest = (0..self.u.rows).map(|i| self.u[(i, j)]).fold(0.0, |best: f64, x| {
-                if x.abs() > best.abs() { x } else { best }
-            });
+            let largest = (0..self.u.rows)
+                .map(|i| self.u[(i, j)])
+                .fold(0.0, |best: f64, x| if x.abs() > best.abs() { x } else { best });
             if largest < 0.0 {
                 (0..self.u.rows).for_each(|i| self.u[(i, j)] *= -1.0);
                 self.vt.data[j * self.vt.cols..(j + 1) * self.vt.cols].iter_mut().for_each(|x| *x = -*x);
@@ -407,9 +226,9 @@ pub fn qr(a: &Matrix) -> Result<Qr, LinalgError> {
         Conj::No,
         q.as_mut(),
         Par::Seq,
-        MemStack::new(&mut MemBuffer::new(
-            apply_block_householder_sequence_on_the_left_in_place_scratch::<f64>(rows, block, k),
-        )),
+        MemStack::new(&mut MemBuffer::new(apply_block_householder_sequence_on_the_left_in_place_scratch::<
+            f64,
+        >(rows, block, k))),
     );
     let sign = |i: usize| if factors[(i, i)] < 0.0 { -1.0 } else { 1.0 };
     Ok(Qr {
@@ -544,106 +363,6 @@ pub fn symmetric_eigenvalues(h: &Matrix) -> Result<Vec<f64>, LinalgError> {
     Ok((0..n).rev().map(|i| values.column_vector()[i]).collect())
 }
 
-/// Accumulates a Gram matrix `H = sum of X^T X` over blocks of f32 rows, in f64.
-///
-/// `rows * n^2` operations a block, in tiles over all threads. How the rows are cut into blocks changes the result
-/// only by f64 rounding.
-#[derive(Clone, Debug)]
-pub struct Gram {
-    n: usize,
-    rows: u64,
-    lower: Vec<f64>,
-}
-
-impl Gram {
-    /// The sum over no rows of width `n`.
-    pub fn new(n: usize) -> Gram {
-        Gram { n, rows: 0, lower: vec![0.0; n * n] }
-    }
-
-    /// Adds the rows of `x`, row-major `[rows, n]`.
-    ///
-    /// # Errors
-    /// A length that is no multiple of `n`.
-    pub fn add(&mut self, x: &[f32]) -> Result<(), LinalgError> {
-        let n = self.n;
-        if n == 0 || !x.len().is_multiple_of(n) {
-            return Err(length_error("gram block", x.len() / n.max(1), n, x.len()));
-        }
-        self.rows += (x.len() / n) as u64;
-        for block in x.chunks(2 * TILE * n) {
-            // Column r is row r of the block: a contiguous copy.
-            let xt = Mat::from_fn(n, block.len() / n, |i, r| f64::from(block[r * n + i]));
-            self.lower.par_chunks_mut(TILE * n).enumerate().for_each(|(panel, out)| {
-                let height = out.len() / n;
-                for col in (0..=panel * TILE).step_by(TILE) {
-                    let width = TILE.min(n - col);
-                    let mut tile = Mat::zeros(height, width);
-                    let (left, right) = (xt.subrows(panel * TILE, height), xt.subrows(col, width).transpose());
-                    matmul::matmul(&mut tile, Accum::Replace, left, right, 1.0, Par::Seq);
-                    for (i, row) in out.chunks_mut(n).enumerate() {
-                        row[col..col + width].iter_mut().enumerate().for_each(|(j, h)| *h += tile[(i, j)]);
-                    }
-                }
-            });
-        }
-        Ok(())
-    }
-
-    /// How many rows were added.
-    pub fn rows(&self) -> u64 {
-        self.rows
-    }
-
-    /// The sum, `[n, n]`, exactly symmetric.
-    pub fn finish(self) -> Matrix {
-        let Gram { n, lower: mut data, .. } = self;
-        for i in 0..n {
-            for j in i + 1..n {
-                data[i * n + j] = data[j * n + i];
-            }
-        }
-        Matrix { rows: n, cols: n, data }
-    }
-}
-
-/// Effective rank `exp(-sum p ln p)` with `p = sigma / sum sigma` (Roy and Vetterli 2007); between 1 and the rank.
-///
-/// Takes singular values of a weight or eigenvalues of a covariance (say which). 0 for a spectrum of zeros.
-pub fn effective_rank(sigma: &[f64]) -> f64 {
-    let total: f64 = sigma.iter().sum();
-    if total <= 0.0 {
-        return 0.0;
-    }
-    let entropy: f64 = sigma.iter().filter(|&&s| s > 0.0).map(|&s| -(s / total) * (s / total).ln()).sum();
-    entropy.exp()
-}
-
-/// Stable rank `||A||_F^2 / ||A||_2^2 = sum sigma^2 / max sigma^2`; at most the rank. 0 for a spectrum of zeros.
-pub fn stable_rank(sigma: &[f64]) -> f64 {
-    let largest = sigma.iter().fold(0.0, |m: f64, &s| m.max(s));
-    if largest <= 0.0 { 0.0 } else { sigma.iter().map(|&s| (s / largest).powi(2)).sum() }
-}
-
-/// Participation ratio `(sum v)^2 / sum v^2` of eigenvalues; at most their [`effective_rank`]. 0 for zeros.
-pub fn participation_ratio(values: &[f64]) -> f64 {
-    let (sum, squares) = values.iter().fold((0.0, 0.0), |(a, b), &v| (a + v, b + v * v));
-    if squares <= 0.0 { 0.0 } else { sum * sum / squares }
-}
-
-/// The smallest rank that keeps the share `1 - epsilon` of the energy `sum sigma^2`; `sigma` in descending order.
-pub fn energy_rank(sigma: &[f64], epsilon: f64) -> usize {
-    let total: f64 = sigma.iter().map(|s| s * s).sum();
-    let mut kept = 0.0;
-    for (rank, s) in sigma.iter().enumerate() {
-        if kept >= (1.0 - epsilon) * total {
-            return rank;
-        }
-        kept += s * s;
-    }
-    sigma.len()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -668,7 +387,9 @@ mod tests {
 
     #[test]
     fn matmul_is_its_definition() {
-        for (m, k, n) in [(1, 1, 1), (3, 5, 2), (300, 7, 4), (4, 7, 300), (270, 33, 290), (0, 3, 2), (2, 0, 3)] {
+        for (m, k, n) in
+            [(1, 1, 1), (3, 5, 2), (300, 7, 4), (4, 7, 300), (270, 33, 290), (0, 3, 2), (2, 0, 3)]
+        {
             let (a, b) = (random(m, k, "a"), random(k, n, "b"));
             assert!(a.matmul(&b).unwrap().max_abs_diff(&naive(&a, &b)) < 1e-11, "{m} {k} {n}");
         }
@@ -775,7 +496,10 @@ mod tests {
         // A dead input channel: singular, so GPTQ must add damping first.
         let mut dead = spd(4);
         (0..4).for_each(|i| (dead[(1, i)], dead[(i, 1)]) = (0.0, 0.0));
-        assert!(matches!(cholesky_inverse_upper(&dead), Err(LinalgError::NotPositiveDefinite { pivot: 1, .. })));
+        assert!(matches!(
+            cholesky_inverse_upper(&dead),
+            Err(LinalgError::NotPositiveDefinite { pivot: 1, .. })
+        ));
         let mut nan = Matrix::identity(3);
         nan[(1, 2)] = f64::NAN;
         assert!(matches!(svd(&nan), Err(LinalgError::NotFinite { row: 1, col: 2, .. })));
@@ -834,7 +558,10 @@ mod tests {
         assert!((effective_rank(&[2.0; 6]) - 6.0).abs() < 1e-12);
         assert_eq!((stable_rank(&[2.0; 6]), participation_ratio(&[2.0; 6])), (6.0, 6.0));
         assert!((effective_rank(&[5.0, 0.0, 0.0]) - 1.0).abs() < 1e-12);
-        assert_eq!((effective_rank(&[0.0; 3]), stable_rank(&[]), participation_ratio(&[0.0])), (0.0, 0.0, 0.0));
+        assert_eq!(
+            (effective_rank(&[0.0; 3]), stable_rank(&[]), participation_ratio(&[0.0])),
+            (0.0, 0.0, 0.0)
+        );
         let sigma = svd(&random(40, 25, "ranks")).unwrap().sigma;
         let (pr, er, sr) = (participation_ratio(&sigma), effective_rank(&sigma), stable_rank(&sigma));
         assert!(1.0 <= pr && pr <= er && er <= 25.0 && 1.0 <= sr && sr <= 25.0);

@@ -43,7 +43,8 @@ pub(crate) struct State {
 
 /// The checkpoint of the highest step in the folder `out`, if there is one.
 pub(crate) fn latest(out: &Path) -> Result<Option<(PathBuf, State)>, TrainError> {
-    let Some((_, folder)) = complete(out)?.pop() else { return Ok(None) };
+    let newest = folders(out)?.into_iter().filter(|f| !f.partial).max_by_key(|f| f.step);
+    let Some(Folder { path: folder, .. }) = newest else { return Ok(None) };
     let path = folder.join(STATE);
     let text = fs::read(&path).map_err(|e| TrainError::io(&path, e))?;
     let state = serde_json::from_slice(&text)
@@ -51,8 +52,15 @@ pub(crate) fn latest(out: &Path) -> Result<Option<(PathBuf, State)>, TrainError>
     Ok(Some((folder, state)))
 }
 
-/// The checkpoint folders in `out` by step; none if there is no such folder.
-fn complete(out: &Path) -> Result<Vec<(usize, PathBuf)>, TrainError> {
+/// A checkpoint in an output folder, or what is left of one.
+struct Folder {
+    step: usize,
+    partial: bool,
+    path: PathBuf,
+}
+
+/// The checkpoints in `out`; none if there is no such folder.
+fn folders(out: &Path) -> Result<Vec<Folder>, TrainError> {
     let entries = match fs::read_dir(out) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
         entries => entries.map_err(|e| TrainError::io(out, e))?,
@@ -61,11 +69,12 @@ fn complete(out: &Path) -> Result<Vec<(usize, PathBuf)>, TrainError> {
     for entry in entries {
         let path = entry.map_err(|e| TrainError::io(out, e))?.path();
         let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
-        if let Some(step) = name.strip_prefix(PREFIX).and_then(|s| s.parse().ok()) {
-            found.push((step, path));
+        let Some(rest) = name.strip_prefix(PREFIX) else { continue };
+        let partial = rest.ends_with(PARTIAL);
+        if let Ok(step) = rest.trim_end_matches(PARTIAL).parse() {
+            found.push(Folder { step, partial, path });
         }
     }
-    found.sort();
     Ok(found)
 }
 
@@ -103,9 +112,9 @@ pub(crate) fn save<M: Module>(
     if let Ok(handle) = fs::File::open(out) {
         let _ = handle.sync_all();
     }
-    for (step, old) in complete(out)? {
-        if step != state.step {
-            remove(&old)?;
+    for old in folders(out)? {
+        if old.partial || old.step != state.step {
+            remove(&old.path)?;
         }
     }
     Ok(())
@@ -179,7 +188,7 @@ fn write_tensors(path: &Path, tensors: Vec<(String, Vec<usize>, Tensor<1>)>) -> 
     let mut writer = TensorWriter::new(AtomicFile::create(path)?, layout)?;
     for name in order {
         let data = values[name.as_str()].clone().try_into_data().map_err(|e| TrainError::Device(e.to_string()))?;
-        writer.write(&name, data.bytes())?;
+        writer.write(&name, data.as_bytes())?;
     }
     Ok(writer.finish()?.commit()?)
 }

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use firebrick_core::Seed;
-use firebrick_models::Tokenizer;
+use firebrick_models::tokenizer::Tokenizer;
 use rand::seq::SliceRandom;
 
 use crate::TrainError;
@@ -29,7 +29,8 @@ impl TextData {
         TextData { ids, bytes, ends }
     }
 
-    /// Encodes each document and ends it with the end-of-sequence token.
+    /// Encodes each document with what the model expects around a text (a begin token, say), and ends it with the
+    /// end-of-sequence token.
     ///
     /// # Errors
     /// If the tokenizer fails.
@@ -37,7 +38,8 @@ impl TextData {
         documents: impl IntoIterator<Item = &'a str>,
         tokenizer: &Tokenizer,
     ) -> Result<Self, TrainError> {
-        Self::encoded(documents, tokenizer.eos(), &mut |text| Ok(tokenizer.encode(text, false)?))
+        let end = tokenizer.eos_ids().first().copied();
+        Self::encoded(documents, end, &mut |text| Ok(tokenizer.encode(text, true)?))
     }
 
     /// Encodes `text` as one document.
@@ -66,8 +68,9 @@ impl TextData {
     ) -> Result<Self, TrainError> {
         let mut data = TextData::default();
         for document in documents {
-            data.ids.append(&mut encode(document)?);
-            data.ids.extend(end);
+            let ids = encode(document)?;
+            let missing = end.filter(|end| ids.last() != Some(end));
+            data.ids.extend(ids.into_iter().chain(missing));
             data.bytes += document.len();
             data.ends.push((data.ids.len(), data.bytes));
         }
@@ -232,6 +235,7 @@ impl<'a> Sampler<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use firebrick_models::tokenizer::train_bpe;
 
     fn bytes(documents: &[&str]) -> TextData {
         let mut encode = |text: &str| Ok(text.bytes().map(u32::from).collect());
@@ -246,6 +250,21 @@ mod tests {
         assert_eq!(TextData::concat([bytes(&["abc", ""]), bytes(&["de"])]), data);
         assert_eq!(data.windows(3).collect::<Vec<_>>(), [[97, 98, 99], [999, 999, 100]]);
         assert_ne!(data.digest(), bytes(&["abc", "de"]).digest());
+    }
+
+    #[test]
+    fn a_tokenizer_encodes_documents_and_files() {
+        let tokenizer = train_bpe(["one two, one two"], 259).unwrap();
+        let end = tokenizer.eos_ids()[0];
+        let data = TextData::from_documents(["one", "two"], &tokenizer).unwrap();
+        assert_eq!((data.ids.len(), data.bytes, data.documents()), (8, 6, 2));
+        assert_eq!((data.ids[3], data.ids[7]), (end, end));
+        assert_eq!(tokenizer.decode(&data.ids, true).unwrap(), "onetwo");
+        let text = TextData::from_text("one<|endoftext|>", &tokenizer).unwrap();
+        assert_eq!(text.ids, data.ids[..4], "an end that is there already is not doubled");
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), "one").unwrap();
+        assert_eq!(TextData::from_file(file.path(), &tokenizer).unwrap().ids, data.ids[..4]);
     }
 
     #[test]

@@ -19,7 +19,8 @@
 //! let data = TextData::new((0..200).map(|i| i % 16).collect(), 200);
 //! let settings = TrainConfig { steps: 3, batch: 2, window: 10, learning_rate: 1e-2, ..TrainConfig::default() };
 //! let loss = &mut |decoder: &Decoder, tokens: Tensor<2, Int>, seed| {
-//!     let mut run = Run { seed, ..Run::default() };
+//!     let mut run = Run::new(&[]);
+//!     run.seed = seed;
 //!     decoder.nll(tokens, &mut run).mean()
 //! };
 //! let (decoder, report) = fit(decoder, &settings, &data, loss, &Silent, false)?;

@@ -5,10 +5,9 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use burn::Tensor;
 use burn::module::Module;
 use burn::optim::{GradientsAccumulator, GradientsParams};
-use burn::tensor::{Int, TensorData, Transaction};
+use burn::tensor::{Int, Tensor, TensorData, Transaction};
 use firebrick_core::{Progress, Seed, Task};
 use serde::{Deserialize, Serialize};
 

@@ -85,7 +85,8 @@ impl<'a> Parser<'a> {
         let mut parts = None;
         if self.eat_word("layers") {
             if !self.eat(b'.') {
-                return self.fail(start..self.at, "which layers? write `layers.*`, `layers.3` or `layers.0-5`");
+                return self
+                    .fail(start..self.at, "which layers? write `layers.*`, `layers.3` or `layers.0-5`");
             }
             layers = Some(self.numbers("layer")?);
             if self.eat(b'.') {
@@ -118,7 +119,8 @@ impl<'a> Parser<'a> {
             Ok(regex) => Ok(Pattern::Tensor(TensorRegex(regex))),
             Err(e) => {
                 let reason = e.to_string();
-                let reason = reason.lines().last().unwrap_or_default().trim_start_matches("error: ").to_string();
+                let reason =
+                    reason.lines().last().unwrap_or_default().trim_start_matches("error: ").to_string();
                 self.fail(span, format!("not a regular expression: {reason}"))
             }
         }
@@ -232,8 +234,11 @@ impl<'a> Parser<'a> {
         let start = self.at;
         let leaf = vec![self.segment()?];
         let inside = |p: &Part| p.parent() == Some(Part::Mlp) && *p != Part::MlpRouter;
-        let known: Vec<&'static str> =
-            Part::ALL.iter().filter(|p| inside(p)).filter_map(|p| Some(p.name().split_once('.')?.1)).collect();
+        let known: Vec<&'static str> = Part::ALL
+            .iter()
+            .filter(|p| inside(p))
+            .filter_map(|p| Some(p.name().split_once('.')?.1))
+            .collect();
         let leaf = self.check(&leaf, start, &known, true)?.pop();
         Ok(Parts::Experts { experts, leaf })
     }
@@ -257,8 +262,9 @@ impl<'a> Parser<'a> {
                 segments.push(Segment::Any);
                 continue;
             };
-            let so_far =
-                |name: &&&'static str| name.split('.').zip(&segments).all(|(word, segment)| segment.matches(word));
+            let so_far = |name: &&&'static str| {
+                name.split('.').zip(&segments).all(|(word, segment)| segment.matches(word))
+            };
             let mut here: Vec<&'static str> =
                 long.iter().filter(so_far).filter_map(|name| name.split('.').nth(i)).collect();
             here.dedup();

@@ -19,7 +19,8 @@ fn brute_force(options: &[Vec<Choice>], budget: u64) -> Option<f64> {
 }
 
 fn options() -> impl Strategy<Value = (Vec<Vec<Choice>>, u64)> {
-    let choice = (0u64..13, -20i32..100).prop_map(|(cost, loss)| Choice { cost, loss: f64::from(loss) / 8.0 });
+    let choice =
+        (0u64..13, -20i32..100).prop_map(|(cost, loss)| Choice { cost, loss: f64::from(loss) / 8.0 });
     let sites = proptest::collection::vec(proptest::collection::vec(choice, 1..5), 1..6);
     (sites, 1u64..8, 0u64..60).prop_map(|(mut sites, unit, budget)| {
         sites.iter_mut().flatten().for_each(|c| c.cost *= unit);
@@ -40,7 +41,8 @@ fn largest_hull_step(options: &[Vec<Choice>]) -> f64 {
             let below = choices.iter().any(|a| {
                 choices.iter().any(|b| {
                     let inside = a.cost < p.cost && p.cost < b.cost;
-                    let share = (p.cost.saturating_sub(a.cost)) as f64 / (b.cost.saturating_sub(a.cost)).max(1) as f64;
+                    let share = (p.cost.saturating_sub(a.cost)) as f64
+                        / (b.cost.saturating_sub(a.cost)).max(1) as f64;
                     inside && a.loss + share * (b.loss - a.loss) < p.loss - 1e-12
                 })
             });
@@ -52,9 +54,10 @@ fn largest_hull_step(options: &[Vec<Choice>]) -> f64 {
         for (i, a) in hull.iter().enumerate() {
             for b in &hull[i..] {
                 let slope = (a.loss - b.loss) / (b.cost - a.cost).max(1) as f64;
-                let straight = hull.iter().filter(|p| a.cost < p.cost && p.cost < b.cost).all(|p| {
-                    (a.loss - p.loss - slope * (p.cost - a.cost) as f64).abs() < 1e-9
-                });
+                let straight = hull
+                    .iter()
+                    .filter(|p| a.cost < p.cost && p.cost < b.cost)
+                    .all(|p| (a.loss - p.loss - slope * (p.cost - a.cost) as f64).abs() < 1e-9);
                 if straight {
                     largest = largest.max(a.loss - b.loss);
                 }
@@ -119,7 +122,9 @@ fn layers(count: usize) -> Vec<Vec<Choice>> {
     let weight = |l: usize| if l % 5 == 2 { 50.0 } else { 1.0 + (l % 3) as f64 };
     let bits = [2u64, 3, 4, 8];
     (0..count)
-        .map(|l| bits.iter().map(|b| Choice { cost: b * 1000, loss: weight(l) / 4f64.powi(*b as i32) }).collect())
+        .map(|l| {
+            bits.iter().map(|b| Choice { cost: b * 1000, loss: weight(l) / 4f64.powi(*b as i32) }).collect()
+        })
         .collect()
 }
 
@@ -156,7 +161,10 @@ fn a_mis_sorted_table_loses() {
 fn a_large_problem_goes_to_greedy_and_stays_near_its_bound() {
     // Prices without a common divisor: the exact table would have 10^9 cells.
     let site = |s: u64| {
-        (0..8u64).map(move |k| Choice { cost: 1_000_003 * k + s * k, loss: (1.0 + s as f64) * 0.5f64.powi(k as i32) })
+        (0..8u64).map(move |k| Choice {
+            cost: 1_000_003 * k + s * k,
+            loss: (1.0 + s as f64) * 0.5f64.powi(k as i32),
+        })
     };
     let options: Vec<Vec<Choice>> = (0..1000u64).map(|s| site(s).collect()).collect();
     let budget = 1_000_003 * 3000;

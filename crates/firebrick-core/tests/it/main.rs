@@ -9,7 +9,8 @@ use firebrick_core::{Part, Site, SiteEntry, SiteKind, SiteTable};
 /// Four layers; the last two have two experts each in place of a dense feed-forward network.
 pub fn table() -> SiteTable {
     let mut entries = Vec::new();
-    let mut add = |site: Site, kind: SiteKind, tensor: Option<String>| entries.push(SiteEntry { site, kind, tensor });
+    let mut add =
+        |site: Site, kind: SiteKind, tensor: Option<String>| entries.push(SiteEntry { site, kind, tensor });
     let linear = SiteKind::Linear { d_in: 8, d_out: 8 };
     let embedding = SiteKind::Embedding { vocab: 32, d_model: 8 };
     add(Site::global(Part::Embed), embedding, Some("model.embed_tokens.weight".into()));
@@ -36,7 +37,11 @@ pub fn table() -> SiteTable {
         for expert in 0..2 {
             add(Site::expert(layer, Part::Mlp, expert), SiteKind::Module, None);
             for (part, hf) in weights {
-                add(Site::expert(layer, part, expert), linear, name(&format!("mlp.experts.{expert}.{hf}_proj")));
+                add(
+                    Site::expert(layer, part, expert),
+                    linear,
+                    name(&format!("mlp.experts.{expert}.{hf}_proj")),
+                );
             }
         }
     }

@@ -47,7 +47,10 @@ fn later_rules_override_field_by_field() {
     let last = Settings { rank: Some(64), alpha: Some(16.0), frozen: Some(true), ..Settings::default() };
     assert_eq!(q(3), last);
     let down = resolved.get(Site::expert(3, Part::MlpDown, 1)).unwrap();
-    assert_eq!((down.bits, down.group, down.extra["order"].as_str()), (Some(4), Some(32), Some("activation")));
+    assert_eq!(
+        (down.bits, down.group, down.extra["order"].as_str()),
+        (Some(4), Some(32), Some("activation"))
+    );
     assert_eq!(resolved.get(Site::global(Part::Head)), None);
 
     let coverage = &resolved.coverage;
@@ -60,7 +63,10 @@ fn later_rules_override_field_by_field() {
     let lines: Vec<&str> = shown.lines().collect();
     assert_eq!(lines.len(), 6, "{shown}");
     assert!(lines[2].contains("layers.-2--1.attn.q") && lines[2].ends_with("2         2"), "{shown}");
-    assert!(lines[5].contains("no rule") && lines[5].contains("embed, norm, head, layers.0.block"), "{shown}");
+    assert!(
+        lines[5].contains("no rule") && lines[5].contains("embed, norm, head, layers.0.block"),
+        "{shown}"
+    );
     let ends: Vec<usize> = lines[..5].iter().map(|l| l.chars().count()).collect();
     assert!(ends.iter().all(|e| *e == ends[0]), "columns are aligned\n{shown}");
 }
@@ -117,10 +123,13 @@ fn a_file_lists_all_its_problems_with_lines() {
     assert_eq!(found.len(), 10, "{found:#?}");
     let json = r#"{"version": 1, "rules": [{"select": "attn", "rank": -1}, 7]}"#;
     let found = problems(LayerPlan::from_json(json).unwrap_err());
-    assert_eq!(found, [
-        "rules[0].rank: expected a whole number, found -1",
-        "rules[1]: a rule is a table with `select`, not 7"
-    ]);
+    assert_eq!(
+        found,
+        [
+            "rules[0].rank: expected a whole number, found -1",
+            "rules[1]: a rule is a table with `select`, not 7"
+        ]
+    );
     assert!(matches!(LayerPlan::from_toml("version = "), Err(PlanError::Syntax(_))));
     assert!(matches!(LayerPlan::from_json("{"), Err(PlanError::Syntax(_))));
     assert_eq!(problems(LayerPlan::from_json("3").unwrap_err()).len(), 1);
@@ -142,8 +151,14 @@ fn resolve_lists_all_problems() {
     };
     let found = problems(plan.resolve(&table()).unwrap_err());
     for want in [
-        "version 9", "rules[0]: rank 0", "rules[0].select: no layer 7", "rules[1].select: nothing in the model",
-        "rules[2]: bits 33", "rules[2]: weight NaN", "rules[3]: dropout 1", "rules[3]: density 0",
+        "version 9",
+        "rules[0]: rank 0",
+        "rules[0].select: no layer 7",
+        "rules[1].select: nothing in the model",
+        "rules[2]: bits 33",
+        "rules[2]: weight NaN",
+        "rules[3]: dropout 1",
+        "rules[3]: density 0",
     ] {
         assert!(found.iter().any(|p| p.starts_with(want)), "{want}\n{found:#?}");
     }
@@ -175,19 +190,25 @@ fn an_allocation_is_written_compactly() {
     let drop = Settings { drop: Some(true), ..Settings::default() };
     let plan = LayerPlan::from_sites([(Site::layer(1, Part::AttnSublayer), drop.clone())]);
     assert_eq!(plan.rules[0].select.to_string(), "layers.1.attn_sublayer!");
-    assert_eq!(plan.resolve(&table()).unwrap().sites, BTreeMap::from([(Site::layer(1, Part::AttnSublayer), drop)]));
+    assert_eq!(
+        plan.resolve(&table()).unwrap().sites,
+        BTreeMap::from([(Site::layer(1, Part::AttnSublayer), drop)])
+    );
 }
 
 fn settings() -> impl Strategy<Value = Settings> {
     let rank = proptest::option::of(1usize..4);
-    let weight = proptest::option::of(prop_oneof![Just(0.1), Just(-2.5e-17), Just(3.0), Just(f64::MIN_POSITIVE)]);
+    let weight =
+        proptest::option::of(prop_oneof![Just(0.1), Just(-2.5e-17), Just(3.0), Just(f64::MIN_POSITIVE)]);
     let extra = proptest::option::of(any::<bool>());
-    (rank, weight, proptest::option::of(any::<bool>()), extra).prop_map(|(rank, weight, drop, extra)| Settings {
-        rank,
-        weight,
-        drop,
-        extra: extra.into_iter().map(|v| ("crate.key".to_string(), v.into())).collect(),
-        ..Settings::default()
+    (rank, weight, proptest::option::of(any::<bool>()), extra).prop_map(|(rank, weight, drop, extra)| {
+        Settings {
+            rank,
+            weight,
+            drop,
+            extra: extra.into_iter().map(|v| ("crate.key".to_string(), v.into())).collect(),
+            ..Settings::default()
+        }
     })
 }
 

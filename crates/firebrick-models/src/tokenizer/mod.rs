@@ -209,35 +209,45 @@ impl Tokenizer {
         self.chat_template = source;
     }
 
-    /// Writes `tokenizer.json`, `tokenizer_config.json`, `generation_config.json` and, where there is one,
-    /// `chat_template.jinja`, as transformers' `AutoTokenizer` reads them. Files this tokenizer was read from are
-    /// written with all they held.
+    /// Writes the files of [`Tokenizer::files`], each atomically.
     ///
     /// # Errors
     /// When a file can't be written.
     pub fn save(&self, folder: impl AsRef<Path>) -> Result<(), ModelError> {
         let folder = folder.as_ref();
         std::fs::create_dir_all(folder).map_err(|e| ModelError::io(folder, e))?;
+        for (name, bytes) in self.files()? {
+            let path = folder.join(name);
+            let mut file = AtomicFile::create(&path)?;
+            file.write_all(&bytes).map_err(|e| ModelError::io(&path, e))?;
+            file.commit()?;
+        }
+        Ok(())
+    }
+
+    /// Names and contents of `tokenizer.json`, `tokenizer_config.json`, and where there is something to say
+    /// `generation_config.json`, `special_tokens_map.json` and `chat_template.jinja`, as transformers' `AutoTokenizer`
+    /// reads them. Files this tokenizer was read from come back with all they held.
+    ///
+    /// # Errors
+    /// When the tokenizer can't be written as JSON.
+    pub fn files(&self) -> Result<Vec<(String, Vec<u8>)>, ModelError> {
         let json = match &self.kept.json {
             Some(bytes) => bytes.clone(),
             None => self.inner.to_string(true).map_err(|e| ModelError::Tokenizer(e.to_string()))?.into_bytes(),
         };
-        write(&folder.join(JSON_FILE), &json)?;
-        write_map(&folder.join(CONFIG_FILE), &self.config())?;
+        let mut files = vec![(JSON_FILE.to_string(), json), (CONFIG_FILE.to_string(), pretty(&self.config())?)];
         let generation = self.generation();
         if !generation.is_empty() {
-            write_map(&folder.join(GENERATION_FILE), &generation)?;
+            files.push((GENERATION_FILE.to_string(), pretty(&generation)?));
         }
-        if let Some(bytes) = &self.kept.special_map {
-            write(&folder.join(SPECIAL_FILE), bytes)?;
+        files.extend(self.kept.special_map.clone().map(|bytes| (SPECIAL_FILE.to_string(), bytes)));
+        // A list of named templates lives in the configuration, and a file would hide all but one of it.
+        let listed = self.kept.config.get("chat_template").is_some_and(Json::is_array);
+        if let Some(source) = self.chat_template.as_ref().filter(|_| self.kept.template_file || !listed) {
+            files.push((TEMPLATE_FILE.to_string(), source.clone().into_bytes()));
         }
-        match &self.chat_template {
-            // A list of named templates lives in the configuration, and a file would hide all but one of it.
-            Some(source) if self.kept.template_file || !self.kept.config.contains_key("chat_template") => {
-                write(&folder.join(TEMPLATE_FILE), source.as_bytes())
-            }
-            _ => Ok(()),
-        }
+        Ok(files)
     }
 
     /// `tokenizer_config.json`: as it was read, or made from what is known.
@@ -421,13 +431,7 @@ fn read_map(path: &Path) -> Result<Map<String, Json>, ModelError> {
     }
 }
 
-fn write(path: &Path, bytes: &[u8]) -> Result<(), ModelError> {
-    let mut file = AtomicFile::create(path)?;
-    file.write_all(bytes).map_err(|e| ModelError::io(path, e))?;
-    Ok(file.commit()?)
-}
-
-fn write_map(path: &Path, map: &Map<String, Json>) -> Result<(), ModelError> {
+fn pretty(map: &Map<String, Json>) -> Result<Vec<u8>, ModelError> {
     let text = serde_json::to_string_pretty(map).map_err(|e| ModelError::Tokenizer(e.to_string()))?;
-    write(path, (text + "\n").as_bytes())
+    Ok((text + "\n").into_bytes())
 }

@@ -75,13 +75,31 @@ pub enum Format {
     Gguf,
 }
 
+/// The bytes of one file.
+#[derive(Debug)]
+enum Contents {
+    Mapped(Mmap),
+    Static(&'static [u8]),
+}
+
+impl std::ops::Deref for Contents {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Contents::Mapped(map) => map,
+            Contents::Static(bytes) => bytes,
+        }
+    }
+}
+
 /// Named tensors on disk, memory-mapped; only the headers are read on opening.
 #[derive(Debug)]
 pub struct Checkpoint {
     path: PathBuf,
     format: Format,
     files: Vec<PathBuf>,
-    maps: Vec<Mmap>,
+    maps: Vec<Contents>,
     tensors: Vec<TensorInfo>,
     by_name: HashMap<String, usize>,
     metadata: Metadata,
@@ -103,7 +121,18 @@ impl Checkpoint {
         if metadata.is_dir() {
             return sharded::open(path);
         }
-        let map = map(path)?;
+        Self::read(path, Contents::Mapped(map(path)?))
+    }
+
+    /// Reads a `.safetensors` or `.gguf` file that is part of the program; `path` only names it in errors and reports.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`].
+    pub fn from_static(bytes: &'static [u8], path: impl AsRef<Path>) -> Result<Self> {
+        Self::read(path.as_ref(), Contents::Static(bytes))
+    }
+
+    fn read(path: &Path, map: Contents) -> Result<Self> {
         let mut checkpoint = Checkpoint {
             path: path.to_owned(),
             format: Format::Safetensors,
@@ -224,6 +253,30 @@ impl Checkpoint {
         };
         let bytes = &self.bytes_of(tensor)[byte(range.start)?..byte(range.end)?];
         block::decode(dtype, bytes, out).map_err(|e| self.block_error(name, e))
+    }
+
+    /// Tells the system that the bytes `range` of `tensor`, one of [`tensors`](Checkpoint::tensors), are not needed for
+    /// now, so that they stop counting as memory of this process. Reading them again maps them again. Does nothing
+    /// where there is no such call.
+    pub fn release(&self, tensor: &TensorInfo, range: Range<usize>) {
+        #[cfg(unix)]
+        if let Some(map) = self.maps.get(tensor.file)
+            && range.start < range.end
+            && range.end <= tensor.len
+            && (tensor.offset as usize).checked_add(range.end).is_some_and(|end| end <= map.len())
+        {
+            // SAFETY: the map is read-only and backed by a file, so a dropped page is read from the file again, with
+            // the same bytes; the range lies within the map. A failure costs memory only.
+            let _ = unsafe {
+                map.unchecked_advise_range(
+                    memmap2::UncheckedAdvice::DontNeed,
+                    tensor.offset as usize + range.start,
+                    range.len(),
+                )
+            };
+        }
+        #[cfg(not(unix))]
+        let _ = (tensor, range);
     }
 
     fn block_error(&self, tensor: &str, source: block::BlockError) -> CheckpointError {

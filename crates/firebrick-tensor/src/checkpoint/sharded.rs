@@ -1,7 +1,7 @@
 //! A folder of safetensors shards with the index Hugging Face writes beside them.
 
 use super::error::{CheckpointError, Result};
-use super::{Checkpoint, Format, Metadata, safetensors};
+use super::{Checkpoint, Contents, Format, Metadata, safetensors};
 use indexmap::IndexMap;
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::path::{Component, Path};
@@ -65,7 +65,7 @@ pub(super) fn open(folder: &Path) -> Result<Checkpoint> {
                 if checkpoint.metadata.is_empty() {
                     checkpoint.metadata = metadata;
                 }
-                checkpoint.maps.push(map);
+                checkpoint.maps.push(Contents::Mapped(map));
                 checkpoint.tensors.extend(tensors);
             }
             Err(error) => {

@@ -50,7 +50,7 @@ pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, options: AttentionOpt
     assert!(s >= t, "attention: {t} queries on {s} keys");
     assert!(options.window != Some(0), "attention: window of 0 hides every key");
     let (q, k, v) = (q.into_dispatch(), k.into_dispatch(), v.into_dispatch());
-    Tensor::from_dispatch(<burn::backend::Dispatch as AttentionOps>::attention(q, k, v, options))
+    Tensor::from_dispatch(<burn::backend::Dispatch as AttentionOps>::grouped_attention(q, k, v, options))
 }
 
 /// Attention on a backend's own tensors.
@@ -58,7 +58,7 @@ pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, options: AttentionOpt
 pub trait AttentionOps: Backend {
     /// Forward pass, see [`attention`].
     #[fusion(default)]
-    fn attention(
+    fn grouped_attention(
         q: FloatTensor<Self>,
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
@@ -69,7 +69,7 @@ pub trait AttentionOps: Backend {
 
     /// Gradients for `q`, `k` and `v` from the gradient of the result.
     #[fusion(default)]
-    fn attention_backward(
+    fn grouped_attention_backward(
         q: FloatTensor<Self>,
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
@@ -177,14 +177,14 @@ fn composed_backward<B: Backend>(
 impl AttentionOps for CubeBackend {}
 
 impl AttentionOps for Flex {
-    fn attention(q: FlexTensor, k: FlexTensor, v: FlexTensor, options: AttentionOptions) -> FlexTensor {
+    fn grouped_attention(q: FlexTensor, k: FlexTensor, v: FlexTensor, options: AttentionOptions) -> FlexTensor {
         if !cpu::all_f32(&[&q, &k, &v]) || q.shape().num_elements() == 0 {
             return composed::<Self>(q, k, v, &options);
         }
         attention_cpu::forward(q, k, v, &options)
     }
 
-    fn attention_backward(
+    fn grouped_attention_backward(
         q: FlexTensor,
         k: FlexTensor,
         v: FlexTensor,
@@ -199,7 +199,7 @@ impl AttentionOps for Flex {
 }
 
 impl<B: Backend + AttentionOps, C: CheckpointStrategy> AttentionOps for Autodiff<B, C> {
-    fn attention(
+    fn grouped_attention(
         q: FloatTensor<Self>,
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
@@ -214,7 +214,7 @@ impl<B: Backend + AttentionOps, C: CheckpointStrategy> AttentionOps for Autodiff
             fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
                 let grad = grads.consume::<B>(&ops.node);
                 let (q, k, v, options) = ops.state;
-                let (dq, dk, dv) = B::attention_backward(q, k, v, grad, options);
+                let (dq, dk, dv) = B::grouped_attention_backward(q, k, v, grad, options);
                 for (parent, grad) in ops.parents.into_iter().zip([dq, dk, dv]) {
                     if let Some(parent) = parent {
                         grads.register::<B>(parent.id, grad);
@@ -228,10 +228,10 @@ impl<B: Backend + AttentionOps, C: CheckpointStrategy> AttentionOps for Autodiff
         let (v, v_node) = v.into_parts();
         match Attention.prepare::<C>([q_node, k_node, v_node]).compute_bound().stateful() {
             OpsKind::Tracked(prep) => {
-                let y = B::attention(q.clone(), k.clone(), v.clone(), options.clone());
+                let y = B::grouped_attention(q.clone(), k.clone(), v.clone(), options.clone());
                 prep.finish((q, k, v, options), y)
             }
-            OpsKind::UnTracked(prep) => prep.finish(B::attention(q, k, v, options)),
+            OpsKind::UnTracked(prep) => prep.finish(B::grouped_attention(q, k, v, options)),
         }
     }
 }

@@ -3,7 +3,7 @@
 //! A block computes scores only for the keys its mask lets through, so causal attention costs half and a window
 //! costs its width; memory is one block of scores for each thread.
 
-use burn_backend::{Shape, TensorMetadata};
+use burn_backend::Shape;
 use burn_flex::FlexTensor;
 use faer::MatRef;
 use pulp::{Arch, Simd, WithSimd};

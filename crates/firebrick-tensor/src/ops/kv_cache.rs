@@ -65,6 +65,11 @@ impl KvCache {
         filled
     }
 
+    /// Forgets all tokens; the buffers stay for the next sequence.
+    pub fn clear(&mut self) {
+        self.layers.iter_mut().flatten().for_each(|held| held.len = 0);
+    }
+
     /// Tokens held by a layer.
     pub fn len(&self, layer: usize) -> usize {
         self.layers[layer].as_ref().map_or(0, |held| held.len)

@@ -141,7 +141,10 @@ impl<'a> Job<'a> {
     ///
     /// # Errors
     /// As [`scan`](Job::scan), and when the output can't be encoded or written.
-    pub fn elementwise(&mut self, mut f: impl FnMut(usize, &[&[f32]], &mut [f32])) -> Result<(), StreamError> {
+    pub fn elementwise(
+        &mut self,
+        mut f: impl FnMut(usize, &[&[f32]], &mut [f32]),
+    ) -> Result<(), StreamError> {
         self.check_elements()?;
         let mut buffers = vec![Vec::new(); self.inputs.len()];
         let mut out = Vec::with_capacity(self.chunk.min(self.range.len()));
@@ -201,11 +204,9 @@ impl<'a> Job<'a> {
         let expected = block::elements(&self.spec.tensor.shape).unwrap_or(usize::MAX);
         match self.inputs.iter().map(|input| input.info).find(|info| info.elements() != expected) {
             None => Ok(()),
-            Some(info) => Err(StreamError::Elements {
-                input: info.name.clone(),
-                elements: info.elements(),
-                expected,
-            }),
+            Some(info) => {
+                Err(StreamError::Elements { input: info.name.clone(), elements: info.elements(), expected })
+            }
         }
     }
 }

@@ -1,6 +1,7 @@
 //! The plan of a run: what is read, computed and written, and whether it fits.
 
 use super::job::{BUFFER, CHUNK, Input};
+use super::queue::HASH_BUFFER;
 use super::target::{OutputFile, Target, places};
 use super::{OutputSpec, Source, StreamError, Transform};
 use crate::block::{self, DType};
@@ -83,7 +84,12 @@ impl fmt::Display for StreamPlan {
         if !self.unread.is_empty() {
             let shown: Vec<&str> = self.unread.iter().take(8).map(|(_, name)| name.as_str()).collect();
             let more = if self.unread.len() > shown.len() { ", ..." } else { "" };
-            write!(f, "\n  unread  {} tensors of the sources: {}{more}", self.unread.len(), shown.join(", "))?;
+            write!(
+                f,
+                "\n  unread  {} tensors of the sources: {}{more}",
+                self.unread.len(),
+                shown.join(", ")
+            )?;
         }
         self.problems.iter().try_for_each(|problem| write!(f, "\n  problem {problem}"))
     }
@@ -196,7 +202,10 @@ pub(super) fn prepare<'a>(
             parts.extend(cut);
         }
     }
+    // Files are hashed beside the last parts.
+    let hashed = files.len() + sources.iter().map(|s| s.checkpoint.files().len()).sum::<usize>();
     let mut costs: Vec<u64> = parts.iter().map(|p| p.cost).collect();
+    costs.extend(std::iter::repeat_n(HASH_BUFFER as u64, hashed));
     costs.sort_unstable_by_key(|&cost| std::cmp::Reverse(cost));
     let together = costs.iter().take(threads).fold(0u64, |sum, cost| sum.saturating_add(*cost));
     let written_bytes = files.iter().map(|f| f.layout.file_len()).sum();
@@ -278,7 +287,9 @@ mod tests {
                 assert_eq!(part.bytes, dtype.bytes_for(part.range.len()).unwrap() as u64);
                 (element, offset) = (part.range.end, offset + part.bytes);
                 let unit = split.unwrap_or(1);
-                assert!(part.range.start.is_multiple_of(unit) && part.chunk.is_multiple_of(dtype.block_len()));
+                assert!(
+                    part.range.start.is_multiple_of(unit) && part.chunk.is_multiple_of(dtype.block_len())
+                );
                 assert!(split.is_none() || part.range.len() <= PART.max(unit));
             }
             assert_eq!(element, elements);

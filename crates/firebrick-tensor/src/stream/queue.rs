@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 /// Memory of a worker that hashes a file.
-const HASH_BUFFER: usize = 64 << 10;
+pub(super) const HASH_BUFFER: usize = 64 << 10;
 
 /// A file to be hashed, and to reach the disk if it is part of the output.
 pub(super) struct FileTask {

@@ -1,7 +1,7 @@
 //! Runs a plan: workers under a memory budget, one thread that keeps the journal, and the files put in place.
 
-use super::job::{Job, Sink};
-use super::plan::{Prepared, prepare};
+use super::job::{Input, Job, Sink};
+use super::plan::{Part, Prepared, prepare};
 use super::provenance::{self, FileRecord};
 use super::queue::{FileTasks, Queue, Work};
 use super::staging::{self, Claim, Staging};
@@ -11,6 +11,7 @@ use crate::block;
 use firebrick_core::{Progress, Silent, Task};
 use serde::Serialize;
 use std::num::NonZero;
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::mpsc;
 
@@ -146,7 +147,8 @@ impl Executor<'_> {
             })
             .collect();
         let sources = tasks.source_records(&outcome.hashes);
-        for (name, bytes) in provenance::files(transform, target, prepared, sources, &mut files, self.sha256) {
+        for (name, bytes) in provenance::files(transform, target, prepared, sources, &mut files, self.sha256)
+        {
             staging.add_file(&name, &bytes)?;
         }
         let &StreamPlan { read_bytes, written_bytes, .. } = &prepared.plan;
@@ -201,13 +203,14 @@ impl Executor<'_> {
                     Done::Part(i, result) => {
                         let part = &prepared.parts[i];
                         let name = prepared.outputs[part.output].tensor.name.as_str();
-                        let result = result.map_err(|error| error.of(name)).and_then(|finished| match finished {
-                            Finished::Kept => {
-                                outcome.resumed += 1;
-                                Ok(())
-                            }
-                            Finished::Computed(claim) => staging.finish(&claim),
-                        });
+                        let result =
+                            result.map_err(|error| error.of(name)).and_then(|finished| match finished {
+                                Finished::Kept => {
+                                    outcome.resumed += 1;
+                                    Ok(())
+                                }
+                                Finished::Computed(claim) => staging.finish(&claim),
+                            });
                         (i, name, part.bytes, result)
                     }
                     Done::File(i, result) => {
@@ -273,6 +276,16 @@ fn key(transform: &dyn Transform, prepared: &Prepared<'_>) -> String {
     blake3::hash(all.to_string().as_bytes()).to_hex().to_string()
 }
 
+/// The bytes of an input that a part is computed from.
+fn bytes_read(spec: &OutputSpec, part: &Part, input: &Input<'_>) -> Range<usize> {
+    let dtype = input.info.dtype;
+    let same = spec.split.is_some() && block::elements(&spec.tensor.shape) == Some(input.info.elements());
+    match (dtype.bytes_for(part.range.start), dtype.bytes_for(part.range.end)) {
+        (Some(start), Some(end)) if same => start..end,
+        _ => 0..input.bytes.len(),
+    }
+}
+
 /// Keeps part `i` if an interrupted run finished it, else computes it.
 fn run_part(
     transform: &dyn Transform,
@@ -282,11 +295,9 @@ fn run_part(
 ) -> Result<Finished, StreamError> {
     let part = &prepared.parts[i];
     let (spec, inputs) = (&prepared.outputs[part.output], &prepared.inputs[part.output]);
-    let elements = block::elements(&spec.tensor.shape);
     let mut hasher = blake3::Hasher::new();
     for input in inputs {
-        let same = spec.split.is_some() && elements == Some(input.info.elements());
-        let bytes = input.bytes_of(&part.range).filter(|_| same).unwrap_or(input.bytes);
+        let bytes = &input.bytes[bytes_read(spec, part, input)];
         hasher.update(&(bytes.len() as u64).to_le_bytes()).update(bytes);
     }
     let inputs_hash = hasher.finalize().to_hex().to_string();
@@ -306,6 +317,9 @@ fn run_part(
         sink: Sink::new(file, path, part.offset, part.bytes),
     };
     transform.compute(&mut job)?;
+    for input in inputs {
+        input.checkpoint.release(input.info, bytes_read(spec, part, input));
+    }
     let hash = job.sink.finish()?.to_hex().to_string();
     Ok(Finished::Computed(Claim::new(&spec.tensor.name, part, inputs_hash, hash)))
 }

@@ -80,7 +80,8 @@ impl Staging {
         std::fs::remove_dir_all(&out).map_err(StreamError::io(&out))?;
         let files = create(&out, files)?;
         let header = Header { firebrick_journal: JOURNAL_VERSION, key: key.to_owned() };
-        let staging = Staging { folder, journal, files, claims: HashMap::new(), finished: AtomicUsize::new(0) };
+        let staging =
+            Staging { folder, journal, files, claims: HashMap::new(), finished: AtomicUsize::new(0) };
         staging.append(&header)?;
         Ok(staging)
     }
@@ -218,9 +219,9 @@ fn read_journal(journal: &mut File, key: &str) -> std::io::Result<Option<HashMap
     journal.read_to_end(&mut text)?;
     let mut lines = text.split_inclusive(|&b| b == b'\n').filter(|line| line.ends_with(b"\n"));
     let header = lines.next();
-    let same = header.and_then(|line| serde_json::from_slice::<Header>(line).ok()).is_some_and(|header| {
-        header.firebrick_journal == JOURNAL_VERSION && header.key == key
-    });
+    let same = header
+        .and_then(|line| serde_json::from_slice::<Header>(line).ok())
+        .is_some_and(|header| header.firebrick_journal == JOURNAL_VERSION && header.key == key);
     if !same {
         return Ok(None);
     }

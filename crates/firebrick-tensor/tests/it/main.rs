@@ -2,3 +2,5 @@
 
 mod blocks;
 mod checkpoint;
+mod ops;
+mod stream;

@@ -46,7 +46,8 @@ pub fn settings(steps: usize) -> TrainConfig {
 }
 
 pub fn loss(decoder: &Decoder, tokens: Tensor<2, Int>, seed: Seed) -> Tensor<1> {
-    let mut run = Run { seed, mode: Mode::Train, ..Run::default() };
+    let mut run = Run::new(&[]);
+    (run.seed, run.mode) = (seed, Mode::Train);
     decoder.nll(tokens, &mut run).mean()
 }
 

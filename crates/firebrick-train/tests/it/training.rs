@@ -100,7 +100,9 @@ fn a_brick_trains_over_a_frozen_base() {
     let shift = Shift { by, sites: [Site::layer(1, Part::Block)].into_iter().collect() };
     let mut loss = |shift: &Shift, tokens: Tensor<2, Int>, seed: Seed| {
         let bricks: [&dyn Brick; 1] = [shift];
-        base.nll(tokens, &mut Run { seed, ..Run::new(&bricks) }).mean()
+        let mut run = Run::new(&bricks);
+        run.seed = seed;
+        base.nll(tokens, &mut run).mean()
     };
     let config = TrainConfig { learning_rate: 0.3, ..settings(30) };
     let (shift, report) = fit(shift, &config, &pattern(500), &mut loss, &Silent, false).unwrap();

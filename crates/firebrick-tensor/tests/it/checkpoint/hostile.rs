@@ -127,7 +127,11 @@ fn gguf_errors_say_what_and_where() {
     check(after("a.flag") + 4, &[2], "a bool of 2");
     check(after("a.words") + 8, &(1u64 << 35).to_le_bytes(), "34359738368 array elements");
     check(after("a.words") + 4, &99u32.to_le_bytes(), "unknown metadata type 99");
-    check(after("a.words") - 7, b"a.flag\x00", "metadata key");
+    let flag = after("a.flag") - 14..after("a.flag") + 5;
+    let mut twice = valid.clone();
+    twice[16] += 1;
+    twice.splice(flag.end..flag.end, valid[flag.clone()].iter().copied());
+    refused(&path, &twice, &format!("at byte {}: metadata key `a.flag` appears twice", flag.end));
 
     // Tensor `w`: its name, 2 dims, the extents, the type, the offset.
     let w = position(&valid, &[&1u64.to_le_bytes()[..], b"w", &2u32.to_le_bytes()].concat());

@@ -1,0 +1,234 @@
+//! The numbers of one linear layer from its weight and the second moments of its input.
+
+use std::collections::BTreeMap;
+
+use firebrick_core::{Site, SiteSet};
+use firebrick_models::Decoder;
+use firebrick_tensor::grid::{Grid, GridKind};
+use firebrick_tensor::linalg::{
+    LinalgError, Matrix, effective_rank, participation_ratio, qr, stable_rank, symmetric_eigenvalues,
+};
+use rayon::prelude::*;
+
+use super::{BitLoss, LinearProfile, ProfileOptions, RankLoss};
+use crate::{AnalysisError, SecondMoments, input_site};
+
+/// Measures the linear layers `sites` of one block; `moments` summed over `tokens` tokens.
+pub(super) fn measure(
+    decoder: &Decoder,
+    sites: &SiteSet,
+    moments: &SecondMoments,
+    tokens: usize,
+    options: &ProfileOptions,
+) -> Result<Vec<LinearProfile>, AnalysisError> {
+    let inputs: SiteSet = sites.iter().map(input_site).collect();
+    let mut means: BTreeMap<Site, Matrix> = BTreeMap::new();
+    for site in inputs.iter() {
+        let unreadable = || AnalysisError::Site { site, what: "its second moments cannot be read".into() };
+        let mut h = moments.matrix(site).ok_or_else(unreadable)?;
+        h.data_mut().iter_mut().for_each(|v| *v /= tokens as f64);
+        means.insert(site, h);
+    }
+    let weights: Vec<Weight> = sites.iter().map(|site| read(decoder, site)).collect::<Result<_, _>>()?;
+    let (spectra, outputs) = rayon::join(
+        || -> Result<BTreeMap<Site, Vec<f64>>, AnalysisError> {
+            means.par_iter().map(|(site, h)| Ok((*site, spectrum(h).map_err(at(*site))?))).collect()
+        },
+        || -> Result<Vec<LinearProfile>, AnalysisError> {
+            let one = |w: &Weight| w.measure(&means[&input_site(w.site)], options).map_err(at(w.site));
+            weights.par_iter().map(one).collect()
+        },
+    );
+    let (spectra, mut profiles) = (spectra?, outputs?);
+    for p in &mut profiles {
+        let spectrum = &spectra[&input_site(p.site)];
+        p.input_energy = spectrum.iter().sum();
+        p.activation_rank = effective_rank(spectrum);
+        p.participation_ratio = participation_ratio(spectrum);
+    }
+    Ok(profiles)
+}
+
+fn at(site: Site) -> impl Fn(LinalgError) -> AnalysisError {
+    move |error| AnalysisError::Linalg { site, error }
+}
+
+fn read(decoder: &Decoder, site: Site) -> Result<Weight, AnalysisError> {
+    let fail = |what: String| AnalysisError::Site { site, what };
+    let weight = decoder.weight(site).ok_or_else(|| fail("the model has no weight here".into()))?;
+    let [d_out, d_in] = weight.dims();
+    let data = weight.without_autodiff().into_data().convert::<f32>();
+    let values = data.into_vec().map_err(|e| fail(format!("{e:?}")))?;
+    Ok(Weight { site, d_out, d_in, values })
+}
+
+/// A weight `[d_out, d_in]` on the host.
+struct Weight {
+    site: Site,
+    d_out: usize,
+    d_in: usize,
+    values: Vec<f32>,
+}
+
+impl Weight {
+    /// Everything but the numbers of the input alone.
+    fn measure(&self, h: &Matrix, options: &ProfileOptions) -> Result<LinearProfile, LinalgError> {
+        let (d_in, d_out) = (self.d_in, self.d_out);
+        let w = Matrix::from_f32(d_out, d_in, &self.values)?;
+        // W = Q R turns W H W^T into R H R^T without its zero eigenvalues.
+        let small = if d_out > d_in { qr(&w)?.r } else { w };
+        let transposed = small.transpose();
+        let energies = spectrum(&small.matmul(h)?.matmul(&transposed)?)?;
+        let sigma: Vec<f64> = spectrum(&small.matmul(&transposed)?)?.iter().map(|v| v.sqrt()).collect();
+        let output_energy: f64 = energies.iter().sum();
+        let relative = |error: f64| if output_energy > 0.0 { error / output_energy } else { 0.0 };
+        let rank_loss = |rank: usize| {
+            // Summed from the smallest up: the tail of a large sum would lose its digits.
+            let error: f64 = energies[rank..].iter().rev().sum();
+            RankLoss { rank, size: (rank * (d_in + d_out)) as u64, error, relative: relative(error) }
+        };
+        let mut bits = Vec::with_capacity(options.bits.len());
+        for &b in &options.bits {
+            let grid = Grid { bits: b, group: options.group, kind: GridKind::SymHalf };
+            let error = self.rounding_error(grid, h)?;
+            let size = (grid.bits_per_weight(d_in) * (d_in * d_out) as f64).round() as u64;
+            bits.push(BitLoss { bits: b, size, error, relative: relative(error) });
+        }
+        let ranks = options.ranks.iter().filter(|r| **r <= energies.len()).map(|r| rank_loss(*r)).collect();
+        Ok(LinearProfile {
+            site: self.site,
+            d_in,
+            d_out,
+            input_energy: 0.0,
+            activation_rank: 0.0,
+            participation_ratio: 0.0,
+            weight_norm: sigma.iter().map(|s| s * s).sum::<f64>().sqrt(),
+            weight_rank: effective_rank(&sigma),
+            stable_rank: stable_rank(&sigma),
+            output_energy,
+            bits,
+            ranks,
+        })
+    }
+
+    /// `tr(D H D^T)` with `D` the error of rounding to the nearest codes.
+    fn rounding_error(&self, grid: Grid, h: &Matrix) -> Result<f64, LinalgError> {
+        let mut rounded = self.values.clone();
+        grid.round(&mut rounded, self.d_in);
+        let difference = self.values.iter().zip(&rounded).map(|(w, r)| f64::from(*w) - f64::from(*r)).collect();
+        let d = Matrix::new(self.d_out, self.d_in, difference)?;
+        let dh = d.matmul(h)?;
+        Ok(dh.data().iter().zip(d.data()).map(|(a, b)| a * b).sum::<f64>().max(0.0))
+    }
+}
+
+/// The eigenvalues of a positive semidefinite matrix, descending; those within its rounding error are 0.
+fn spectrum(h: &Matrix) -> Result<Vec<f64>, LinalgError> {
+    let mut values = symmetric_eigenvalues(h)?;
+    let floor = values.first().copied().unwrap_or(0.0) * h.rows() as f64 * f64::EPSILON;
+    values.iter_mut().filter(|v| **v <= floor).for_each(|v| *v = 0.0);
+    Ok(values)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use firebrick_core::{Part, Seed};
+    use firebrick_tensor::linalg::{svd, symmetric_eigen};
+
+    fn moments(n: usize) -> Matrix {
+        let x = Matrix::random_normal(3 * n, n, Seed(1), "x");
+        // Inputs of very unequal size, as in real models.
+        let x = Matrix::from_fn(3 * n, n, |i, j| x[(i, j)] / (1.0 + j as f64));
+        let mut h = x.transpose().matmul(&x).unwrap();
+        h.data_mut().iter_mut().for_each(|v| *v /= (3 * n) as f64);
+        h
+    }
+
+    fn weight(d_out: usize, d_in: usize, values: Vec<f32>) -> Weight {
+        Weight { site: Site::layer(0, Part::AttnQ), d_out, d_in, values }
+    }
+
+    fn options() -> ProfileOptions {
+        ProfileOptions { group: 8, ranks: vec![0, 1, 2, 3, 5, 16, 99], ..ProfileOptions::default() }
+    }
+
+    #[test]
+    fn tail_energies_are_those_of_the_svd() {
+        for (d_out, d_in) in [(20, 16), (16, 16), (9, 16)] {
+            let w = weight(d_out, d_in, Seed(2).normal("w", d_out * d_in, 0.3));
+            let h = moments(d_in);
+            let found = w.measure(&h, &options()).unwrap();
+            // The definition: H^(1/2) by eigenvectors, the singular values of W H^(1/2) by SVD.
+            let e = symmetric_eigen(&h).unwrap();
+            let root = Matrix::from_fn(d_in, d_in, |i, j| e.vectors[(i, j)] * e.values[j].sqrt());
+            let matrix = Matrix::from_f32(d_out, d_in, &w.values).unwrap();
+            let sigma = svd(&matrix.matmul(&root).unwrap()).unwrap().sigma;
+            assert!(found.ranks.len() >= 5 && found.ranks.iter().all(|r| r.rank <= d_out.min(d_in)));
+            for r in &found.ranks {
+                let tail: f64 = sigma[r.rank..].iter().map(|s| s * s).sum();
+                assert!((r.error - tail).abs() < 1e-10 * found.output_energy, "{r:?} {tail}");
+            }
+            let plain = svd(&matrix).unwrap().sigma;
+            assert!((found.weight_rank - effective_rank(&plain)).abs() < 1e-6);
+            assert!((found.stable_rank - stable_rank(&plain)).abs() < 1e-9);
+            let frobenius: f64 = w.values.iter().map(|v| f64::from(*v).powi(2)).sum();
+            assert!((found.weight_norm - frobenius.sqrt()).abs() < 1e-9);
+            // Negative control: the tail of W alone, which ignores the inputs, is another number.
+            let blind: f64 = plain[3..].iter().map(|s| s * s).sum::<f64>() / frobenius;
+            assert!((blind - found.ranks[3].relative).abs() > 0.02);
+        }
+    }
+
+    #[test]
+    fn a_matrix_of_rank_r_has_no_tail_after_r() {
+        let (d_out, d_in) = (12, 16);
+        let a = Matrix::random_normal(d_out, 2, Seed(3), "a");
+        let b = Matrix::random_normal(2, d_in, Seed(3), "b");
+        let w = weight(d_out, d_in, a.matmul(&b).unwrap().to_f32());
+        let found = w.measure(&moments(d_in), &options()).unwrap();
+        let relative = |rank: usize| found.ranks.iter().find(|r| r.rank == rank).unwrap().relative;
+        assert!(relative(2) < 1e-10 && relative(1) > 1e-3);
+        assert!((relative(0) - 1.0).abs() < 1e-12);
+        assert!(found.weight_rank < 2.01 && found.weight_rank > 1.0);
+        let full = weight(d_out, d_in, Seed(2).normal("w", d_out * d_in, 0.3));
+        assert!(full.measure(&moments(d_in), &options()).unwrap().weight_rank > 6.0);
+    }
+
+    #[test]
+    fn rounding_error_is_the_mean_squared_output_error() {
+        let (d_out, d_in, n) = (6, 16, 40);
+        let w = weight(d_out, d_in, Seed(4).normal("w", d_out * d_in, 0.1));
+        let x = Matrix::random_normal(n, d_in, Seed(4), "x");
+        let mut h = x.transpose().matmul(&x).unwrap();
+        h.data_mut().iter_mut().for_each(|v| *v /= n as f64);
+        let found = w.measure(&h, &options()).unwrap();
+        let mut last = f64::INFINITY;
+        for loss in &found.bits {
+            let grid = Grid { bits: loss.bits, group: 8, kind: GridKind::SymHalf };
+            let mut rounded = w.values.clone();
+            grid.round(&mut rounded, d_in);
+            let error = |row: &[f64]| -> f64 {
+                let output = |o: usize| -> f64 {
+                    let k = |j: usize| f64::from(w.values[o * d_in + j] - rounded[o * d_in + j]);
+                    (0..d_in).map(|j| k(j) * row[j]).sum()
+                };
+                (0..d_out).map(|o| output(o).powi(2)).sum()
+            };
+            let direct: f64 = (0..n).map(|i| error(x.row(i))).sum::<f64>() / n as f64;
+            assert!((loss.error / direct - 1.0).abs() < 1e-4, "{loss:?} {direct}");
+            assert!(loss.error < last, "more bits, less error");
+            last = loss.error;
+            assert_eq!(loss.size, u64::from(loss.bits) * 96 + 16 * 12);
+        }
+    }
+
+    #[test]
+    fn zeros_and_infinities() {
+        let zero = weight(4, 4, vec![0.0; 16]).measure(&moments(4), &options()).unwrap();
+        assert_eq!((zero.output_energy, zero.weight_rank, zero.bits[0].relative), (0.0, 0.0, 0.0));
+        let mut values = vec![1.0; 16];
+        values[5] = f32::NAN;
+        assert!(weight(4, 4, values).measure(&moments(4), &options()).is_err());
+    }
+}

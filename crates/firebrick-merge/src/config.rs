@@ -1,0 +1,368 @@
+//! mergekit's YAML: models, method, parameters as numbers, gradients over layers or lists of filters.
+//!
+//! Keys that nothing reads are errors with a suggestion: a misplaced `weight:` would otherwise change the result silently.
+
+use std::path::Path;
+use std::str::FromStr;
+
+use firebrick_tensor::block::DType;
+use serde_json::Value as Json;
+
+use crate::MergeError;
+
+/// A merge method.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum MergeMethod {
+    /// Weighted mean of the models.
+    Linear,
+    /// Base plus the weighted sum of what each model adds to it (arXiv 2212.04089).
+    TaskArithmetic,
+}
+
+impl FromStr for MergeMethod {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "linear" => Ok(MergeMethod::Linear),
+            "task_arithmetic" => Ok(MergeMethod::TaskArithmetic),
+            _ => Err(format!("merge_method `{text}` is not one of linear, task_arithmetic")),
+        }
+    }
+}
+
+/// In which precision a merge computes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Numerics {
+    /// In f32, with one rounding at the end.
+    #[default]
+    F32,
+    /// As mergekit: every intermediate result rounded to `dtype`.
+    Mergekit,
+}
+
+/// The value of a parameter: one for all tensors, or one that depends on the tensor.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Value {
+    /// The same everywhere.
+    Scalar(f64),
+    /// Piecewise linear over the layers, from the first to the last.
+    Gradient(Vec<f64>),
+    /// The first entry whose filter is part of the tensor's name, or that has none.
+    Filters(Vec<(Option<String>, Value)>),
+}
+
+impl Value {
+    /// The value for the tensor `name`, at `depth` (0 at the first layer, 1 at the last); `None` if no filter matches.
+    pub fn at(&self, name: &str, depth: f64) -> Option<f64> {
+        match self {
+            Value::Scalar(v) => Some(*v),
+            Value::Gradient(points) => {
+                let position = depth * (points.len() - 1) as f64;
+                let low = position as usize;
+                let high = (low + 1).min(points.len() - 1);
+                let share = position - low as f64;
+                Some((1.0 - share) * points[low] + share * points[high])
+            }
+            Value::Filters(entries) => entries
+                .iter()
+                .find(|(filter, _)| filter.as_ref().is_none_or(|f| f == "*" || name.contains(f.as_str())))
+                .and_then(|(_, value)| value.at(name, depth)),
+        }
+    }
+
+    fn parse(json: &Json, at: &str, problems: &mut Vec<String>) -> Option<Value> {
+        let value = match json {
+            Json::Bool(b) => Some(Value::Scalar(f64::from(u8::from(*b)))),
+            Json::Number(n) => n.as_f64().map(Value::Scalar),
+            Json::Array(items) if !items.is_empty() => {
+                let numbers: Option<Vec<f64>> = items.iter().map(Json::as_f64).collect();
+                match numbers {
+                    Some(points) => Some(Value::Gradient(points)),
+                    None => items
+                        .iter()
+                        .map(|item| Self::parse_filter(item, at, problems))
+                        .collect::<Option<Vec<_>>>()
+                        .map(Value::Filters),
+                }
+            }
+            _ => None,
+        };
+        if value.is_none() {
+            problems.push(format!(
+                "`{at}` should be a number, a list of numbers, or a list of {{filter, value}}, found {json}"
+            ));
+        }
+        value
+    }
+
+    fn parse_filter(item: &Json, at: &str, problems: &mut Vec<String>) -> Option<(Option<String>, Value)> {
+        let Json::Object(map) = item else {
+            // A bare number at the end of a filter list is its default.
+            return item.as_f64().map(|v| (None, Value::Scalar(v)));
+        };
+        unknown_keys(map, &["filter", "value"], at, problems);
+        let filter = map.get("filter").and_then(Json::as_str).map(String::from);
+        Some((filter, Self::parse(map.get("value")?, at, problems)?))
+    }
+}
+
+/// One model of a merge.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ModelEntry {
+    /// Folder or file, as written in the configuration.
+    pub model: String,
+    /// Its `weight`.
+    pub weight: Option<Value>,
+}
+
+/// A merge, as mergekit's YAML describes it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct MergeConfig {
+    /// The method.
+    pub method: MergeMethod,
+    /// The models, in order.
+    pub models: Vec<ModelEntry>,
+    /// The model that the others were made from.
+    pub base_model: Option<String>,
+    /// Type that inputs are rounded to before the merge; their own if absent.
+    pub dtype: Option<DType>,
+    /// Type of the output; `dtype` if absent.
+    pub out_dtype: Option<DType>,
+    /// `weight` of models that have none of their own.
+    pub weight: Option<Value>,
+    /// Divide by the sum of the weights; on by default for `linear` only.
+    pub normalize: Option<Value>,
+    /// Factor of the sum of task vectors.
+    pub lambda: Option<Value>,
+    /// In which precision to compute.
+    pub numerics: Numerics,
+}
+
+const TOP: &[&str] = &[
+    "merge_method",
+    "models",
+    "base_model",
+    "dtype",
+    "out_dtype",
+    "parameters",
+    "tokenizer_source",
+    "numerics",
+];
+
+impl MergeConfig {
+    /// Reads a YAML file.
+    pub fn load(path: &Path) -> Result<Self, MergeError> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|source| MergeError::Io { path: path.into(), source })?;
+        Self::parse(&text).map_err(|problems| MergeError::Config { path: path.into(), problems })
+    }
+
+    /// Reads YAML text; the error lists every problem.
+    pub fn parse(text: &str) -> Result<Self, Vec<String>> {
+        let json: Json = serde_saphyr::from_str(text).map_err(|e| vec![e.to_string()])?;
+        let Json::Object(map) = &json else { return Err(vec!["should be a map of keys".into()]) };
+        let mut problems = Vec::new();
+        for key in ["slices", "modules", "tokenizer", "chat_template"] {
+            if map.contains_key(key) {
+                problems.push(format!("`{key}` is not supported yet; list whole models under `models`"));
+            }
+        }
+        let later = |k: &&String| !["slices", "modules", "tokenizer", "chat_template"].contains(&k.as_str());
+        let rest = map.iter().filter(|(k, _)| later(k)).map(|(k, v)| (k.clone(), v.clone())).collect();
+        unknown_keys(&rest, TOP, "the top level", &mut problems);
+
+        let method = match map.get("merge_method").and_then(Json::as_str) {
+            Some(name) => name.parse().map_err(|e| problems.push(e)).ok(),
+            None => {
+                problems.push("`merge_method` is missing".into());
+                None
+            }
+        };
+        let mut dtype = |key: &str| {
+            let name = map.get(key).filter(|v| !v.is_null())?.as_str().unwrap_or_default();
+            let found = match name {
+                "float32" | "f32" => Some(DType::F32),
+                "float16" | "f16" => Some(DType::F16),
+                "bfloat16" | "bf16" => Some(DType::BF16),
+                _ => None,
+            };
+            if found.is_none() {
+                problems.push(format!("`{key}: {name}` is not one of float32, float16, bfloat16"));
+            }
+            found
+        };
+        let (dtype, out_dtype) = (dtype("dtype"), dtype("out_dtype"));
+        let numerics = match map.get("numerics").map(|v| v.as_str().unwrap_or_default()) {
+            None | Some("f32") => Numerics::F32,
+            Some("mergekit") => Numerics::Mergekit,
+            Some(other) => {
+                problems.push(format!("`numerics: {other}` is not one of f32, mergekit"));
+                Numerics::F32
+            }
+        };
+        if let Some(source) = map.get("tokenizer_source").and_then(Json::as_str).filter(|s| *s != "base") {
+            problems.push(format!("`tokenizer_source: {source}` is not supported yet (only `base`)"));
+        }
+        let [weight, normalize, lambda] =
+            parameters(map.get("parameters"), &["weight", "normalize", "lambda"], "parameters", &mut problems);
+        let models = models(map.get("models"), &mut problems);
+        let base_model = map.get("base_model").and_then(|v| model_name(v, "base_model", &mut problems));
+        if method == Some(MergeMethod::TaskArithmetic) && base_model.is_none() {
+            problems.push("`task_arithmetic` needs `base_model`".into());
+        }
+        for entry in &models {
+            let is_base = base_model.as_ref() == Some(&entry.model);
+            let needs = method == Some(MergeMethod::Linear) || !is_base;
+            if needs && entry.weight.is_none() && weight.is_none() {
+                problems.push(format!("model `{}` has no `weight`", entry.model));
+            }
+        }
+        match (method, problems.is_empty()) {
+            (Some(method), true) => Ok(MergeConfig {
+                method,
+                models,
+                base_model,
+                dtype,
+                out_dtype,
+                weight,
+                normalize,
+                lambda,
+                numerics,
+            }),
+            _ => Err(problems),
+        }
+    }
+}
+
+fn models(json: Option<&Json>, problems: &mut Vec<String>) -> Vec<ModelEntry> {
+    let Some(Json::Array(items)) = json else {
+        problems.push("`models` should be a list of models".into());
+        return Vec::new();
+    };
+    if items.is_empty() {
+        problems.push("`models` is empty".into());
+    }
+    let mut entries = Vec::new();
+    for (i, item) in items.iter().enumerate() {
+        let at = format!("models[{i}]");
+        let Json::Object(map) = item else {
+            problems.push(format!("`{at}` should be a map with `model`, found {item}"));
+            continue;
+        };
+        unknown_keys(map, &["model", "parameters"], &at, problems);
+        let Some(model) = map.get("model") else {
+            problems.push(format!("`{at}` has no `model`"));
+            continue;
+        };
+        let [weight] = parameters(map.get("parameters"), &["weight"], &format!("{at}.parameters"), problems);
+        if let Some(model) = model_name(model, &at, problems) {
+            entries.push(ModelEntry { model, weight });
+        }
+    }
+    entries
+}
+
+/// A model reference: a path, or a map with `model: {path}`.
+fn model_name(json: &Json, at: &str, problems: &mut Vec<String>) -> Option<String> {
+    let name = match json {
+        Json::String(name) => Some(name.as_str()),
+        Json::Object(map) => map.get("model").and_then(|m| m.get("path")).and_then(Json::as_str),
+        _ => None,
+    };
+    if name.is_none() {
+        problems.push(format!("`{at}`: the model should be a path, found {json}"));
+    }
+    if name.is_some_and(|n| n.contains('+')) {
+        problems.push(format!("`{at}`: adapters (`model+adapter`) are not supported yet; merge the adapter first"));
+    }
+    name.map(String::from)
+}
+
+fn parameters<const N: usize>(
+    json: Option<&Json>,
+    names: &[&str; N],
+    at: &str,
+    problems: &mut Vec<String>,
+) -> [Option<Value>; N] {
+    let map = match json {
+        None | Some(Json::Null) => return [const { None }; N],
+        Some(Json::Object(map)) => map,
+        Some(other) => {
+            problems.push(format!("`{at}` should be a map, found {other}"));
+            return [const { None }; N];
+        }
+    };
+    // mergekit accepts this one everywhere and it changes nothing numerically.
+    let known: Vec<&str> = names.iter().copied().chain(["int8_mask"]).collect();
+    unknown_keys(map, &known, at, problems);
+    names.map(|name| Value::parse(map.get(name)?, &format!("{at}.{name}"), problems))
+}
+
+fn unknown_keys(map: &serde_json::Map<String, Json>, known: &[&str], at: &str, problems: &mut Vec<String>) {
+    for key in map.keys().filter(|k| !known.contains(&k.as_str())) {
+        let near = known.iter().find(|k| strip(k) == strip(key) || k.starts_with(key.as_str()) || key.starts_with(**k));
+        let hint = near.map_or(format!("known keys: {}", known.join(", ")), |k| format!("did you mean `{k}`?"));
+        problems.push(format!("unknown key `{key}` in {at}; {hint}"));
+    }
+}
+
+/// A key without what is most often mistyped about it.
+fn strip(key: &str) -> String {
+    key.to_lowercase().chars().filter(|c| c.is_ascii_alphanumeric()).collect::<String>().trim_end_matches('s').into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GOOD: &str = "
+merge_method: task_arithmetic
+base_model: base
+models:
+  - model: a
+    parameters:
+      weight:
+        - filter: self_attn
+          value: [0, 1]
+        - value: 0.5
+  - model: b
+dtype: bfloat16
+parameters:
+  weight: 0.3
+  lambda: 0.7
+";
+
+    #[test]
+    fn reads_what_mergekit_reads() {
+        let config = MergeConfig::parse(GOOD).unwrap();
+        assert_eq!(config.method, MergeMethod::TaskArithmetic);
+        assert_eq!(config.dtype, Some(DType::BF16));
+        let weight = config.models[0].weight.as_ref().unwrap();
+        assert_eq!(weight.at("model.layers.1.self_attn.q_proj.weight", 0.25), Some(0.25));
+        assert_eq!(weight.at("model.layers.1.mlp.up_proj.weight", 0.25), Some(0.5));
+        assert_eq!(config.weight, Some(Value::Scalar(0.3)));
+    }
+
+    #[test]
+    fn lists_every_problem() {
+        let text = "merge_metod: linear\nmodels:\n  - model: a\n    weight: 1\n  - {}\ndtype: int4\n";
+        let problems = MergeConfig::parse(text).unwrap_err();
+        for part in ["`merge_metod`", "`merge_method` is missing", "`weight` in models[0]", "models[1]", "int4"] {
+            assert!(problems.iter().any(|p| p.contains(part)), "{part} in {problems:?}");
+        }
+        assert!(MergeConfig::parse(&GOOD.replace("base_model: base", "")).is_err());
+        assert!(MergeConfig::parse("[1, 2]").is_err());
+        assert!(MergeConfig::parse("a: [").is_err());
+    }
+
+    #[test]
+    fn gradients_are_piecewise_linear() {
+        let gradient = Value::Gradient(vec![0.0, 1.0, 0.0]);
+        for (depth, expected) in [(0.0, 0.0), (0.25, 0.5), (0.5, 1.0), (1.0, 0.0)] {
+            assert_eq!(gradient.at("x", depth), Some(expected));
+        }
+        assert_eq!(Value::Filters(vec![(Some("mlp".into()), Value::Scalar(1.0))]).at("attn", 0.0), None);
+    }
+}

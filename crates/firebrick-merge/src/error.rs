@@ -1,0 +1,44 @@
+//! The error of this crate.
+
+use std::path::PathBuf;
+
+/// What can go wrong with a merge.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum MergeError {
+    /// A configuration that is not valid; every problem is listed.
+    #[error("{}: {}", path.display(), list(problems))]
+    Config {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, with line and column where they are known.
+        problems: Vec<String>,
+    },
+    /// The checkpoints do not fit together; every problem is listed.
+    #[error("the models do not fit together: {}", list(problems))]
+    Mismatch {
+        /// One line per tensor.
+        problems: Vec<String>,
+    },
+    /// A file could not be read.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file or folder.
+        path: PathBuf,
+        /// What the system answered.
+        source: std::io::Error,
+    },
+    /// A checkpoint could not be read.
+    #[error(transparent)]
+    Checkpoint(#[from] firebrick_tensor::checkpoint::CheckpointError),
+    /// The merge could not run.
+    #[error(transparent)]
+    Stream(#[from] firebrick_tensor::stream::StreamError),
+}
+
+fn list(problems: &[String]) -> String {
+    match problems {
+        [one] => one.clone(),
+        many => many.iter().map(|p| format!("\n  - {p}")).collect(),
+    }
+}

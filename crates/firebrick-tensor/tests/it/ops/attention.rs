@@ -1,0 +1,159 @@
+use burn::tensor::DType;
+use firebrick_tensor::ops::{AttentionOptions, attention};
+
+use super::support::{Case, devices, flat, host, normal};
+
+#[derive(Clone, Debug)]
+struct Shape {
+    batch: usize,
+    heads: usize,
+    kv_heads: usize,
+    t: usize,
+    s: usize,
+    d: usize,
+    dv: usize,
+}
+
+/// Which keys a query sees and whose keys a head reads; the knobs that wrong implementations get wrong.
+struct Rule<'a> {
+    position: &'a dyn Fn(usize) -> usize,
+    sees: &'a dyn Fn(usize, usize) -> bool,
+    kv_head: &'a dyn Fn(usize) -> usize,
+}
+
+fn reference(x: &[Vec<f64>], shape: &Shape, o: &AttentionOptions, rule: &Rule) -> Vec<f64> {
+    let Shape { batch, heads, kv_heads, t, s, d, dv } = *shape;
+    let (q, k, v) = (&x[0], &x[1], &x[2]);
+    let mut out = Vec::new();
+    for b in 0..batch {
+        for h in 0..heads {
+            let kv = b * kv_heads + (rule.kv_head)(h);
+            for i in 0..t {
+                let q = &q[((b * heads + h) * t + i) * d..][..d];
+                let score = |j: usize| {
+                    let k = &k[(kv * s + j) * d..][..d];
+                    let score = q.iter().zip(k).map(|(a, b)| a * b).sum::<f64>() * o.scale;
+                    let score = o.softcap.map_or(score, |cap| cap * (score / cap).tanh());
+                    if (rule.sees)((rule.position)(i), j) { score } else { f64::NEG_INFINITY }
+                };
+                let scores: Vec<f64> = (0..s).map(score).collect();
+                let max = scores.iter().fold(f64::NEG_INFINITY, |m, &x| m.max(x));
+                let p: Vec<f64> = scores.iter().map(|x| (x - max).exp()).collect();
+                let sum: f64 = p.iter().sum();
+                for c in 0..dv {
+                    out.push((0..s).map(|j| p[j] * v[(kv * s + j) * dv + c]).sum::<f64>() / sum);
+                }
+            }
+        }
+    }
+    out
+}
+
+fn check(shape: Shape, o: AttentionOptions) {
+    let Shape { batch, heads, kv_heads, t, s, d, dv } = shape;
+    let (causal, window, group) = (o.causal, o.window, heads / kv_heads);
+    let sees = move |p: usize, j: usize| (!causal || j <= p) && window.is_none_or(|w| p.abs_diff(j) < w);
+    let right = Rule { position: &|i| s - t + i, sees: &sees, kv_head: &|h| h / group };
+    let case = Case {
+        name: format!("attention {shape:?} {o:?}"),
+        inputs: vec![
+            normal("q", batch * heads * t * d),
+            normal("k", batch * kv_heads * s * d),
+            normal("v", batch * kv_heads * s * dv),
+        ],
+        op: &|x| {
+            let [q, k, v] = x.try_into().expect("three inputs");
+            let q = q.reshape([batch, heads, t, d]);
+            let y = attention(q, k.reshape([batch, kv_heads, s, d]), v.reshape([batch, kv_heads, s, dv]), o.clone());
+            y.reshape([batch * heads * t * dv])
+        },
+        reference: &|x| reference(x, &shape, &o, &right),
+    };
+    for device in devices() {
+        case.check(&device, 3e-6, Some(1e-6));
+        if s < 3 {
+            continue;
+        }
+        if o.causal {
+            // The query's own key hidden, and queries counted from the first key.
+            let strict = |p: usize, j: usize| sees(p, j) && (j < p || p == 0);
+            case.refutes(&device, &|x| reference(x, &shape, &o, &Rule { sees: &strict, ..right }));
+            if s > t {
+                case.refutes(&device, &|x| reference(x, &shape, &o, &Rule { position: &|i| i, ..right }));
+            }
+        }
+        if let Some(w) = o.window {
+            let wider = |p: usize, j: usize| (!o.causal || j <= p) && p.abs_diff(j) <= w;
+            case.refutes(&device, &|x| reference(x, &shape, &o, &Rule { sees: &wider, ..right }));
+        }
+        if group > 1 && kv_heads > 1 {
+            case.refutes(&device, &|x| reference(x, &shape, &o, &Rule { kv_head: &|h| h % kv_heads, ..right }));
+        }
+        if o.softcap.is_some() {
+            let uncapped = AttentionOptions { softcap: None, ..o.clone() };
+            case.refutes(&device, &|x| reference(x, &shape, &uncapped, &right));
+        }
+    }
+}
+
+fn options(causal: bool, window: Option<usize>, softcap: Option<f64>) -> AttentionOptions {
+    AttentionOptions { scale: 0.6, causal, window, softcap }
+}
+
+fn shape(batch: usize, [heads, kv_heads]: [usize; 2], [t, s]: [usize; 2], [d, dv]: [usize; 2]) -> Shape {
+    Shape { batch, heads, kv_heads, t, s, d, dv }
+}
+
+#[test]
+fn one_token_and_plain() {
+    check(shape(1, [1, 1], [1, 1], [1, 1]), options(true, None, None));
+    check(shape(2, [3, 3], [5, 5], [8, 8]), options(false, None, None));
+    check(shape(1, [2, 2], [3, 7], [5, 11]), options(false, None, None));
+}
+
+#[test]
+fn causal_and_grouped() {
+    check(shape(1, [6, 2], [7, 7], [16, 16]), options(true, None, None));
+    check(shape(2, [3, 1], [4, 9], [5, 3]), options(true, None, None));
+    check(shape(1, [3, 3], [1, 13], [4, 4]), options(true, None, None));
+}
+
+#[test]
+fn window_and_softcap() {
+    check(shape(1, [6, 2], [11, 11], [8, 8]), options(true, Some(3), None));
+    check(shape(2, [3, 1], [5, 12], [7, 7]), options(true, Some(1), None));
+    check(shape(1, [2, 1], [9, 9], [8, 8]), options(false, Some(4), None));
+    check(shape(1, [3, 1], [6, 8], [8, 8]), options(true, None, Some(0.8)));
+    check(shape(1, [3, 1], [6, 8], [8, 8]), options(true, Some(3), Some(0.8)));
+}
+
+#[test]
+fn several_blocks_of_queries() {
+    check(shape(1, [2, 1], [150, 171], [16, 16]), options(true, None, None));
+    check(shape(1, [1, 1], [140, 140], [8, 8]), options(true, Some(33), None));
+}
+
+#[test]
+fn reads_transposed_heads_and_a_single_step_like_the_whole() {
+    for device in devices() {
+        let (b, heads, kv, t, d) = (2, 6, 2, 9, 8);
+        let view = |name: &str, heads: usize| {
+            flat(&normal(name, b * t * heads * d), &device, DType::F32).reshape([b, t, heads, d]).swap_dims(1, 2)
+        };
+        let (q, k, v) = (view("q", heads), view("k", kv), view("v", kv));
+        let o = options(true, None, None);
+        let n = b * heads * t * d;
+        let whole = attention(q.clone(), k.clone(), v.clone(), o.clone());
+        let copy = |x: burn::tensor::Tensor<4>| {
+            let (shape, n) = (x.dims(), x.shape().num_elements());
+            x.reshape([n]).reshape(shape)
+        };
+        let copied = attention(copy(q.clone()), copy(k.clone()), copy(v.clone()), o.clone());
+        let e = super::support::error(&host(whole.clone().reshape([n])), &host(copied.reshape([n])));
+        assert!(e < 1e-6, "views are off by {e:e} on {device:?}");
+        let step = attention(q.narrow(2, t - 1, 1), k, v, o);
+        let last = whole.narrow(2, t - 1, 1);
+        let e = super::support::error(&host(step.reshape([n / t])), &host(last.reshape([n / t])));
+        assert!(e < 2e-6, "the last token alone is off by {e:e} on {device:?}");
+    }
+}

@@ -1,0 +1,13 @@
+//! One suite for every op on every device, against plain f64 loops written here.
+
+mod attention;
+mod cross_entropy;
+mod grouped_matmul;
+mod kv_cache;
+mod linear_kl;
+mod packed;
+mod rms_norm;
+mod rope;
+mod support;
+mod swiglu;
+mod threads;

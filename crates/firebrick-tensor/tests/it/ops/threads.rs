@@ -1,0 +1,76 @@
+//! The same bytes on one, two and three threads.
+
+use burn::tensor::{DType, Device, Int, Tensor, TensorData};
+use firebrick_tensor::ops::{
+    AttentionOptions, Divergence, PackedMatrix, attention, cross_entropy, grouped_matmul, linear_cross_entropy,
+    linear_kl, packed_matmul, rms_norm, rope, swiglu,
+};
+
+use super::support::{below, flat, normal};
+
+fn leaf<const D: usize>(name: &str, shape: [usize; D]) -> (Tensor<1>, Tensor<D>) {
+    let n = shape.iter().product();
+    let leaf = flat(&normal(name, n), &Device::flex().autodiff(), DType::F32).require_grad();
+    (leaf.clone(), leaf.reshape(shape))
+}
+
+/// Bits of the result and of every gradient.
+fn bits<const D: usize>(y: Tensor<D>, leaves: &[Tensor<1>]) -> Vec<u32> {
+    let n = y.shape().num_elements();
+    let y = y.reshape([n]);
+    let weights = flat(&normal("weights", n), &Device::flex().autodiff(), DType::F32);
+    let grads = (y.clone() * weights).sum().backward();
+    let mut all = vec![y.inner()];
+    all.extend(leaves.iter().map(|leaf| leaf.grad(&grads).expect("a gradient")));
+    all.into_iter().flat_map(|t| t.into_data().to_vec::<f32>().expect("f32")).map(f32::to_bits).collect()
+}
+
+fn everything() -> Vec<(&'static str, Vec<u32>)> {
+    let device = Device::flex().autodiff();
+    let mut out = Vec::new();
+    let (x, a) = leaf("x", [2111, 33]);
+    let (g, gamma) = leaf("gamma", [33]);
+    out.push(("rms_norm", bits(rms_norm(a.clone(), gamma, 1e-5), &[x.clone(), g])));
+    let (u, up) = leaf("up", [2111, 33]);
+    out.push(("swiglu", bits(swiglu(a, up), &[x, u])));
+    let (q, a) = leaf("q", [2, 6, 140, 16]);
+    let angles = || flat(&normal("angles", 140 * 8), &device, DType::F32).reshape([140, 8]);
+    out.push(("rope", bits(rope(a.clone(), angles(), angles()), &[q.clone()])));
+    let ((k, b), (v, c)) = (leaf("k", [2, 2, 150, 16]), leaf("v", [2, 2, 150, 16]));
+    let options = AttentionOptions { scale: 0.25, causal: true, window: None, softcap: None };
+    out.push(("attention", bits(attention(a, b, c, options), &[q, k, v])));
+    let targets: Vec<i32> = below("targets", 97, 1009).into_iter().map(|t| t as i32).collect();
+    let targets = || Tensor::<1, Int>::from_data(TensorData::new(targets.clone(), [97]), &device);
+    let (l, logits) = leaf("logits", [97, 1009]);
+    out.push(("cross_entropy", bits(cross_entropy(logits, targets()), &[l])));
+    let ((h, hidden), (w, weight)) = (leaf("hidden", [97, 65]), leaf("weight", [65, 1009]));
+    let loss = linear_cross_entropy(hidden.clone(), weight.clone(), targets());
+    out.push(("linear_cross_entropy", bits(loss, &[h.clone(), w.clone()])));
+    let (teacher, head) = (leaf("teacher", [97, 31]).1.detach(), leaf("head", [31, 1009]).1.detach());
+    let kl = linear_kl(hidden, weight, teacher, head, 2.0, Divergence::ReverseKl);
+    out.push(("linear_kl", bits(kl, &[h, w])));
+    let ((x, a), (e, experts)) = (leaf("x", [333, 40]), leaf("experts", [3, 40, 50]));
+    out.push(("grouped_matmul", bits(grouped_matmul(a, experts, &[0, 100, 100, 333]), &[x, e])));
+    let codes: Vec<u8> = below("codes", 640 * 700, 16).into_iter().map(|c| c as u8).collect();
+    let ones = || Tensor::<2>::ones([10, 700], &Device::flex());
+    let packed = PackedMatrix::pack(&codes, 640, 700, 4, 64, ones(), ones() * 8);
+    for rows in [3, 64] {
+        let x = flat(&normal("x", rows * 640), &Device::flex(), DType::F32).reshape([rows, 640]);
+        let y = packed_matmul(x, &packed).into_data().to_vec::<f32>().expect("f32");
+        out.push(("packed_matmul", y.into_iter().map(f32::to_bits).collect()));
+    }
+    out
+}
+
+#[test]
+fn the_thread_count_does_not_show() {
+    let on = |threads| {
+        rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool").install(everything)
+    };
+    let one = on(1);
+    for threads in [2, 3] {
+        for ((name, got), (_, want)) in on(threads).into_iter().zip(&one) {
+            assert!(got == *want, "{name} depends on the thread count ({threads} threads)");
+        }
+    }
+}
