@@ -30,7 +30,8 @@ pub type Base<'a> = dyn FnMut(Tensor<3>, &mut Run<'_>) -> Tensor<3> + 'a;
 ///
 /// let site = Site::layer(0, Part::Mlp);
 /// let scale = Scale { sites: [site].into_iter().collect(), factor: 3.0 };
-/// let mut run = Run::new(&[&scale]);
+/// let bricks: [&dyn Brick; 1] = [&scale];
+/// let mut run = Run::new(&bricks);
 /// let x = Tensor::<3>::ones([1, 2, 4], &Device::flex());
 /// let y = run.at(site, x, &mut |x, _| x * 2.0);
 /// assert_eq!(y.sum().into_scalar::<f32>(), 8.0 * 6.0);

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::str::FromStr;
 
-use firebrick_core::{Part, Site, SiteSet, Skip};
+use firebrick_core::{LayerPlan, Part, Settings, Site, SiteSet, Skip};
 use firebrick_models::Decoder;
 use serde::{Deserialize, Serialize};
 
@@ -115,6 +115,12 @@ impl DropPlan {
             plan.sites = plan.sites.iter().chain(next.sites.iter()).collect();
         }
         Ok(plan)
+    }
+
+    /// The plan as settings per site, `drop = true`.
+    pub fn to_layer_plan(&self) -> LayerPlan {
+        let drop = Settings { drop: Some(true), ..Settings::default() };
+        LayerPlan::from_sites(self.sites.iter().map(|site| (site, drop.clone())))
     }
 
     /// The brick that leaves the sites out.

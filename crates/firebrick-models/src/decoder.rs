@@ -18,7 +18,7 @@ use crate::weights::TensorSource;
 ///
 /// ```
 /// use burn::tensor::{Device, Int, Tensor};
-/// use firebrick_core::{Part, Run, Selector, Skip};
+/// use firebrick_core::{Brick, Part, Run, Selector, Skip};
 /// use firebrick_models::Model;
 ///
 /// let model = Model::embedded(&Device::flex())?;
@@ -29,7 +29,8 @@ use crate::weights::TensorSource;
 /// // The same model without its last attention sublayer.
 /// let selector: Selector = "layers.-1.attn_sublayer".parse()?;
 /// let skip = Skip { sites: selector.resolve(model.decoder.sites())?.of_part(Part::AttnSublayer) };
-/// let without = model.decoder.forward(tokens, &mut Run::new(&[&skip]));
+/// let bricks: [&dyn Brick; 1] = [&skip];
+/// let without = model.decoder.forward(tokens, &mut Run::new(&bricks));
 /// assert!((logits - without).abs().max().into_scalar::<f32>() > 0.0);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```

@@ -186,17 +186,17 @@ impl LoraBank {
         Some(a.matmul(b) * settings.scale())
     }
 
-    /// `decoder` with the updates added to its weights; without the bank it then computes what it computed with it.
-    pub fn merge(&self, decoder: Decoder) -> Result<Decoder, PeftError> {
-        self.shift(decoder, 1.0)
+    /// `decoder` with `weight` times the updates added to its weights; at weight 1 it computes without the bank what it computed with it.
+    pub fn merge(&self, decoder: Decoder, weight: f64) -> Result<Decoder, PeftError> {
+        self.shift(decoder, weight)
     }
 
     /// The inverse of [`LoraBank::merge`], up to rounding.
-    pub fn unmerge(&self, decoder: Decoder) -> Result<Decoder, PeftError> {
-        self.shift(decoder, -1.0)
+    pub fn unmerge(&self, decoder: Decoder, weight: f64) -> Result<Decoder, PeftError> {
+        self.shift(decoder, -weight)
     }
 
-    fn shift(&self, mut decoder: Decoder, sign: f64) -> Result<Decoder, PeftError> {
+    fn shift(&self, mut decoder: Decoder, factor: f64) -> Result<Decoder, PeftError> {
         for site in self.layout.sites.iter() {
             let expected = decoder.sites().linear(site).ok_or(PeftError::NotLinear { site })?;
             let delta = self.delta(site).expect("a bank has factors at its own sites");
@@ -205,7 +205,7 @@ impl LoraBank {
                 return Err(PeftError::Shape { site, found: (d_in, d_out), expected });
             }
             let weight = decoder.weight(site).expect("a linear layer has a weight");
-            let delta = delta.to_device(&weight.device()).transpose() * sign;
+            let delta = delta.to_device(&weight.device()).transpose() * factor;
             decoder = decoder.with_weight(site, weight + delta);
         }
         Ok(decoder)

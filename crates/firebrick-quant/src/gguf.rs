@@ -1,5 +1,9 @@
 //! Codes as GGUF blocks that stock llama.cpp reads, without a second rounding where the format allows it.
 
+use std::collections::BTreeMap;
+
+use firebrick_core::Site;
+use firebrick_models::EncodedWeight;
 use firebrick_tensor::block::DType;
 use half::f16;
 
@@ -61,6 +65,12 @@ pub fn blocks(matrix: &QuantizedMatrix) -> Option<Blocks> {
         }
     }
     Some(Blocks { dtype, bytes, exact })
+}
+
+/// The matrices that a GGUF block type holds, ready for [`Export::with_encoded`](firebrick_models::Export::with_encoded).
+pub fn encode(matrices: &BTreeMap<Site, QuantizedMatrix>) -> BTreeMap<Site, EncodedWeight> {
+    let encoded = matrices.iter().filter_map(|(site, m)| Some((*site, blocks(m)?)));
+    encoded.map(|(site, b)| (site, EncodedWeight { dtype: b.dtype, bytes: b.bytes })).collect()
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod error;
-pub mod gguf;
+mod gguf;
 mod gptq;
 mod matrix;
 mod packed_linear;
@@ -13,6 +13,7 @@ mod rtn;
 mod sequential;
 
 pub use error::QuantError;
+pub use gguf::{Blocks, blocks, encode};
 pub use gptq::{GptqConfig, GptqReport, gptq};
 pub use matrix::QuantizedMatrix;
 pub use packed_linear::PackedLinear;

@@ -513,7 +513,7 @@ mod tests {
     fn plain(dtype: DType, x: &[f32]) -> Vec<u8> {
         let half = |v: f32| f16::from_f32(v).to_le_bytes();
         let id = |d: f32| if d != 0.0 { 1.0 / d } else { 0.0 };
-        let nibbles = |q: Vec<u8>| (0..16).map(|j| q[j] | q[j + 16] << 4).collect::<Vec<_>>();
+        let nibbles = |q: Vec<u8>| (0..16).map(|j| q[j] | (q[j + 16] << 4)).collect::<Vec<_>>();
         match dtype {
             DType::Q4_0 => {
                 let (mut amax, mut max) = (0.0, 0.0);
@@ -586,7 +586,7 @@ mod tests {
         ) {
             let (low, high) = (extremes.0, (extremes.0 + extremes.1) % 32);
             let half = |v: f32| f16::from_f32(v).to_le_bytes();
-            let nibbles = |q: &[u8]| (0..16).map(|j| q[j] & 15 | q[j + 16] << 4).collect::<Vec<_>>();
+            let nibbles = |q: &[u8]| (0..16).map(|j| (q[j] & 15) | (q[j + 16] << 4)).collect::<Vec<_>>();
             let signed = if negative { -d } else { d };
 
             codes[low] = 127u8;

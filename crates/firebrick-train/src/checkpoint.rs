@@ -104,7 +104,7 @@ pub(crate) fn save<M: Module>(
         [flat("exp_avg", &m.first), flat("exp_avg_sq", &m.second)]
     });
     write_tensors(&partial.join(OPTIMIZER), moments.collect())?;
-    let text = serde_json::to_vec_pretty(state).expect("numbers and strings are JSON");
+    let text = serde_json::to_vec(state).expect("numbers and strings are JSON");
     write_file(&partial.join(STATE), &text)?;
 
     fs::rename(&partial, &folder).map_err(|e| TrainError::io(&folder, e))?;
@@ -194,19 +194,18 @@ fn write_tensors(path: &Path, tensors: Vec<(String, Vec<usize>, Tensor<1>)>) -> 
 }
 
 fn read(checkpoint: &Checkpoint, name: &str, dtype: DType, device: &Device) -> Result<Tensor<1>, TrainError> {
-    let tensor = if dtype == DType::F64 {
+    if dtype == DType::F64 {
         let bytes = checkpoint.bytes(name)?.chunks_exact(8);
         let values: Vec<f64> =
             bytes.map(|b| f64::from_le_bytes(b.try_into().expect("chunks of 8"))).collect();
         let n = values.len();
-        Tensor::from_data(TensorData::new(values, [n]), (device, DType::F64))
-    } else {
-        // Exact for 16-bit types too: each of their values is an `f32`.
-        let values = checkpoint.read_f32(name)?;
-        let n = values.len();
-        Tensor::from_data(TensorData::new(values, [n]), (device, DType::F32)).cast(dtype)
-    };
-    Ok(tensor)
+        return Ok(Tensor::from_data(TensorData::new(values, [n]), (device, dtype)));
+    }
+    // Exact for 16-bit types too: each of their values is an `f32`.
+    let values = checkpoint.read_f32(name)?;
+    let n = values.len();
+    let tensor: Tensor<1> = Tensor::from_data(TensorData::new(values, [n]), (device, DType::F32));
+    Ok(tensor.cast(dtype))
 }
 
 fn stored(dtype: DType) -> Option<block::DType> {

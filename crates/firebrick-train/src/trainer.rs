@@ -200,12 +200,11 @@ pub fn fit<M: Module>(
     if !problems.is_empty() {
         return Err(TrainError::Config { problems });
     }
-    let device = trainable(&module).first().map(|p| p.device.clone()).ok_or(TrainError::NothingToTrain)?;
     let seed = Seed(config.seed);
     let mut sampler = Sampler::new(data, config.window, config.batch, seed)?;
-
     // Row-major from the start, as after a step or a resumption: the layout may change the order of a sum.
     let mut module = map_trainable(module, &mut |_, values| values);
+    let device = trainable(&module).first().map(|p| p.device.clone()).ok_or(TrainError::NothingToTrain)?;
     let mut optimizer = config.optimizer();
     let mut state = State {
         step: 0,

@@ -57,8 +57,8 @@ fn read(decoder: &Decoder, site: Site) -> Result<Weight, AnalysisError> {
     let fail = |what: String| AnalysisError::Site { site, what };
     let weight = decoder.weight(site).ok_or_else(|| fail("the model has no weight here".into()))?;
     let [d_out, d_in] = weight.dims();
-    let data = weight.without_autodiff().into_data().convert::<f32>();
-    let values = data.into_vec().map_err(|e| fail(format!("{e:?}")))?;
+    let data = weight.without_autodiff().into_data();
+    let values = data.try_into_vec_as::<f32>().map_err(|e| fail(e.to_string()))?;
     Ok(Weight { site, d_out, d_in, values })
 }
 

@@ -194,7 +194,7 @@ summary{cursor:pointer}details{margin:1.5rem 0}\
 .labels{position:sticky;left:0;background:var(--bg)}\
 svg{display:block}svg text{fill:var(--ink);font:12px system-ui,-apple-system,'Segoe UI',Roboto,Arial,sans-serif}\
 svg .tick{fill:var(--soft);font-size:11px;font-variant-numeric:tabular-nums}\
-svg .in{fill:attr(fill);font-size:10.5px;text-anchor:middle;pointer-events:none;font-variant-numeric:tabular-nums}\
+svg .in{font-size:10.5px;text-anchor:middle;pointer-events:none;font-variant-numeric:tabular-nums}\
 svg .none{stroke:var(--line);stroke-dasharray:2 2}\
 svg .grid{stroke:var(--line)}svg .curve{fill:none;stroke-width:2;stroke-linejoin:round}\
 .key{display:flex;flex-wrap:wrap;align-items:center;gap:.25rem 1rem;margin:.45rem 0 0;font-size:.82rem;color:var(--soft)}\

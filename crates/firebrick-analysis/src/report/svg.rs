@@ -106,7 +106,7 @@ pub(super) fn heatmap(map: &Heatmap) -> String {
                 if width(&text) * 0.9 < w - 4.0 && n <= 30 {
                     let _ = write!(
                         out,
-                        "<text class=\"in\" x=\"{:.1}\" y=\"{:.1}\" fill=\"{}\">{text}</text>",
+                        "<text class=\"in\" x=\"{:.1}\" y=\"{:.1}\" style=\"fill:{}\">{text}</text>",
                         x + w / 2.0,
                         y + h / 2.0 + 3.8,
                         ink(rgb)

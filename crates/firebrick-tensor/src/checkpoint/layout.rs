@@ -181,8 +181,8 @@ impl<W: Write> TensorWriter<W> {
         }
         if self.done == 0 {
             let until = tensors.get(self.current).map_or(self.layout.len, |t| t.offset);
-            let padding = std::io::repeat(0).take(until - self.position);
-            std::io::copy(&mut { padding }, &mut self.out)?;
+            let mut padding = std::io::repeat(0).take(until - self.position);
+            std::io::copy(&mut padding, &mut self.out)?;
             self.position = until;
         }
         Ok(())

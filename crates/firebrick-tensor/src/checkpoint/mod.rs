@@ -255,28 +255,30 @@ impl Checkpoint {
         block::decode(dtype, bytes, out).map_err(|e| self.block_error(name, e))
     }
 
-    /// Tells the system that the bytes `range` of `tensor`, one of [`tensors`](Checkpoint::tensors), are not needed for
-    /// now, so that they stop counting as memory of this process. Reading them again maps them again. Does nothing
-    /// where there is no such call.
-    pub fn release(&self, tensor: &TensorInfo, range: Range<usize>) {
+    /// All bytes of [`files`](Checkpoint::files)`[file]`, as they were when it was opened.
+    ///
+    /// # Panics
+    /// When there is no such file.
+    pub fn file_bytes(&self, file: usize) -> &[u8] {
+        &self.maps[file]
+    }
+
+    /// Tells the system that the bytes `range` of [`files`](Checkpoint::files)`[file]` are not needed for now, so that
+    /// they stop counting as memory of this process. Reading them again maps them again. Does nothing where there is
+    /// no such call or no such range.
+    pub fn release(&self, file: usize, range: Range<usize>) {
         #[cfg(unix)]
-        if let Some(map) = self.maps.get(tensor.file)
+        if let Some(Contents::Mapped(map)) = self.maps.get(file)
             && range.start < range.end
-            && range.end <= tensor.len
-            && (tensor.offset as usize).checked_add(range.end).is_some_and(|end| end <= map.len())
+            && range.end <= map.len()
         {
+            let dont_need = memmap2::UncheckedAdvice::DontNeed;
             // SAFETY: the map is read-only and backed by a file, so a dropped page is read from the file again, with
             // the same bytes; the range lies within the map. A failure costs memory only.
-            let _ = unsafe {
-                map.unchecked_advise_range(
-                    memmap2::UncheckedAdvice::DontNeed,
-                    tensor.offset as usize + range.start,
-                    range.len(),
-                )
-            };
+            let _ = unsafe { map.unchecked_advise_range(dont_need, range.start, range.len()) };
         }
         #[cfg(not(unix))]
-        let _ = (tensor, range);
+        let _ = (file, range);
     }
 
     fn block_error(&self, tensor: &str, source: block::BlockError) -> CheckpointError {

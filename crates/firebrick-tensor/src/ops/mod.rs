@@ -15,6 +15,8 @@ mod linear_kl;
 mod matmul_add;
 mod packed;
 mod rms_norm;
+#[cfg(feature = "cubecl-backend")]
+mod rms_norm_cube;
 mod rope;
 mod swiglu;
 

@@ -62,7 +62,7 @@ fn inverse_rms<B: Backend>(x: FloatTensor<B>, eps: f64) -> FloatTensor<B> {
     B::float_recip(B::float_sqrt(B::float_add_scalar(mean, eps.into())))
 }
 
-fn composed<B: Backend>(x: FloatTensor<B>, gamma: FloatTensor<B>, eps: f64) -> FloatTensor<B> {
+pub(super) fn composed<B: Backend>(x: FloatTensor<B>, gamma: FloatTensor<B>, eps: f64) -> FloatTensor<B> {
     let (shape, dtype) = (x.shape(), x.dtype());
     let (x, gamma) = (rows::<B>(x), rows::<B>(gamma));
     let r = inverse_rms::<B>(x.clone(), eps);
@@ -70,7 +70,7 @@ fn composed<B: Backend>(x: FloatTensor<B>, gamma: FloatTensor<B>, eps: f64) -> F
     B::float_reshape(B::float_cast(y, dtype.into()), shape)
 }
 
-fn composed_backward<B: Backend>(
+pub(super) fn composed_backward<B: Backend>(
     x: FloatTensor<B>,
     gamma: FloatTensor<B>,
     grad: FloatTensor<B>,

@@ -1,8 +1,8 @@
 //! `firebrick.json` and the model card: what an output was made from, and how.
 
+use super::Transform;
 use super::plan::Prepared;
 use super::target::{MODEL_CARD, Target, pretty};
-use super::{StreamError, Transform};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeSet;
@@ -146,16 +146,4 @@ fn model_card(
 /// Text that stays inside one cell of a table.
 fn cell(text: &str) -> String {
     text.replace('|', "\\|").replace(['\n', '\r'], " ")
-}
-
-/// SHA-256 of a file, `buffer` at a time.
-pub(super) fn sha256_of(path: &Path, buffer: &mut [u8]) -> Result<String, StreamError> {
-    let mut hasher = Sha256::new();
-    let mut file = File::open(path).map_err(StreamError::io(path))?;
-    loop {
-        match file.read(buffer).map_err(StreamError::io(path))? {
-            0 => return Ok(format!("{:x}", hasher.finalize())),
-            n => hasher.update(&buffer[..n]),
-        }
-    }
 }

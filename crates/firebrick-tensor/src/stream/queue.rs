@@ -2,23 +2,33 @@
 
 use super::StreamError;
 use super::plan::{Part, Prepared};
-use super::provenance::{FileRecord, sha256_of};
+use super::positioned::read_at;
+use super::provenance::FileRecord;
 use super::staging::Staging;
+use sha2::{Digest, Sha256};
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::fs::File;
+use std::path::Path;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 /// Memory of a worker that hashes a file.
 pub(super) const HASH_BUFFER: usize = 64 << 10;
+/// Mapped bytes hashed before their pages are let go.
+const RELEASE: usize = 8 << 20;
 
 /// A file to be hashed, and to reach the disk if it is part of the output.
 pub(super) struct FileTask {
     pub(super) name: String,
-    path: PathBuf,
-    /// Position among the output's files; `None` for a file of a source.
-    output: Option<usize>,
+    place: Place,
     /// Bytes that will be hashed.
     pub(super) hashed_bytes: u64,
+}
+
+#[derive(Clone, Copy)]
+enum Place {
+    Output(usize),
+    /// Position of the source, and of the file in it.
+    Source(usize, usize),
 }
 
 /// All files that are read or written; each is hashed when the last part that touches it is finished, while its pages
@@ -34,29 +44,24 @@ pub(super) struct FileTasks {
 }
 
 impl FileTasks {
-    pub(super) fn new(prepared: &Prepared<'_>, sha256: bool) -> Result<Self, StreamError> {
-        let mut list: Vec<FileTask> = prepared
-            .files
-            .iter()
-            .enumerate()
-            .map(|(i, file)| FileTask {
-                name: file.name.clone(),
-                path: PathBuf::new(),
-                output: Some(i),
-                hashed_bytes: if sha256 { file.layout.file_len() } else { 0 },
-            })
-            .collect();
-        let mut by_path: HashMap<PathBuf, usize> = HashMap::new();
+    pub(super) fn new(prepared: &Prepared<'_>, sha256: bool) -> Self {
+        let mut list: Vec<FileTask> = Vec::new();
+        for (i, file) in prepared.files.iter().enumerate() {
+            let hashed_bytes = if sha256 { file.layout.file_len() } else { 0 };
+            list.push(FileTask { name: file.name.clone(), place: Place::Output(i), hashed_bytes });
+        }
+        // Two sources may be the same files.
+        let mut by_path: HashMap<&Path, usize> = HashMap::new();
         let mut sources = Vec::new();
-        for source in &prepared.sources {
+        for (i, source) in prepared.sources.iter().enumerate() {
             let mut records = Vec::new();
-            for path in source.checkpoint.files() {
-                let bytes = std::fs::metadata(path).map_err(StreamError::io(path))?.len();
+            for (j, path) in source.checkpoint.files().iter().enumerate() {
                 let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+                let bytes = source.checkpoint.file_bytes(j).len() as u64;
                 let task = sha256.then(|| {
-                    *by_path.entry(path.clone()).or_insert_with(|| {
-                        let (name, path) = (name.clone(), path.clone());
-                        list.push(FileTask { name, path, output: None, hashed_bytes: bytes });
+                    *by_path.entry(path).or_insert_with(|| {
+                        let (name, place) = (name.clone(), Place::Source(i, j));
+                        list.push(FileTask { name, place, hashed_bytes: bytes });
                         list.len() - 1
                     })
                 });
@@ -76,7 +81,7 @@ impl FileTasks {
             files.sort_unstable();
             files.dedup();
         }
-        Ok(FileTasks { list, touched, sources, sha256 })
+        FileTasks { list, touched, sources, sha256 }
     }
 
     pub(super) fn hashed_bytes(&self) -> u64 {
@@ -84,15 +89,31 @@ impl FileTasks {
     }
 
     /// Hashes file `i`; a file of the output is also made to reach the disk.
-    pub(super) fn run(&self, i: usize, staging: &Staging) -> Result<Option<String>, StreamError> {
-        let FileTask { path, output, .. } = &self.list[i];
-        let mut path = path;
-        if let Some(output) = output {
-            let file;
-            (path, file) = (&staging.files[*output].0, &staging.files[*output].1);
-            file.sync_all().map_err(StreamError::io(path))?;
+    pub(super) fn run(
+        &self,
+        i: usize,
+        prepared: &Prepared<'_>,
+        staging: &Staging,
+    ) -> Result<Option<String>, StreamError> {
+        match self.list[i].place {
+            Place::Output(i) => {
+                let (path, file) = &staging.files[i];
+                file.sync_all().map_err(StreamError::io(path))?;
+                let len = prepared.files[i].layout.file_len();
+                self.sha256.then(|| sha256(path, file, len)).transpose()
+            }
+            Place::Source(i, j) => {
+                let checkpoint = prepared.sources[i].checkpoint;
+                let bytes = checkpoint.file_bytes(j);
+                let mut hasher = Sha256::new();
+                for start in (0..bytes.len()).step_by(RELEASE) {
+                    let range = start..bytes.len().min(start + RELEASE);
+                    hasher.update(&bytes[range.clone()]);
+                    checkpoint.release(j, range);
+                }
+                Ok(Some(format!("{:x}", hasher.finalize())))
+            }
         }
-        self.sha256.then(|| sha256_of(path, &mut vec![0; HASH_BUFFER])).transpose()
     }
 
     /// The files of each source with the hashes found, by file task.
@@ -103,6 +124,19 @@ impl FileTasks {
         };
         self.sources.iter().map(|files| files.iter().map(record).collect()).collect()
     }
+}
+
+fn sha256(path: &Path, file: &File, len: u64) -> Result<String, StreamError> {
+    let mut buffer = vec![0; HASH_BUFFER];
+    let mut hasher = Sha256::new();
+    let mut done = 0;
+    while done < len {
+        let n = (HASH_BUFFER as u64).min(len - done) as usize;
+        read_at(file, done, &mut buffer[..n]).map_err(StreamError::io(path))?;
+        hasher.update(&buffer[..n]);
+        done += n as u64;
+    }
+    Ok(format!("{:x}", hasher.finalize()))
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -134,7 +134,7 @@ impl Executor<'_> {
         prepared: &Prepared<'_>,
         staging: &Staging,
     ) -> Result<StreamReport, StreamError> {
-        let tasks = FileTasks::new(prepared, self.sha256)?;
+        let tasks = FileTasks::new(prepared, self.sha256);
         let outcome = self.work(transform, prepared, staging, &tasks)?;
         let mut files: Vec<FileRecord> = prepared
             .files
@@ -185,7 +185,7 @@ impl Executor<'_> {
                     while let Some(taken) = queue.take() {
                         let done = match taken.work {
                             Work::Part(i) => Done::Part(i, run_part(transform, prepared, staging, i)),
-                            Work::File(i) => Done::File(i, tasks.run(i, staging)),
+                            Work::File(i) => Done::File(i, tasks.run(i, prepared, staging)),
                         };
                         if matches!(&done, Done::Part(_, Err(_)) | Done::File(_, Err(_))) {
                             queue.stop();
@@ -318,7 +318,8 @@ fn run_part(
     };
     transform.compute(&mut job)?;
     for input in inputs {
-        input.checkpoint.release(input.info, bytes_read(spec, part, input));
+        let (range, offset) = (bytes_read(spec, part, input), input.info.offset as usize);
+        input.checkpoint.release(input.info.file, offset + range.start..offset + range.end);
     }
     let hash = job.sink.finish()?.to_hex().to_string();
     Ok(Finished::Computed(Claim::new(&spec.tensor.name, part, inputs_hash, hash)))

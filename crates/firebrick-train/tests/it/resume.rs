@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use firebrick_core::{Event, Progress, Silent};
 use firebrick_models::Decoder;
-use firebrick_train::{Schedule, TrainConfig, TrainError, TrainReport, fit};
+use firebrick_train::{Schedule, TextData, TrainConfig, TrainError, TrainReport, fit};
 
 use crate::tiny::{bits, loss, noise, pattern, settings, trainable};
 
@@ -115,7 +115,7 @@ fn another_run_is_refused_with_every_difference() {
     let config = TrainConfig { out, ..settings(2) };
     fit(trainable(), &config, &noise(700), &mut loss, &Silent, false).unwrap();
     let before = files(folder.path());
-    let message = |config: &TrainConfig, data, resume| {
+    let message = |config: &TrainConfig, data: &TextData, resume| {
         fit(trainable(), config, data, &mut loss, &Silent, resume).unwrap_err().to_string()
     };
 

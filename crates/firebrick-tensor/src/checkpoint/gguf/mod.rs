@@ -153,16 +153,13 @@ impl Gguf {
         expected: &'static str,
         convert: impl FnOnce(&'a Value) -> Option<T>,
     ) -> Result<T> {
-        let (path, key_name) = (self.path.clone(), key.to_owned());
+        let path = || self.path.clone();
         let Some(value) = self.metadata.get(key) else {
-            return Err(CheckpointError::NoKey { path, key: key_name, expected });
+            return Err(CheckpointError::NoKey { path: path(), key: key.to_owned(), expected });
         };
-        let found = || value.summary();
-        convert(value).ok_or_else(|| CheckpointError::KeyType {
-            path,
-            key: key_name,
-            expected,
-            found: found(),
+        convert(value).ok_or_else(|| {
+            let found = value.summary();
+            CheckpointError::KeyType { path: path(), key: key.to_owned(), expected, found }
         })
     }
 }

@@ -44,7 +44,7 @@ pub fn wide(x: &[f32]) -> Vec<f64> {
 }
 
 pub fn host(x: Tensor<1>) -> Vec<f64> {
-    x.into_data_dtype(DType::F64).to_vec::<f64>().expect("values as f64")
+    x.into_data_dtype(DType::F64).try_to_vec::<f64>().expect("values as f64")
 }
 
 pub fn flat(values: &[f32], device: &Device, dtype: DType) -> Tensor<1> {
@@ -129,4 +129,16 @@ impl Case<'_> {
         let e = error(&got, &wrong(&exact));
         assert!(e > 1e-3, "{} agrees with a wrong reference: {e:e}", self.name);
     }
+}
+
+#[test]
+#[should_panic(expected = "gradient of input 0")]
+fn a_wrong_gradient_is_caught() {
+    let case = Case {
+        name: "half a square".into(),
+        inputs: vec![normal("x", 9)],
+        op: &|t| t[0].clone() * t[0].clone().detach(),
+        reference: &|t| t[0].iter().map(|x| x * x).collect(),
+    };
+    case.check(&Device::flex(), 1e-6, None);
 }

@@ -22,20 +22,20 @@ fn bits<const D: usize>(y: Tensor<D>, leaves: &[Tensor<1>]) -> Vec<u32> {
     let grads = (y.clone() * weights).sum().backward();
     let mut all = vec![y.inner()];
     all.extend(leaves.iter().map(|leaf| leaf.grad(&grads).expect("a gradient")));
-    all.into_iter().flat_map(|t| t.into_data().to_vec::<f32>().expect("f32")).map(f32::to_bits).collect()
+    all.into_iter().flat_map(|t| t.into_data().try_to_vec::<f32>().expect("f32")).map(f32::to_bits).collect()
 }
 
 fn everything() -> Vec<(&'static str, Vec<u32>)> {
     let device = Device::flex().autodiff();
     let mut out = Vec::new();
-    let (x, a) = leaf("x", [2111, 33]);
-    let (g, gamma) = leaf("gamma", [33]);
-    out.push(("rms_norm", bits(rms_norm(a.clone(), gamma, 1e-5), &[x.clone(), g])));
-    let (u, up) = leaf("up", [2111, 33]);
+    let ((x, a), (g, gamma)) = (leaf("x", [2111, 33]), leaf("gamma", [33]));
+    out.push(("rms_norm", bits(rms_norm(a, gamma, 1e-5), &[x, g])));
+    let ((x, a), (u, up)) = (leaf("x", [2111, 33]), leaf("up", [2111, 33]));
     out.push(("swiglu", bits(swiglu(a, up), &[x, u])));
     let (q, a) = leaf("q", [2, 6, 140, 16]);
     let angles = || flat(&normal("angles", 140 * 8), &device, DType::F32).reshape([140, 8]);
-    out.push(("rope", bits(rope(a.clone(), angles(), angles()), &[q.clone()])));
+    out.push(("rope", bits(rope(a, angles(), angles()), &[q])));
+    let (q, a) = leaf("q", [2, 6, 140, 16]);
     let ((k, b), (v, c)) = (leaf("k", [2, 2, 150, 16]), leaf("v", [2, 2, 150, 16]));
     let options = AttentionOptions { scale: 0.25, causal: true, window: None, softcap: None };
     out.push(("attention", bits(attention(a, b, c, options), &[q, k, v])));
@@ -44,8 +44,8 @@ fn everything() -> Vec<(&'static str, Vec<u32>)> {
     let (l, logits) = leaf("logits", [97, 1009]);
     out.push(("cross_entropy", bits(cross_entropy(logits, targets()), &[l])));
     let ((h, hidden), (w, weight)) = (leaf("hidden", [97, 65]), leaf("weight", [65, 1009]));
-    let loss = linear_cross_entropy(hidden.clone(), weight.clone(), targets());
-    out.push(("linear_cross_entropy", bits(loss, &[h.clone(), w.clone()])));
+    out.push(("linear_cross_entropy", bits(linear_cross_entropy(hidden, weight, targets()), &[h, w])));
+    let ((h, hidden), (w, weight)) = (leaf("hidden", [97, 65]), leaf("weight", [65, 1009]));
     let (teacher, head) = (leaf("teacher", [97, 31]).1.detach(), leaf("head", [31, 1009]).1.detach());
     let kl = linear_kl(hidden, weight, teacher, head, 2.0, Divergence::ReverseKl);
     out.push(("linear_kl", bits(kl, &[h, w])));
@@ -56,7 +56,7 @@ fn everything() -> Vec<(&'static str, Vec<u32>)> {
     let packed = PackedMatrix::pack(&codes, 640, 700, 4, 64, ones(), ones() * 8);
     for rows in [3, 64] {
         let x = flat(&normal("x", rows * 640), &Device::flex(), DType::F32).reshape([rows, 640]);
-        let y = packed_matmul(x, &packed).into_data().to_vec::<f32>().expect("f32");
+        let y = packed_matmul(x, &packed).into_data().try_to_vec::<f32>().expect("f32");
         out.push(("packed_matmul", y.into_iter().map(f32::to_bits).collect()));
     }
     out

@@ -1,0 +1,183 @@
+use firebrick_analysis::{AnalysisError, Profile, ProfileOptions, Report, SecondMoments, profile};
+use firebrick_core::{Brick, Cancelled, Event, Part, Progress, Run, Seed, Silent, Site, SiteSet};
+use firebrick_models::Decoder;
+
+use burn::tensor::{Device, Int, Tensor, TensorData};
+
+use crate::{decoder, ids, measured, on_threads, options};
+
+fn without_output(decoder: Decoder, layer: usize, parts: &[Part]) -> Decoder {
+    parts.iter().fold(decoder, |decoder, part| {
+        let site = Site::layer(layer, *part);
+        let zero = decoder.weight(site).unwrap().zeros_like();
+        decoder.with_weight(site, zero)
+    })
+}
+
+#[test]
+fn a_block_that_adds_nothing_has_no_influence_and_comes_first() {
+    let intact = measured(&decoder());
+    let first = intact.least_influential(Part::Block)[0];
+    let layer = 2;
+    assert_ne!(first, Site::layer(layer, Part::Block), "control: intact, another layer comes first");
+    assert!(intact.residual.iter().all(|r| r.influence.mean > 1e-6 && r.influence.error > 0.0));
+
+    let profile = measured(&without_output(decoder(), layer, &[Part::AttnO, Part::MlpDown]));
+    for part in [Part::Block, Part::AttnSublayer, Part::MlpSublayer] {
+        let site = Site::layer(layer, part);
+        let found = profile.residual_at(site).unwrap();
+        assert_eq!((found.influence.mean, found.influence.error, found.update.mean), (0.0, 0.0, 0.0));
+        assert_eq!(profile.least_influential(part)[0], site);
+    }
+    assert_eq!(profile.residual.iter().filter(|r| r.influence.mean == 0.0).count(), 3);
+
+    // Only attention gone: the block still acts through its other half.
+    let half = measured(&without_output(decoder(), layer, &[Part::AttnO]));
+    assert_eq!(half.residual_at(Site::layer(layer, Part::AttnSublayer)).unwrap().influence.mean, 0.0);
+    assert!(half.residual_at(Site::layer(layer, Part::Block)).unwrap().influence.mean > 0.0);
+}
+
+/// The profile's pass block by block against one pass of the whole model, in plain f64 loops.
+#[test]
+fn numbers_are_those_of_the_definition() {
+    let decoder = decoder();
+    let options = ProfileOptions { max_windows: 100, ..options() };
+    let ids = ids(24 * 3);
+    let profile = profile(&decoder, &ids, &options, &Silent).unwrap();
+    assert_eq!((profile.windows, profile.tokens), (3, 3 * 23));
+
+    let site = Site::layer(1, Part::MlpDown);
+    let block = Site::layer(1, Part::Block);
+    let tap = firebrick_core::Tap { sites: [site, block].into_iter().collect() };
+    let data = TensorData::new(ids.iter().map(|i| *i as i32).collect::<Vec<_>>(), [3, 24]);
+    let bricks: [&dyn Brick; 1] = [&tap];
+    let mut run = Run::new(&bricks);
+    decoder.hidden(Tensor::<2, Int>::from_data(data, &Device::flex()), &mut run);
+    let seen = &run.state::<firebrick_core::Taps>().seen;
+    let rows = |at: Site, output: bool| -> Vec<Vec<f64>> {
+        let (_, x, y) = seen.iter().find(|s| s.0 == at).unwrap();
+        let t = if output { y } else { x };
+        let d = t.dims()[2];
+        let values: Vec<f32> = t.clone().into_data().try_into_vec().unwrap();
+        let all = values.chunks(d).map(|r| r.iter().map(|v| f64::from(*v)).collect());
+        // Without the first token of each window.
+        all.enumerate().filter(|(i, _)| i % 24 != 0).map(|(_, r)| r).collect()
+    };
+    let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+    let mean = |values: Vec<f64>| values.iter().sum::<f64>() / values.len() as f64;
+
+    let (x, y) = (rows(block, false), rows(block, true));
+    let cosine = |(a, b): (&Vec<f64>, &Vec<f64>)| 1.0 - dot(a, b) / (dot(a, a) * dot(b, b)).sqrt();
+    let influence = mean(x.iter().zip(&y).map(cosine).collect());
+    let found = profile.residual_at(block).unwrap();
+    assert!((found.influence.mean - influence).abs() < 1e-6 * influence.max(1e-2), "{found:?} {influence}");
+
+    let linear = profile.linear_at(site).unwrap();
+    let input = mean(rows(site, false).iter().map(|r| dot(r, r)).collect());
+    let output = mean(rows(site, true).iter().map(|r| dot(r, r)).collect());
+    assert!((linear.input_energy / input - 1.0).abs() < 1e-4);
+    assert!((linear.output_energy / output - 1.0).abs() < 1e-4, "{} {output}", linear.output_energy);
+    // Negative control: with the first tokens it is another number.
+    let with_first = ProfileOptions { skip_first_token: false, ..options };
+    let other = firebrick_analysis::profile(&decoder, &ids, &with_first, &Silent).unwrap();
+    assert!((other.linear_at(site).unwrap().input_energy / input - 1.0).abs() > 1e-4);
+}
+
+#[test]
+fn sensitivities_and_tails_fall_and_ranks_are_ordered() {
+    let profile = measured(&decoder());
+    assert_eq!(profile.linear.len(), 4 * 7);
+    for l in &profile.linear {
+        assert_eq!(l.bits.iter().map(|b| b.bits).collect::<Vec<_>>(), [2, 3, 4, 8]);
+        assert!(l.bits.windows(2).all(|w| w[1].error < w[0].error && w[1].size > w[0].size), "{l:?}");
+        assert!(l.bits[3].relative > 0.0 && l.bits[3].relative < 1e-3);
+        assert_eq!((l.ranks[0].rank, l.ranks[0].relative), (0, 1.0));
+        assert!(l.ranks.windows(2).all(|w| w[1].error < w[0].error));
+        assert!(l.ranks.iter().all(|r| r.rank <= l.d_in.min(l.d_out)));
+        assert!(1.0 <= l.participation_ratio && l.participation_ratio <= l.activation_rank);
+        assert!(l.activation_rank <= l.d_in as f64 + 1e-9);
+        assert!(1.0 <= l.stable_rank && l.stable_rank <= l.d_in.min(l.d_out) as f64);
+    }
+    // q, k and v read the same input.
+    let at = |part| profile.linear_at(Site::layer(0, part)).unwrap();
+    assert_eq!(at(Part::AttnQ).activation_rank, at(Part::AttnV).activation_rank);
+    assert_ne!(at(Part::AttnQ).activation_rank, at(Part::AttnO).activation_rank);
+    assert!(profile.weight_skew.max_over_median > 1.1 && profile.weight_skew.gini > 0.05);
+}
+
+#[test]
+fn the_same_profile_on_any_number_of_threads() {
+    let decoder = decoder();
+    let one = on_threads(1, || measured(&decoder));
+    let three = on_threads(3, || measured(&decoder));
+    assert_eq!(one.to_json().unwrap(), three.to_json().unwrap());
+    let other = profile(&decoder, &ids(200), &ProfileOptions { seed: Seed(3), ..options() }, &Silent).unwrap();
+    assert_ne!(one.residual, other.residual, "control: another seed draws other windows");
+}
+
+#[test]
+fn json_comes_back_and_other_versions_do_not() {
+    let profile = measured(&decoder());
+    let text = profile.to_json().unwrap();
+    assert_eq!(Profile::from_json(&text).unwrap(), profile);
+    let newer = text.replacen("\"version\": 1", "\"version\": 7", 1);
+    assert!(matches!(Profile::from_json(&newer), Err(AnalysisError::Version { found: 7, .. })));
+    assert!(matches!(Profile::from_json("{\"version\": 1}"), Err(AnalysisError::Json(_))));
+
+    let report = Report::new("profile").sections(profile.sections());
+    assert_eq!(Report::from_json(&report.to_json().unwrap()).unwrap(), report);
+    let folder = std::env::temp_dir().join(format!("firebrick-report-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    report.save(&folder).unwrap();
+    let html = std::fs::read_to_string(folder.join("report.html")).unwrap();
+    assert_eq!(html, report.to_html());
+    profile.save(folder.join("profile.json")).unwrap();
+    assert_eq!(Profile::load(folder.join("profile.json")).unwrap(), profile);
+    std::fs::remove_dir_all(&folder).unwrap();
+    assert!(matches!(Profile::load(folder.join("profile.json")), Err(AnalysisError::Io { .. })));
+    for site in ["layers.3.mlp.down", "layers.0.attn.q"] {
+        assert!(html.contains(site));
+    }
+}
+
+struct Stop;
+impl Progress for Stop {
+    fn on(&self, _: Event<'_>) {}
+    fn cancelled(&self) -> bool {
+        true
+    }
+}
+
+#[test]
+fn wrong_input_is_a_typed_error() {
+    let decoder = decoder();
+    let run = |ids: &[u32], options: ProfileOptions| profile(&decoder, ids, &options, &Silent);
+    assert!(matches!(run(&[1], options()), Err(AnalysisError::TooFewTokens { have: 1, need: 2 })));
+    assert!(run(&[1, 2], options()).is_ok());
+    let outside = run(&[1, 64, 3, 99], options());
+    assert!(matches!(outside, Err(AnalysisError::Tokens { count: 2, id: 64, position: 1, vocab: 64 })));
+    let wrong = ProfileOptions { bits: vec![1, 4, 9], batch: 0, ..options() };
+    let Err(AnalysisError::Options { problems }) = run(&ids(50), wrong) else { panic!("accepted") };
+    assert_eq!(problems.len(), 3, "{problems:?}");
+    let stopped = profile(&decoder, &ids(50), &options(), &Stop);
+    assert!(matches!(stopped, Err(AnalysisError::Cancelled(Cancelled))));
+    let site = Site::layer(1, Part::MlpUp);
+    let broken = decoder.clone().with_weight(site, decoder.weight(site).unwrap() * f32::NAN);
+    let error = profile(&broken, &ids(50), &options(), &Silent).unwrap_err();
+    assert!(error.to_string().starts_with("layers.1."), "{error}");
+}
+
+#[test]
+fn moments_can_leave_out_the_first_tokens() {
+    let site = Site::layer(0, Part::AttnK);
+    let sites: SiteSet = [site].into_iter().collect();
+    let sums = |skip: usize, tokens: usize| {
+        let moments = SecondMoments::new(&sites).skipping(skip);
+        let x = Tensor::<3>::ones([2, tokens, 3], &Device::flex());
+        Run::new(&[&moments]).at(Site::layer(0, Part::AttnQ), x, &mut |x, _| x);
+        (moments.rows(), moments.matrix(site).map(|m| m[(0, 2)]))
+    };
+    assert_eq!(sums(0, 5), (10, Some(10.0)));
+    assert_eq!(sums(2, 5), (6, Some(6.0)));
+    assert_eq!(sums(5, 5), (0, None));
+}

@@ -1,0 +1,97 @@
+//! `firebrick generate`.
+
+use std::io::Write;
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::Args;
+use firebrick_core::{Brick, Seed};
+use firebrick_models::chat::{ChatOptions, ChatTemplate, Message};
+use firebrick_models::sampling::{Sampler, Sampling};
+use firebrick_models::{GenerateOptions, generate};
+use serde_json::json;
+
+use crate::args::Global;
+use crate::models;
+use crate::ui::{Terminal, interrupted};
+
+#[derive(Args)]
+pub struct Generate {
+    /// Model: a folder, a .gguf file, `embedded`, or a fetched name.
+    #[arg(long, value_name = "M")]
+    model: String,
+    /// PEFT adapter folder; may be given more than once.
+    #[arg(long, value_name = "DIR")]
+    adapter: Vec<PathBuf>,
+    /// Text to continue, or with --chat a message to answer.
+    #[arg(long, value_name = "TEXT")]
+    prompt: String,
+    /// Put the prompt into the model's chat template.
+    #[arg(long)]
+    chat: bool,
+    /// At most this many new tokens.
+    #[arg(long, default_value_t = 128, value_name = "N")]
+    max_tokens: usize,
+    /// 0 always takes the likeliest token.
+    #[arg(long, default_value_t = 0.0, value_name = "T")]
+    temperature: f64,
+    /// Sample among the K likeliest tokens only; 0 for all.
+    #[arg(long, default_value_t = 0, value_name = "K")]
+    top_k: usize,
+    /// Sample among the likeliest tokens that make up this probability.
+    #[arg(long, default_value_t = 1.0, value_name = "P")]
+    top_p: f64,
+    /// Run the whole text again for every token instead of keeping keys and values.
+    #[arg(long)]
+    no_cache: bool,
+}
+
+impl Generate {
+    pub fn run(&self, global: &Global, terminal: &Terminal) -> Result<()> {
+        let device = models::device(global)?;
+        let model = models::load(&self.model, &device)?;
+        let banks = models::adapters(&self.adapter, &model, &device)?;
+        let bricks: Vec<&dyn Brick> = banks.iter().map(|b| b as &dyn Brick).collect();
+        let tokenizer = &model.tokenizer;
+        let prompt = match self.chat {
+            true => {
+                let template = ChatTemplate::of(tokenizer)?;
+                let text = template.render(&[Message::user(&self.prompt)], &ChatOptions::answer())?;
+                // The template writes its special tokens itself.
+                tokenizer.encode(&text, false)?
+            }
+            false => tokenizer.encode(&self.prompt, true)?,
+        };
+        let settings = Sampling {
+            temperature: self.temperature,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            seed: Seed(global.seed),
+            ..Sampling::default()
+        };
+        let options = GenerateOptions {
+            max_tokens: self.max_tokens,
+            stop: tokenizer.eos_ids().to_vec(),
+            use_cache: !self.no_cache,
+        };
+        let mut stream = tokenizer.decode_stream(true);
+        let live = !global.json && !global.quiet;
+        let on_token = &mut |token| {
+            if live && let Ok(Some(text)) = stream.step(token) {
+                print!("{text}");
+                let _ = std::io::stdout().flush();
+            }
+            if interrupted() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        };
+        let mut sampler = Sampler::new(settings)?;
+        let ids = generate(&model.decoder, &bricks, &prompt, &mut sampler, &options, on_token)?;
+        let text = tokenizer.decode(&ids, true)?;
+        if live {
+            println!();
+            return Ok(());
+        }
+        let output = json!({"prompt_ids": prompt, "ids": ids, "text": text});
+        terminal.result(&output, || text.clone())
+    }
+}

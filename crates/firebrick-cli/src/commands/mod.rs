@@ -1,0 +1,41 @@
+//! One file per verb.
+
+pub mod convert;
+pub mod devices;
+pub mod eval;
+pub mod generate;
+pub mod inspect;
+pub mod merge;
+pub mod profile;
+pub mod prune;
+pub mod quantize;
+pub mod train;
+
+use anyhow::Result;
+
+use crate::args::{Cli, Usage, Verb};
+use crate::ui::Terminal;
+
+/// Runs the verb of the command line.
+pub fn run(cli: &Cli, terminal: &Terminal) -> Result<()> {
+    let global = &cli.global;
+    if let Some(threads) = global.threads {
+        if threads == 0 {
+            return Err(Usage("--threads 0: at least one thread is needed".into()).into());
+        }
+        rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?;
+    }
+    match &cli.verb {
+        Verb::Specialize(v) => v.run(global, terminal),
+        Verb::Eval(v) => v.run(global, terminal),
+        Verb::Generate(v) => v.run(global, terminal),
+        Verb::Train(v) => v.run(global, terminal),
+        Verb::Profile(v) => v.run(global, terminal),
+        Verb::Merge(v) => v.run(global, terminal),
+        Verb::Quantize(v) => v.run(global, terminal),
+        Verb::Prune(v) => v.run(global, terminal),
+        Verb::Convert(v) => v.run(global, terminal),
+        Verb::Inspect(v) => v.run(global, terminal),
+        Verb::Devices(v) => v.run(global, terminal),
+    }
+}

@@ -1,0 +1,72 @@
+//! `firebrick profile`.
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::Args;
+use firebrick_analysis::{ProfileOptions, RankBudget, Report, bit_plans, profile, rank_plans};
+use firebrick_core::Seed;
+use firebrick_train::TextData;
+use serde_json::json;
+
+use crate::args::Global;
+use crate::models;
+use crate::ui::Terminal;
+
+#[derive(Args)]
+pub struct Profile {
+    /// Model: a folder, a .gguf file, `embedded`, or a fetched name.
+    #[arg(long, value_name = "M")]
+    model: String,
+    /// Calibration text.
+    #[arg(long, value_name = "FILE")]
+    data: PathBuf,
+    /// Tokens per window.
+    #[arg(long, default_value_t = 256, value_name = "N")]
+    window: usize,
+    /// At most this many windows.
+    #[arg(long, default_value_t = 16, value_name = "N")]
+    windows: usize,
+    /// Mean bits per weight of the plan it suggests.
+    #[arg(long, default_value_t = 4.0, value_name = "BITS")]
+    mean_bits: f64,
+    /// Mean rank of the plan it suggests.
+    #[arg(long, default_value_t = 8.0, value_name = "RANK")]
+    mean_rank: f64,
+    /// Folder for profile.json, bits.toml, ranks.toml, report.json and report.html.
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+}
+
+impl Profile {
+    pub fn run(&self, global: &Global, terminal: &Terminal) -> Result<()> {
+        models::check_output(&self.out, global)?;
+        let model = models::load(&self.model, &models::device(global)?)?;
+        let data = TextData::from_file(&self.data, &model.tokenizer)?;
+        let options = ProfileOptions {
+            model: model.name.clone(),
+            window: self.window,
+            max_windows: self.windows,
+            seed: Seed(global.seed),
+            ..ProfileOptions::default()
+        };
+        let found = profile(&model.decoder, &data.ids, &options, terminal)?;
+        let sites = model.decoder.sites();
+        let seeds: Vec<Seed> = (0..3).map(|i| Seed(global.seed).derive(&format!("plan/{i}"))).collect();
+        let bits = bit_plans(&found, sites, self.mean_bits, &options.bits, &seeds)?;
+        let ranks = rank_plans(&found, sites, RankBudget::MeanRank(self.mean_rank), &options.ranks, &seeds)?;
+        std::fs::create_dir_all(&self.out)?;
+        found.save(self.out.join("profile.json"))?;
+        bits.planned.plan.save(self.out.join("bits.toml"))?;
+        ranks.planned.plan.save(self.out.join("ranks.toml"))?;
+        Report::new(format!("Profile of {}", model.name))
+            .fact("model", &model.name)
+            .fact("tokens", found.tokens)
+            .sections(found.sections())
+            .section(bits.section(&format!("Bits, {} on average", self.mean_bits)))
+            .section(ranks.section(&format!("Ranks, {} on average", self.mean_rank)))
+            .save(&self.out)?;
+        let output = json!({"out": self.out, "tokens": found.tokens, "layers": found.layers});
+        terminal.result(&output, || format!("wrote {}", self.out.join("report.html").display()))
+    }
+}

@@ -1,0 +1,156 @@
+//! Progress bars on stderr, results on stdout, and Ctrl-C.
+
+use std::collections::HashMap;
+use std::io::IsTerminal;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use firebrick_core::{Event, Progress};
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use serde::Serialize;
+
+use crate::args::Global;
+
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+
+/// Turns the first Ctrl-C into a clean stop at the next step, and the second into the end.
+pub fn on_interrupt() -> Result<(), ctrlc::Error> {
+    ctrlc::set_handler(|| {
+        if INTERRUPTED.swap(true, Ordering::SeqCst) {
+            std::process::exit(130);
+        }
+        eprintln!("\nstopping after this step; press Ctrl-C again to stop at once");
+    })
+}
+
+/// Whether Ctrl-C was pressed.
+pub fn interrupted() -> bool {
+    INTERRUPTED.load(Ordering::SeqCst)
+}
+
+/// An error and its causes on one line, none twice.
+pub fn chain(error: &anyhow::Error) -> String {
+    let mut text = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
+}
+
+/// Where progress and results go.
+pub struct Terminal {
+    bars: MultiProgress,
+    tasks: Mutex<HashMap<String, Line>>,
+    animated: bool,
+    quiet: bool,
+    verbose: bool,
+    json: bool,
+}
+
+/// One task: a bar on a terminal, an occasional line elsewhere.
+struct Line {
+    bar: ProgressBar,
+    total: Option<u64>,
+    unit: String,
+    said: Instant,
+}
+
+impl Terminal {
+    pub fn new(global: &Global) -> Self {
+        Terminal {
+            bars: MultiProgress::new(),
+            tasks: Mutex::default(),
+            animated: std::io::stderr().is_terminal() && !global.quiet,
+            quiet: global.quiet,
+            verbose: global.verbose,
+            json: global.json,
+        }
+    }
+
+    /// Prints a result: `value` as JSON with `--json`, else `text`.
+    pub fn result(&self, value: &impl Serialize, text: impl FnOnce() -> String) -> anyhow::Result<()> {
+        if self.json {
+            println!("{}", serde_json::to_string(value)?);
+        } else {
+            println!("{}", text().trim_end());
+        }
+        Ok(())
+    }
+
+    /// Says something on stderr, above the bars.
+    pub fn say(&self, text: &str) {
+        if self.quiet {
+            return;
+        }
+        if self.animated {
+            self.bars.suspend(|| eprintln!("{text}"));
+        } else {
+            eprintln!("{text}");
+        }
+    }
+
+    /// Clears the bars.
+    pub fn finish(&self) {
+        let _ = self.bars.clear();
+    }
+}
+
+impl Progress for Terminal {
+    fn on(&self, event: Event<'_>) {
+        let mut tasks = self.tasks.lock().unwrap_or_else(|e| e.into_inner());
+        match event {
+            Event::Begin { task, total, unit } if self.animated => {
+                let style = if total.is_some() {
+                    "{prefix:12} {bar:30} {pos}/{len} {msg} [{elapsed}, {eta} left]"
+                } else {
+                    "{prefix:12} {spinner} {pos} {msg} [{elapsed}]"
+                };
+                let style = ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar());
+                let bar = self.bars.add(total.map_or_else(ProgressBar::new_spinner, ProgressBar::new));
+                bar.set_style(style);
+                bar.set_prefix(task.to_string());
+                bar.enable_steady_tick(Duration::from_millis(200));
+                let line = Line { bar, total, unit: unit.into(), said: Instant::now() };
+                tasks.insert(task.into(), line);
+            }
+            Event::Begin { task, total, unit } => {
+                let line =
+                    Line { bar: ProgressBar::hidden(), total, unit: unit.into(), said: Instant::now() };
+                tasks.insert(task.into(), line);
+            }
+            Event::Advance { task, done, note } => {
+                let Some(line) = tasks.get_mut(task) else { return };
+                line.bar.set_position(done);
+                line.bar.set_message(format!("{} {note}", line.unit));
+                let due = line.said.elapsed() > Duration::from_secs(if self.verbose { 2 } else { 10 });
+                if !self.animated && !self.quiet && due {
+                    line.said = Instant::now();
+                    let total = line.total.map_or(String::new(), |t| format!("/{t}"));
+                    eprintln!("{task}: {done}{total} {} {note}", line.unit);
+                }
+            }
+            Event::End { task } => {
+                if let Some(line) = tasks.remove(task) {
+                    line.bar.finish_and_clear();
+                    self.bars.remove(&line.bar);
+                }
+            }
+            Event::Note(text) => {
+                drop(tasks);
+                self.say(text);
+            }
+            Event::Warn(text) => {
+                drop(tasks);
+                self.say(&format!("warning: {text}"));
+            }
+            _ => {}
+        }
+    }
+
+    fn cancelled(&self) -> bool {
+        interrupted()
+    }
+}
