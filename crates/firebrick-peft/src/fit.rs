@@ -23,7 +23,11 @@ pub fn fit_lora(
         let bricks: Vec<&dyn Brick> = below.iter().copied().chain([bank as &dyn Brick]).collect();
         let mut run = Run::new(&bricks);
         (run.mode, run.seed) = (Mode::Train, seed);
-        decoder.nll(tokens, &mut run).mean()
+        let loss = decoder.nll(tokens, &mut run).mean();
+        match run.total_loss() {
+            Some(auxiliary) => loss + auxiliary,
+            None => loss,
+        }
     };
     fit(bank, config, data, loss, progress, resume)
 }

@@ -564,7 +564,7 @@ mod tests {
         );
         let sigma = svd(&random(40, 25, "ranks")).unwrap().sigma;
         let (pr, er, sr) = (participation_ratio(&sigma), effective_rank(&sigma), stable_rank(&sigma));
-        assert!(1.0 <= pr && pr <= er && er <= 25.0 && 1.0 <= sr && sr <= 25.0);
+        assert!(1.0 <= pr && pr <= er && er <= 25.0 && (1.0..=25.0).contains(&sr));
         // By hand: p = (3/4, 1/4).
         let entropy = -(0.75f64 * 0.75f64.ln() + 0.25 * 0.25f64.ln());
         assert!((effective_rank(&[3.0, 1.0]) - entropy.exp()).abs() < 1e-14);

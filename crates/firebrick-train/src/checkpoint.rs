@@ -224,3 +224,73 @@ pub(crate) fn write_file(path: &Path, bytes: &[u8]) -> Result<(), TrainError> {
     file.write_all(bytes).map_err(|e| TrainError::io(path, e))?;
     Ok(file.commit()?)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use burn::module::Param;
+    use burn::optim::GradientsParams;
+
+    type Pair = (Param<Tensor<2>>, Param<Tensor<1>>);
+
+    fn pair(fill: f64) -> Pair {
+        let device = Device::flex().autodiff();
+        let a = Tensor::<2>::full([3, 2], fill, &device).cast(DType::BF16);
+        let b = Tensor::<1>::from_data(TensorData::new(vec![fill; 4], [4]), (&device, DType::F64));
+        (Param::from_tensor(a), Param::from_tensor(b))
+    }
+
+    fn stepped(optimizer: &mut AdamW) -> Pair {
+        let pair = pair(0.7);
+        let mut gradients = GradientsParams::new();
+        gradients.register(pair.0.id, pair.0.val().inner());
+        gradients.register(pair.1.id, pair.1.val().inner());
+        optimizer.step(0.1, pair, gradients)
+    }
+
+    fn bytes(module: &Pair, optimizer: &AdamW) -> Vec<Vec<u8>> {
+        let values = trainable(module).into_iter().map(|p| p.values);
+        let moments = optimizer.moments.values().flat_map(|m| [m.first.clone(), m.second.clone()]);
+        values.chain(moments).map(|t| t.into_data().as_bytes().to_vec()).collect()
+    }
+
+    #[test]
+    fn every_float_type_comes_back_bit_for_bit_and_older_checkpoints_go() {
+        let out = tempfile::tempdir().unwrap();
+        let mut optimizer = AdamW::default();
+        let module = stepped(&mut optimizer);
+        let mut state = State {
+            step: 1,
+            tokens: 0,
+            config: serde_json::json!({}),
+            data: String::new(),
+            updates: optimizer.moments.iter().map(|(p, m)| (p.clone(), m.updates)).collect(),
+            losses: vec![0.1],
+        };
+        save(out.path(), &module, &optimizer, &state).unwrap();
+        fs::create_dir(out.path().join("checkpoint-best")).unwrap();
+        state.step = 2;
+        save(out.path(), &module, &optimizer, &state).unwrap();
+        let names = |out: &Path| {
+            let mut names: Vec<_> =
+                fs::read_dir(out).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+            names.sort();
+            names
+        };
+        assert_eq!(names(out.path()), ["checkpoint-00000002", "checkpoint-best"], "only our own folders go");
+
+        let (folder, read) = latest(out.path()).unwrap().unwrap();
+        let mut fresh = AdamW::default();
+        let loaded = load(&folder, &read, pair(0.0), &mut fresh).unwrap();
+        assert_eq!(bytes(&loaded, &fresh), bytes(&module, &optimizer));
+        assert_ne!(bytes(&pair(0.7), &AdamW::default())[0], bytes(&module, &optimizer)[0]);
+        assert!(loaded.0.val().is_require_grad() && loaded.1.val().is_require_grad());
+    }
+
+    #[test]
+    fn nothing_saved_is_nothing_to_resume() {
+        let out = tempfile::tempdir().unwrap();
+        assert!(latest(out.path()).unwrap().is_none());
+        assert!(latest(&out.path().join("none")).unwrap().is_none());
+    }
+}

@@ -80,11 +80,12 @@ impl Weight {
         let transposed = small.transpose();
         let energies = spectrum(&small.matmul(h)?.matmul(&transposed)?)?;
         let sigma: Vec<f64> = spectrum(&small.matmul(&transposed)?)?.iter().map(|v| v.sqrt()).collect();
-        let output_energy: f64 = energies.iter().sum();
+        // Summed from the smallest up: the tail of a large sum would lose its digits.
+        let tail = |rank: usize| energies[rank..].iter().rev().sum::<f64>();
+        let output_energy = tail(0);
         let relative = |error: f64| if output_energy > 0.0 { error / output_energy } else { 0.0 };
         let rank_loss = |rank: usize| {
-            // Summed from the smallest up: the tail of a large sum would lose its digits.
-            let error: f64 = energies[rank..].iter().rev().sum();
+            let error = tail(rank);
             RankLoss { rank, size: (rank * (d_in + d_out)) as u64, error, relative: relative(error) }
         };
         let mut bits = Vec::with_capacity(options.bits.len());

@@ -2,6 +2,7 @@
 
 mod allocations;
 mod profiles;
+mod smollm2;
 
 use burn::tensor::Device;
 use firebrick_analysis::{Profile, ProfileOptions, profile};

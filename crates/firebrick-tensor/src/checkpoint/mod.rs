@@ -10,7 +10,7 @@
 //! # let folder = tempfile::tempdir()?;
 //! let path = folder.path().join("model.safetensors");
 //! let spec = TensorSpec::new("norm.weight", DType::BF16, [2]);
-//! write_safetensors(&path, &Default::default(), &[(spec, [0x80, 0x3f, 0x00, 0x40])])?;
+//! write_safetensors(&path, &Default::default(), &[(spec, [0x80u8, 0x3f, 0x00, 0x40])])?;
 //! let checkpoint = Checkpoint::open(&path)?;
 //! assert_eq!(checkpoint.read_f32("norm.weight")?, [1.0, 2.0]);
 //! # Ok::<(), Box<dyn std::error::Error>>(())

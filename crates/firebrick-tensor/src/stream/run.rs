@@ -8,7 +8,7 @@ use super::staging::{self, Claim, Staging};
 use super::target::Target;
 use super::{OutputSpec, StreamError, StreamPlan, Transform};
 use crate::block;
-use firebrick_core::{Progress, Silent, Task};
+use firebrick_core::{Event, Progress, Silent, Task};
 use serde::Serialize;
 use std::num::NonZero;
 use std::ops::Range;
@@ -113,10 +113,17 @@ impl Executor<'_> {
         staging::recover(target)?;
         target.check(self.overwrite)?;
         let staging = Staging::open(target, &prepared.files, &key(transform, &prepared), self.resume)?;
+        let parts = prepared.parts.len();
+        match staging.parts() {
+            0 => {}
+            found => {
+                self.progress.on(Event::Note(&format!("going on from {found} of {parts} finished parts")))
+            }
+        }
         let report = match self.write(transform, target, &prepared, &staging) {
             Ok(report) => report,
             Err(error) => {
-                if !staging.has_parts() {
+                if staging.parts() == 0 {
                     staging.discard();
                 }
                 return Err(error);

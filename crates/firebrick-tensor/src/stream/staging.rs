@@ -46,12 +46,15 @@ impl Claim {
     }
 }
 
+/// Finished parts by file, offset and size.
+type Claims = HashMap<(usize, u64, u64), Claim>;
+
 /// The staging folder of one run, locked against others.
 pub(super) struct Staging {
     folder: PathBuf,
     journal: File,
     pub(super) files: Vec<(PathBuf, File)>,
-    claims: HashMap<(usize, u64, u64), Claim>,
+    claims: Claims,
     finished: AtomicUsize,
 }
 
@@ -129,9 +132,9 @@ impl Staging {
         write().map_err(StreamError::io(&path))
     }
 
-    /// Whether there is anything to go on from.
-    pub(super) fn has_parts(&self) -> bool {
-        self.finished.load(Ordering::Relaxed) > 0
+    /// How many parts the journal holds.
+    pub(super) fn parts(&self) -> usize {
+        self.finished.load(Ordering::Relaxed)
     }
 
     /// Removes the folder.
@@ -211,7 +214,7 @@ fn sync_folder(folder: &Path) {
 }
 
 /// The finished parts of the run `key`, and the journal cut behind the last whole line; `None` for another run.
-fn read_journal(journal: &mut File, key: &str) -> std::io::Result<Option<HashMap<(usize, u64, u64), Claim>>> {
+fn read_journal(journal: &mut File, key: &str) -> std::io::Result<Option<Claims>> {
     if journal.metadata()?.len() > MAX_JOURNAL {
         return Ok(None);
     }
@@ -225,7 +228,7 @@ fn read_journal(journal: &mut File, key: &str) -> std::io::Result<Option<HashMap
     if !same {
         return Ok(None);
     }
-    let mut claims = HashMap::new();
+    let mut claims = Claims::new();
     let mut good = header.map_or(0, <[u8]>::len) as u64;
     for line in lines {
         // Behind the first broken line nothing is trusted.

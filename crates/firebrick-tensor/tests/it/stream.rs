@@ -379,11 +379,7 @@ fn damaged_staging_is_found_and_redone() {
     // What is damaged, and how many finished parts are lost by it; `None` for all.
     let damages: [(&str, Damage, Option<usize>); 7] = [
         ("nothing", |_, _| {}, Some(0)),
-        (
-            "a byte of the first tensor",
-            |_, out| change(out, |b| *b.iter_mut().nth(5000).unwrap() ^= 4),
-            Some(1),
-        ),
+        ("a byte of the first tensor", |_, out| change(out, |b| b[5000] ^= 4), Some(1)),
         ("a torn last line", |journal, _| change(journal, |b| b.truncate(b.len() - 20)), Some(1)),
         ("garbage behind the journal", |journal, _| change(journal, |b| b.extend(b"\xff{\n{}\n")), Some(0)),
         ("no journal", |journal, _| std::fs::remove_file(journal).unwrap(), None),
@@ -705,4 +701,18 @@ fn two_runs_do_not_share_a_target() {
     };
     Executor::default().run(&outer, &target).unwrap();
     assert!(inner.load(Ordering::SeqCst));
+}
+
+#[test]
+fn released_bytes_read_the_same() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = model(&folder.path().join("a.safetensors"), 1);
+    let expected = std::fs::read(source.path()).unwrap();
+    let len = expected.len();
+    for range in [0..len, 1..4097, 5000..5001, 8191..len, len..len, len - 1..len + 1, 0..usize::MAX] {
+        assert_eq!(source.file_bytes(0), expected);
+        source.release(0, range.clone());
+        assert_eq!(source.file_bytes(0), expected, "{range:?}");
+    }
+    source.release(7, 0..1);
 }

@@ -1,7 +1,5 @@
 //! Checkpoint files: round trips, hostile input, and other programs' readers and writers.
 
-#[cfg(test)]
-mod by_hand;
 mod gguf;
 mod hostile;
 mod python;

@@ -98,6 +98,26 @@ fn ranges_decode_and_bad_ones_are_errors() {
 }
 
 #[test]
+fn bytes_of_the_program_read_like_a_file_and_released_pages_come_back() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.safetensors");
+    let tensors = [(TensorSpec::new("w", DType::U8, [40_000]), vec![9; 40_000])];
+    write_safetensors(&path, &Default::default(), &tensors).unwrap();
+    let bytes: &'static [u8] = std::fs::read(&path).unwrap().leak();
+    let (mapped, built_in) =
+        (Checkpoint::open(&path).unwrap(), Checkpoint::from_static(bytes, "embedded").unwrap());
+    assert_eq!(mapped.tensors(), built_in.tensors());
+    for checkpoint in [mapped, built_in] {
+        assert_eq!(checkpoint.file_bytes(0), bytes);
+        checkpoint.release(0, 100..30_000);
+        checkpoint.release(0, 0..usize::MAX);
+        assert_eq!(checkpoint.bytes("w").unwrap(), tensors[0].1);
+    }
+    let error = Checkpoint::from_static(&bytes[..9], "embedded").unwrap_err().to_string();
+    assert!(error.starts_with("embedded: at byte 0"), "{error}");
+}
+
+#[test]
 fn a_layout_lists_every_problem() {
     let specs = [
         TensorSpec::new("a", DType::F32, [2]),

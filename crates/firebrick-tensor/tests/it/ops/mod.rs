@@ -8,6 +8,7 @@ mod linear_kl;
 mod packed;
 mod rms_norm;
 mod rope;
+mod speed;
 mod support;
 mod swiglu;
 mod threads;

@@ -1,0 +1,146 @@
+//! The command-line contract: fields, exit codes, files.
+
+use crate::{json, run, text};
+
+#[test]
+fn eval_generate_inspect() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = text(dir.path(), "t.txt", "stone", 8);
+    let file = file.to_str().unwrap();
+    let eval = json(dir.path(), &["eval", "--model", "embedded", "--data", file, "--window", "64"]);
+    let nll = eval["mean_nll"].as_f64().unwrap();
+    assert!((eval["perplexity"].as_f64().unwrap() - nll.exp()).abs() < 1e-9 * nll.exp());
+    assert_eq!(eval["tokens"].as_u64().unwrap() % 63, 0, "windows of 64 predict 63 tokens each");
+    assert!(eval["bits_per_byte"].as_f64().unwrap() > 0.0);
+
+    let generate = |extra: &[&str]| {
+        let base = ["generate", "--model", "embedded", "--prompt", "In the beginning", "--max-tokens", "8"];
+        json(dir.path(), &[&base, extra].concat())
+    };
+    let greedy = generate(&["--temperature", "0"]);
+    assert_eq!(greedy["ids"].as_array().unwrap().len(), 8);
+    assert!(greedy["prompt_ids"].as_array().unwrap().len() > 1);
+    assert_eq!(greedy, generate(&["--temperature", "0", "--no-cache"]), "the cache changes nothing");
+    let sampled = generate(&["--temperature", "1.5", "--seed", "1"]);
+    assert_eq!(sampled, generate(&["--temperature", "1.5", "--seed", "1"]));
+    assert_ne!(sampled["ids"], generate(&["--temperature", "1.5", "--seed", "2"])["ids"], "control: seeds differ");
+
+    let inspect = json(dir.path(), &["inspect", "embedded"]);
+    assert_eq!(inspect["config"]["model_type"], "llama");
+    assert!(inspect["parameters"].as_u64().unwrap() > 1_000_000);
+}
+
+#[test]
+fn convert_keeps_what_the_model_says() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = text(dir.path(), "t.txt", "river", 8);
+    let eval = |model: &str| {
+        let args = ["eval", "--model", model, "--data", file.to_str().unwrap(), "--window", "64"];
+        json(dir.path(), &args)["mean_nll"].as_f64().unwrap()
+    };
+    let base = eval("embedded");
+    for (out, dtype, tolerance) in
+        [("folder", "f32", 1e-6), ("m.gguf", "f16", 2e-3), ("q.gguf", "q4_0", 0.5), ("h", "bf16", 2e-2)]
+    {
+        json(dir.path(), &["convert", "embedded", out, "--type", dtype]);
+        let found = eval(out);
+        assert!((found - base).abs() < tolerance, "{out}: {found} against {base}");
+        assert!(dtype == "f32" || found != base, "control: {dtype} rounds");
+    }
+}
+
+#[test]
+fn train_prune_quantize_profile() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = text(dir.path(), "t.txt", "falcon", 24);
+    let file = file.to_str().unwrap();
+    let common = ["--model", "embedded", "--data", file, "--window", "64"];
+    json(dir.path(), &[&["profile"], &common[..], &["--windows", "4", "--out", "profile"]].concat());
+    for name in ["profile.json", "bits.toml", "ranks.toml", "report.json", "report.html"] {
+        assert!(dir.path().join("profile").join(name).exists(), "{name}");
+    }
+    let train = |out: &str, extra: &[&str]| {
+        let base = ["train", "--steps", "6", "--batch", "2", "--learning-rate", "0.01", "--out", out];
+        json(dir.path(), &[&base[..], &common[..], extra].concat())
+    };
+    let trained = train("adapter", &["--plan", "profile/ranks.toml"]);
+    assert!(trained["final_loss"].as_f64() < trained["first_loss"].as_f64());
+    let eval = |extra: &[&str]| {
+        json(dir.path(), &[&["eval"], &common[..], extra].concat())["mean_nll"].as_f64().unwrap()
+    };
+    let base = eval(&[]);
+    assert!(eval(&["--adapter", "adapter"]) < base, "the adapter learned its text");
+    train("again", &["--plan", "profile/ranks.toml"]);
+    let weights = |name: &str| std::fs::read(dir.path().join(name).join("adapter_model.safetensors")).unwrap();
+    assert_eq!(weights("adapter"), weights("again"), "same seed, same bytes");
+
+    let quantize = |out: &str, bits: &str| {
+        let args = ["quantize", "--bits", bits, "--group", "64", "--windows", "4", "--out", out];
+        json(dir.path(), &[&args[..], &common[..]].concat());
+        json(dir.path(), &["eval", "--model", out, "--data", file, "--window", "64"])["mean_nll"].as_f64().unwrap()
+    };
+    let (eight, two) = (quantize("q8.gguf", "8"), quantize("q2.gguf", "2"));
+    assert!((eight - base).abs() < 0.02, "{eight} against {base}");
+    assert!(two > eight, "control: two bits hurt");
+
+    json(dir.path(), &[&["prune", "--drop", "block", "--count", "2", "--out", "pruned"], &common[..4]].concat());
+    let before = json(dir.path(), &["inspect", "embedded"])["config"]["layers"].as_u64().unwrap();
+    let after = json(dir.path(), &["inspect", "pruned"])["config"]["layers"].as_u64().unwrap();
+    assert_eq!(after + 2, before);
+}
+
+#[test]
+fn merge_writes_what_was_asked() {
+    let dir = tempfile::tempdir().unwrap();
+    json(dir.path(), &["convert", "embedded", "a"]);
+    json(dir.path(), &["convert", "embedded", "b", "--type", "bf16"]);
+    let yaml = "merge_method: linear\nmodels:\n  - model: a\n    parameters: {weight: 1.0}\n  - model: b\n    parameters: {weight: 0.0}\ndtype: float32\n";
+    std::fs::write(dir.path().join("m.yml"), yaml).unwrap();
+    let plan = json(dir.path(), &["merge", "m.yml", "out", "--dry-run", "--max-memory", "64MiB"]);
+    assert!(plan.is_object() && !dir.path().join("out").exists());
+    json(dir.path(), &["merge", "m.yml", "out", "--max-memory", "64MiB"]);
+    let bytes = |p: &str| std::fs::read(dir.path().join(p).join("model.safetensors")).unwrap();
+    assert_eq!(bytes("out"), bytes("a"), "weights (1, 0) are the first model bit for bit");
+    std::fs::write(dir.path().join("m.yml"), yaml.replace("1.0", "0.0").replace("0.0}\ndtype", "1.0}\ndtype")).unwrap();
+    json(dir.path(), &["merge", "m.yml", "out2"]);
+    assert_ne!(bytes("out2"), bytes("a"), "control");
+}
+
+#[test]
+fn wrong_calls_say_what_to_do_and_leave_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("short.txt"), "too short").unwrap();
+    std::fs::write(dir.path().join("binary"), [0xff, 0xfe, 0x00]).unwrap();
+    std::fs::write(dir.path().join("broken.gguf"), b"GGUF\x03\0\0\0\xff\xff\xff\xff\xff\xff\xff\xff").unwrap();
+    std::fs::write(dir.path().join("m.yml"), "merge_method: linear\nmodles: []\n").unwrap();
+    let cases: &[(&[&str], i32, &str)] = &[
+        (&["eval", "--model", "nowhere", "--data", "short.txt"], 2, "nowhere"),
+        (&["eval", "--model", "embedded"], 2, "--data"),
+        (&["eval", "--model", "embedded", "--data", "short.txt"], 1, "window"),
+        (&["eval", "--model", "embedded", "--data", "missing.txt"], 1, "missing.txt"),
+        (&["eval", "--model", "embedded", "--data", "binary"], 1, "byte 0"),
+        (&["inspect", "broken.gguf"], 1, "broken.gguf"),
+        (&["merge", "m.yml", "out"], 1, "modles"),
+        (&["convert", "embedded", "out", "--type", "q3_9"], 2, "q8_0"),
+        (&["convert", "embedded", "out", "--type", "q4_0"], 1, ".gguf"),
+        (&["inspect", "embedded", "--device", "tpu"], 2, "tpu"),
+        (&["train", "--model", "embedded", "--data", "short.txt", "--out", "out"], 1, "window"),
+        (&["quantize", "--model", "embedded", "--data", "short.txt", "--bits", "5", "--out", "out"], 2, "2, 3, 4 or 8"),
+        (&["prune", "--model", "embedded", "--data", "short.txt", "--drop", "attn", "--count", "1", "--out", "o"], 2, ".toml"),
+        (&["specialize", "--data", "../up=short.txt"], 2, "name"),
+    ];
+    for (arguments, code, part) in cases {
+        let output = run(dir.path(), arguments);
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(*code), "{arguments:?}: {stderr}");
+        assert!(stderr.contains(part), "{arguments:?} should say `{part}`: {stderr}");
+        assert!(!stderr.contains("panicked"), "{arguments:?}: {stderr}");
+        assert!(output.stdout.is_empty(), "{arguments:?} printed to stdout");
+    }
+    let mut left: Vec<String> = std::fs::read_dir(dir.path())
+        .unwrap()
+        .map(|e| e.unwrap().file_name().to_string_lossy().into_owned())
+        .collect();
+    left.sort();
+    assert_eq!(left, ["binary", "broken.gguf", "m.yml", "short.txt"]);
+}

@@ -1,0 +1,40 @@
+//! The binary, run as a user runs it.
+
+mod contract;
+mod python;
+mod specialize;
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+/// Runs the binary in `dir`.
+fn run(dir: &Path, arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_firebrick")).args(arguments).current_dir(dir).output().unwrap()
+}
+
+/// Runs the binary with `--json` and gives what it printed.
+fn json(dir: &Path, arguments: &[&str]) -> Value {
+    let output = run(dir, &[arguments, &["--json", "--device", "flex"]].concat());
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{arguments:?}: {stderr}");
+    serde_json::from_slice(&output.stdout)
+        .unwrap_or_else(|e| panic!("{arguments:?}: stdout is not JSON ({e}): {}", String::from_utf8_lossy(&output.stdout)))
+}
+
+/// A text of `kilobytes` that a small model can learn something from.
+fn text(dir: &Path, name: &str, word: &str, kilobytes: usize) -> PathBuf {
+    let mut text = String::new();
+    let mut i = 0;
+    while text.len() < kilobytes * 1024 {
+        text += &format!("The {word} number {} follows the {word} number {}.\n", i + 1, i);
+        i += 1;
+        if i % 20 == 0 {
+            text += "\n";
+        }
+    }
+    let path = dir.join(name);
+    std::fs::write(&path, text).unwrap();
+    path
+}

@@ -1,0 +1,111 @@
+//! Files that go to Python and come back: transformers, peft, gguf, mergekit.
+//!
+//! Runs when FIREBRICK_PYTHON names a Python that has them (`cargo xtask python` makes one).
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde_json::Value;
+
+use crate::{json, text};
+
+fn python() -> Option<PathBuf> {
+    #[allow(clippy::disallowed_methods, reason = "tests are told where Python is by the environment")]
+    let path = std::env::var_os("FIREBRICK_PYTHON").map(PathBuf::from);
+    if path.is_none() {
+        eprintln!("skipped: FIREBRICK_PYTHON does not name a Python with transformers, peft, gguf and mergekit");
+    }
+    path
+}
+
+/// Runs one of `tests/python/*.py` in `dir` and gives the JSON it prints.
+fn script(python: &Path, dir: &Path, name: &str, arguments: &[&str]) -> Value {
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/python").join(name);
+    let output = Command::new(python)
+        .arg(file)
+        .args(arguments)
+        .current_dir(dir)
+        .env("HF_HUB_OFFLINE", "1")
+        .env("OMP_NUM_THREADS", "2")
+        .output()
+        .unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{name}: {stderr}");
+    let stdout = String::from_utf8_lossy(&output.stdout);
+    let line = stdout.lines().last().unwrap_or_default();
+    serde_json::from_str(line).unwrap_or_else(|e| panic!("{name}: {e} in {stdout}"))
+}
+
+fn nll(dir: &Path, model: &str, data: &str, adapter: Option<&str>) -> f64 {
+    let mut arguments = vec!["eval", "--model", model, "--data", data, "--window", "64"];
+    arguments.extend(adapter.map(|a| ["--adapter", a]).iter().flatten());
+    json(dir, &arguments)["mean_nll"].as_f64().unwrap()
+}
+
+#[test]
+fn transformers_and_gguf_load_what_we_write() {
+    let Some(python) = python() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    text(dir.path(), "t.txt", "copper", 6);
+    json(dir.path(), &["convert", "embedded", "folder"]);
+    for dtype in ["f32", "q8_0", "q4_0", "q4_1"] {
+        json(dir.path(), &["convert", "embedded", &format!("{dtype}.gguf"), "--type", dtype]);
+    }
+    let ours = nll(dir.path(), "folder", "t.txt", None);
+    let theirs = script(&python, dir.path(), "logits.py", &["folder", "t.txt", "64"]);
+    assert!((theirs["mean_nll"].as_f64().unwrap() - ours).abs() < 1e-4, "{theirs} against {ours}");
+    for dtype in ["f32", "q8_0", "q4_0", "q4_1"] {
+        let name = format!("{dtype}.gguf");
+        let ours = nll(dir.path(), &name, "t.txt", None);
+        let theirs = script(&python, dir.path(), "logits.py", &[&name, "t.txt", "64"]);
+        let difference = (theirs["mean_nll"].as_f64().unwrap() - ours).abs();
+        assert!(difference < 1e-4, "{name}: {theirs} against {ours}");
+        // Every block decodes in our reader as in the gguf package.
+        let back = format!("{dtype}-back");
+        json(dir.path(), &["convert", &name, &back]);
+        let blocks = script(&python, dir.path(), "gguf_equal.py", &[&name, &back]);
+        assert_eq!(blocks["largest_difference"].as_f64(), Some(0.0), "{name}: {blocks}");
+    }
+}
+
+#[test]
+fn adapters_go_both_ways() {
+    let Some(python) = python() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    text(dir.path(), "t.txt", "violin", 12);
+    json(dir.path(), &["convert", "embedded", "folder"]);
+    let train = ["train", "--model", "folder", "--data", "t.txt", "--steps", "5", "--window", "64", "--out", "ours"];
+    json(dir.path(), &train);
+    let base = nll(dir.path(), "folder", "t.txt", None);
+    let ours = nll(dir.path(), "folder", "t.txt", Some("ours"));
+    let theirs = script(&python, dir.path(), "peft_eval.py", &["folder", "ours", "t.txt", "64"]);
+    assert!((theirs["mean_nll"].as_f64().unwrap() - ours).abs() < 1e-4, "{theirs} against {ours}");
+    assert!((base - ours).abs() > 1e-3, "control: the adapter changes something");
+
+    let saved = script(&python, dir.path(), "peft_save.py", &["folder", "theirs", "t.txt", "64"]);
+    let read = nll(dir.path(), "folder", "t.txt", Some("theirs"));
+    assert!((saved["mean_nll"].as_f64().unwrap() - read).abs() < 1e-4, "{saved} against {read}");
+    assert!((base - read).abs() > 1e-3, "control");
+}
+
+#[test]
+fn merges_equal_mergekit() {
+    let Some(python) = python() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    json(dir.path(), &["convert", "embedded", "base", "--type", "bf16"]);
+    script(&python, dir.path(), "perturb.py", &["base", "a", "b", "c"]);
+    for (method, base) in [("linear", ""), ("task_arithmetic", "base_model: base\n")] {
+        for dtype in ["float32", "bfloat16"] {
+            let yaml = format!(
+                "merge_method: {method}\n{base}models:\n  - model: a\n    parameters: {{weight: 0.5}}\n  - model: b\n    parameters: {{weight: 0.3}}\n  - model: c\n    parameters: {{weight: 0.2}}\ndtype: {dtype}\n"
+            );
+            std::fs::write(dir.path().join("theirs.yml"), &yaml).unwrap();
+            std::fs::write(dir.path().join("ours.yml"), yaml + "numerics: mergekit\n").unwrap();
+            let out = format!("{method}-{dtype}");
+            json(dir.path(), &["merge", "ours.yml", &out]);
+            let found = script(&python, dir.path(), "mergekit_equal.py", &["theirs.yml", &out]);
+            assert_eq!(found["different"].as_u64(), Some(0), "{method} {dtype}: {found}");
+            assert!(found["tensors"].as_u64().unwrap() > 10);
+        }
+    }
+}
