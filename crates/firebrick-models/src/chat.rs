@@ -95,7 +95,10 @@ impl ChatTemplate {
     /// [`ModelError::ChatTemplate`] with the line when the source does not parse.
     pub fn new(source: &str, bos: Option<&str>, eos: Option<&str>) -> Result<ChatTemplate, ModelError> {
         if source.len() > MAX_SOURCE {
-            return Err(ModelError::ChatTemplate(format!("{} bytes of source, {MAX_SOURCE} allowed", source.len())));
+            return Err(ModelError::ChatTemplate(format!(
+                "{} bytes of source, {MAX_SOURCE} allowed",
+                source.len()
+            )));
         }
         let mut env = Environment::new();
         env.set_trim_blocks(true);
@@ -104,7 +107,9 @@ impl ChatTemplate {
         env.set_formatter(python_format);
         env.add_function("raise_exception", raise_exception);
         env.add_filter("tojson", tojson);
-        env.add_template_owned(NAME, plain_generation_tags(source)).map_err(|e| failed(&e))?;
+        // Jinja reads every line end as a newline.
+        let source = source.replace("\r\n", "\n").replace('\r', "\n");
+        env.add_template_owned(NAME, plain_generation_tags(&source)).map_err(|e| failed(&e))?;
         Ok(ChatTemplate { env, bos: bos.map(String::from), eos: eos.map(String::from) })
     }
 
@@ -113,9 +118,15 @@ impl ChatTemplate {
     /// # Errors
     /// [`ModelError::ChatTemplate`] when it has none (a base model), or one that does not parse.
     pub fn of(tokenizer: &Tokenizer) -> Result<ChatTemplate, ModelError> {
-        let source = tokenizer.chat_template().ok_or_else(|| ModelError::ChatTemplate("this tokenizer has none".into()))?;
+        let source = tokenizer
+            .chat_template()
+            .ok_or_else(|| ModelError::ChatTemplate("this tokenizer has none".into()))?;
         let text = |id: Option<u32>| id.and_then(|id| tokenizer.token(id));
-        ChatTemplate::new(source, text(tokenizer.bos_id()).as_deref(), text(tokenizer.eos_ids().first().copied()).as_deref())
+        ChatTemplate::new(
+            source,
+            text(tokenizer.bos_id()).as_deref(),
+            text(tokenizer.eos_ids().first().copied()).as_deref(),
+        )
     }
 
     /// The prompt for `messages`.
@@ -133,10 +144,14 @@ impl ChatTemplate {
         variables.extend(self.bos.iter().map(|t| ("bos_token".into(), Value::from(t.as_str()))));
         variables.extend(self.eos.iter().map(|t| ("eos_token".into(), Value::from(t.as_str()))));
         if let Some(now) = options.now {
-            let tell = move |format: &str| now.format(format).map_err(|e| Error::new(ErrorKind::InvalidOperation, e));
+            let tell = move |format: &str| {
+                now.format(format).map_err(|e| Error::new(ErrorKind::InvalidOperation, e))
+            };
             variables.push(("strftime_now".into(), Value::from_function(tell)));
         }
-        variables.extend(options.variables.iter().map(|(name, value)| (name.clone(), Value::from_serialize(value))));
+        variables.extend(
+            options.variables.iter().map(|(name, value)| (name.clone(), Value::from_serialize(value))),
+        );
 
         let said: usize = messages.iter().map(|m| m.role.len() + m.content.len()).sum();
         let given = said + options.variables.values().map(|v| v.to_string().len()).sum::<usize>();
@@ -152,7 +167,12 @@ impl ChatTemplate {
     ///
     /// # Errors
     /// As [`ChatTemplate::render`] and [`Tokenizer::encode`].
-    pub fn encode(&self, tokenizer: &Tokenizer, messages: &[Message], options: &ChatOptions) -> Result<Vec<u32>, ModelError> {
+    pub fn encode(
+        &self,
+        tokenizer: &Tokenizer,
+        messages: &[Message],
+        options: &ChatOptions,
+    ) -> Result<Vec<u32>, ModelError> {
         tokenizer.encode(&self.render(messages, options)?, false)
     }
 }
@@ -221,12 +241,16 @@ fn python_format(out: &mut Output, state: &State, value: &Value) -> Result<(), E
 
 /// Python's `json.dumps` with `ensure_ascii` off, as Hugging Face's filter of this name.
 fn tojson(value: Value, options: Kwargs) -> Result<Value, Error> {
-    let json = serde_json::to_value(&value).map_err(|e| Error::new(ErrorKind::BadSerialization, e.to_string()))?;
+    let json =
+        serde_json::to_value(&value).map_err(|e| Error::new(ErrorKind::BadSerialization, e.to_string()))?;
     let indent: Option<usize> = options.get("indent")?;
     let separators: Option<Vec<String>> = options.get("separators")?;
     let style = JsonStyle {
         indent: indent.map(|n| n.min(64)),
-        item: separators.as_ref().and_then(|s| s.first().cloned()).unwrap_or(if indent.is_some() { "," } else { ", " }.into()),
+        item: separators
+            .as_ref()
+            .and_then(|s| s.first().cloned())
+            .unwrap_or(if indent.is_some() { "," } else { ", " }.into()),
         key: separators.as_ref().and_then(|s| s.get(1).cloned()).unwrap_or(": ".into()),
         sorted: options.get::<Option<bool>>("sort_keys")?.unwrap_or(false),
         ascii: options.get::<Option<bool>>("ensure_ascii")?.unwrap_or(false),
@@ -248,7 +272,9 @@ struct JsonStyle {
 impl JsonStyle {
     fn write(&self, out: &mut String, json: &Json, depth: usize) {
         match json {
-            Json::Array(items) => self.block(out, ('[', ']'), items, depth, |out, item| self.write(out, item, depth + 1)),
+            Json::Array(items) => {
+                self.block(out, ('[', ']'), items, depth, |out, item| self.write(out, item, depth + 1))
+            }
             Json::Object(map) => {
                 let mut entries: Vec<(&String, &Json)> = map.iter().collect();
                 if self.sorted {
@@ -265,7 +291,14 @@ impl JsonStyle {
         }
     }
 
-    fn block<T>(&self, out: &mut String, ends: (char, char), items: &[T], depth: usize, mut each: impl FnMut(&mut String, &T)) {
+    fn block<T>(
+        &self,
+        out: &mut String,
+        ends: (char, char),
+        items: &[T],
+        depth: usize,
+        mut each: impl FnMut(&mut String, &T),
+    ) {
         let line = |out: &mut String, depth: usize| {
             if let Some(width) = self.indent {
                 out.push('\n');
@@ -310,7 +343,18 @@ pub struct DateTime {
 }
 
 const MONTHS: [&str; 12] = [
-    "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November", "December",
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
 ];
 const WEEKDAYS: [&str; 7] = ["Sunday", "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday"];
 
@@ -320,7 +364,9 @@ impl DateTime {
     /// # Errors
     /// [`ModelError::Config`] when there is no such day.
     pub fn date(year: i32, month: u32, day: u32) -> Result<DateTime, ModelError> {
-        let known = (1..=9999).contains(&year) && (1..=12).contains(&month) && (1..=days_in(year, month)).contains(&day);
+        let known = (1..=9999).contains(&year)
+            && (1..=12).contains(&month)
+            && (1..=days_in(year, month)).contains(&day);
         if !known {
             return Err(ModelError::Config(format!("there is no day {year:04}-{month:02}-{day:02}")));
         }
@@ -381,7 +427,12 @@ impl DateTime {
                 Some('F') => format!("{:04}-{:02}-{:02}", self.year, self.month, self.day),
                 Some('T') => format!("{hour:02}:{minute:02}:{second:02}"),
                 Some('%') => "%".into(),
-                other => return Err(format!("strftime_now: %{} is not supported", other.map(String::from).unwrap_or_default())),
+                other => {
+                    return Err(format!(
+                        "strftime_now: %{} is not supported",
+                        other.map(String::from).unwrap_or_default()
+                    ));
+                }
             };
         }
         Ok(out)
@@ -403,7 +454,11 @@ mod tests {
 
     fn render(source: &str, variables: Json) -> Result<String, ModelError> {
         let Json::Object(variables) = variables else { panic!("variables are an object") };
-        let options = ChatOptions { variables, now: Some(DateTime::date(2024, 7, 26).unwrap()), ..ChatOptions::default() };
+        let options = ChatOptions {
+            variables,
+            now: Some(DateTime::date(2024, 7, 26).unwrap()),
+            ..ChatOptions::default()
+        };
         ChatTemplate::new(source, Some("<s>"), Some("</s>"))?.render(&[Message::user("hi")], &options)
     }
 
@@ -415,12 +470,19 @@ mod tests {
     fn conventions_of_hugging_face() {
         check("{{ bos_token }}{{ messages[0].content }}{{ eos_token }}", "<s>hi</s>");
         check("{% if tools is none %}no{% endif %}{{ missing }}", "no");
+        check("a\r\n{{ 'b\r' }}", "a\nb\n");
         check("{{ none }} {{ true }} {{ 1 == 2 }}", "None True False");
         // trim_blocks and lstrip_blocks: a line with only a tag leaves nothing behind.
         check("a\n  {% if true %}\nb\n  {% endif %}\nc", "a\nb\nc");
-        check("{% for i in range(5) %}{% if i == 1 %}{% continue %}{% elif i == 3 %}{% break %}{% endif %}{{ i }}{% endfor %}", "02");
+        check(
+            "{% for i in range(5) %}{% if i == 1 %}{% continue %}{% elif i == 3 %}{% break %}{% endif %}{{ i }}{% endfor %}",
+            "02",
+        );
         check("{{ ' x '.strip() ~ 'ab'.upper() ~ 'a,b'.split(',')[-1] }}", "xABb");
-        check("{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}", "1");
+        check(
+            "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
+            "1",
+        );
         check("{%- generation -%} x {%- endgeneration %}", "x");
         check("{{ '{% generation' }}", "{% generation");
         check("{% macro f(x) %}<{{ x }}>{% endmacro %}{{ f('y') }}", "<y>");
@@ -430,7 +492,10 @@ mod tests {
     #[test]
     fn tojson_is_pythons() {
         let variables = || serde_json::json!({"x": {"b": 1, "a": [1.5, true, null, "é<\"\n"], "c": {}}});
-        assert_eq!(render("{{ x | tojson }}", variables()).unwrap(), r#"{"b": 1, "a": [1.5, true, null, "é<\"\n"], "c": {}}"#);
+        assert_eq!(
+            render("{{ x | tojson }}", variables()).unwrap(),
+            r#"{"b": 1, "a": [1.5, true, null, "é<\"\n"], "c": {}}"#
+        );
         assert_eq!(
             render("{{ x | tojson(indent=2, sort_keys=true, ensure_ascii=true) }}", variables()).unwrap(),
             "{\n  \"a\": [\n    1.5,\n    true,\n    null,\n    \"\\u00e9<\\\"\\n\"\n  ],\n  \"b\": 1,\n  \"c\": {}\n}"
@@ -442,13 +507,28 @@ mod tests {
     #[test]
     fn dates_come_from_the_caller() {
         check("{{ strftime_now('%d %b %Y') }}", "26 Jul 2024");
-        check("{{ strftime_now('%A, %B %-d, %y %j %F %T %I%p %%') }}", "Friday, July 26, 24 208 2024-07-26 00:00:00 12AM %");
-        let template = ChatTemplate::new("{% if strftime_now is defined %}now{% else %}never{% endif %}", None, None).unwrap();
+        check(
+            "{{ strftime_now('%A, %B %-d, %y %j %F %T %I%p %%') }}",
+            "Friday, July 26, 24 208 2024-07-26 00:00:00 12AM %",
+        );
+        let template =
+            ChatTemplate::new("{% if strftime_now is defined %}now{% else %}never{% endif %}", None, None)
+                .unwrap();
         assert_eq!(template.render(&[], &ChatOptions::default()).unwrap(), "never");
         let weekday = |y, m, d| WEEKDAYS[DateTime::date(y, m, d).unwrap().weekday()];
-        assert_eq!([weekday(1970, 1, 1), weekday(2000, 2, 29), weekday(1, 1, 1)], ["Thursday", "Tuesday", "Monday"]);
-        assert_eq!(DateTime::date(2025, 3, 4).unwrap().at(13 * 3600 + 62).format("%H:%M:%S %I %p").unwrap(), "13:01:02 01 PM");
-        assert!(DateTime::date(2023, 2, 29).is_err() && DateTime::date(2023, 13, 1).is_err() && DateTime::date(0, 1, 1).is_err());
+        assert_eq!(
+            [weekday(1970, 1, 1), weekday(2000, 2, 29), weekday(1, 1, 1)],
+            ["Thursday", "Tuesday", "Monday"]
+        );
+        assert_eq!(
+            DateTime::date(2025, 3, 4).unwrap().at(13 * 3600 + 62).format("%H:%M:%S %I %p").unwrap(),
+            "13:01:02 01 PM"
+        );
+        assert!(
+            DateTime::date(2023, 2, 29).is_err()
+                && DateTime::date(2023, 13, 1).is_err()
+                && DateTime::date(0, 1, 1).is_err()
+        );
         assert!(render("{{ strftime_now('%Q') }}", serde_json::json!({})).is_err());
     }
 
@@ -480,7 +560,8 @@ mod tests {
 
     #[test]
     fn limits_grow_with_the_chat() {
-        let messages: Vec<Message> = (0..2000).map(|i| Message::new(["user", "assistant"][i % 2], "word ".repeat(200))).collect();
+        let messages: Vec<Message> =
+            (0..2000).map(|i| Message::new(["user", "assistant"][i % 2], "word ".repeat(200))).collect();
         let template = ChatTemplate::new(CHATML, None, None).unwrap();
         let prompt = template.render(&messages, &ChatOptions::answer()).unwrap();
         assert_eq!(prompt.matches("<|im_start|>").count(), 2001);

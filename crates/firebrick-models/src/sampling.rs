@@ -33,7 +33,14 @@ pub struct Sampling {
 
 impl Default for Sampling {
     fn default() -> Sampling {
-        Sampling { repetition_penalty: 1.0, temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: Seed(0) }
+        Sampling {
+            repetition_penalty: 1.0,
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            seed: Seed(0),
+        }
     }
 }
 
@@ -65,7 +72,10 @@ impl Sampler {
     pub fn new(settings: Sampling) -> Result<Sampler, ModelError> {
         let s = &settings;
         let checks = [
-            (s.temperature >= 0.0 && s.temperature.is_finite(), format!("temperature {} is not >= 0", s.temperature)),
+            (
+                s.temperature >= 0.0 && s.temperature.is_finite(),
+                format!("temperature {} is not >= 0", s.temperature),
+            ),
             (s.top_p > 0.0 && s.top_p <= 1.0, format!("top_p {} is not in (0, 1]", s.top_p)),
             ((0.0..=1.0).contains(&s.min_p), format!("min_p {} is not in [0, 1]", s.min_p)),
             (
@@ -131,7 +141,11 @@ impl Sampler {
     fn scores(&self, logits: &[f32], history: &[u32]) -> Result<Vec<f64>, ModelError> {
         if let Some(i) = logits.iter().position(|l| l.is_nan() || *l == f32::INFINITY) {
             let bad = logits.iter().filter(|l| l.is_nan() || **l == f32::INFINITY).count();
-            let text = format!("{bad} of {} logits are not numbers; the first is {} at token {i}", logits.len(), logits[i]);
+            let text = format!(
+                "{bad} of {} logits are not numbers; the first is {} at token {i}",
+                logits.len(),
+                logits[i]
+            );
             return Err(ModelError::Sampling(text));
         }
         if logits.iter().all(|l| *l == f32::NEG_INFINITY) {
@@ -233,8 +247,11 @@ mod tests {
     /// Probabilities by full sorting, straight from the definitions.
     fn reference(s: &Sampling, logits: &[f32]) -> Vec<(u32, f64)> {
         let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let mut all: Vec<(u32, f64)> =
-            logits.iter().enumerate().map(|(i, &l)| (i as u32, ((f64::from(l) - f64::from(max)) / s.temperature).exp())).collect();
+        let mut all: Vec<(u32, f64)> = logits
+            .iter()
+            .enumerate()
+            .map(|(i, &l)| (i as u32, ((f64::from(l) - f64::from(max)) / s.temperature).exp()))
+            .collect();
         let normalize = |list: &mut Vec<(u32, f64)>| {
             let total: f64 = list.iter().map(|c| c.1).sum();
             list.iter_mut().for_each(|c| c.1 /= total);
@@ -313,7 +330,14 @@ mod tests {
             for _ in 0..draws {
                 counts[sampler.sample(&logits, &[]).unwrap() as usize] += 1;
             }
-            assert_eq!(counts.iter().enumerate().filter(|(i, n)| **n > 0 && !expected.iter().any(|e| e.0 as usize == *i)).count(), 0);
+            assert_eq!(
+                counts
+                    .iter()
+                    .enumerate()
+                    .filter(|(i, n)| **n > 0 && !expected.iter().any(|e| e.0 as usize == *i))
+                    .count(),
+                0
+            );
             let deviations = |p: &dyn Fn(usize) -> f64| -> f64 {
                 expected
                     .iter()
@@ -355,7 +379,9 @@ mod tests {
     #[test]
     fn the_token_that_crosses_top_p_is_kept() {
         let logits = [0.5f32.ln(), 0.3f32.ln(), 0.2f32.ln()];
-        let kept = |top_p| Sampler::new(Sampling { top_p, ..hot(0) }).unwrap().probabilities(&logits, &[]).unwrap().len();
+        let kept = |top_p| {
+            Sampler::new(Sampling { top_p, ..hot(0) }).unwrap().probabilities(&logits, &[]).unwrap().len()
+        };
         assert_eq!([kept(0.4), kept(0.6), kept(0.79), kept(0.9), kept(1.0)], [1, 2, 2, 3, 3]);
     }
 
@@ -365,7 +391,13 @@ mod tests {
         for logits in [&[][..], &[f32::NAN, 1.0], &[1.0, f32::INFINITY], &[f32::NEG_INFINITY; 3]] {
             assert!(matches!(sampler.sample(logits, &[]), Err(ModelError::Sampling(_))), "{logits:?}");
         }
-        let bad = Sampling { temperature: -1.0, top_p: 0.0, min_p: f64::NAN, repetition_penalty: 0.0, ..Sampling::default() };
+        let bad = Sampling {
+            temperature: -1.0,
+            top_p: 0.0,
+            min_p: f64::NAN,
+            repetition_penalty: 0.0,
+            ..Sampling::default()
+        };
         let text = Sampler::new(bad).unwrap_err().to_string();
         for name in ["temperature", "top_p", "min_p", "repetition_penalty"] {
             assert!(text.contains(name), "{text}");

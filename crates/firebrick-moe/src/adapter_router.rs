@@ -4,10 +4,13 @@
 //! embeddings up to and including it, so that gates are causal and the same with and without a key-value cache.
 
 use burn::module::{Module, Param};
+use burn::optim::GradientsParams;
 use burn::tensor::activation::{log_softmax, softmax};
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use firebrick_core::{Base, Brick, Part, Run, Seed, Site, SiteSet};
+use firebrick_core::{Base, Brick, Part, Progress, Run, Seed, Site, SiteSet, Task};
+use firebrick_models::Decoder;
 use firebrick_tensor::ops::rms_norm;
+use firebrick_train::{AdamW, Sampler, TextData, TrainError, token_tensor};
 
 use crate::AdapterGates;
 
@@ -33,7 +36,11 @@ struct Prefix {
 impl AdapterRouter {
     /// A router over `adapters` adapters that at first weighs all alike. With `top_k`, the best `top_k` gates of each token are
     /// kept and renormalized.
+    ///
+    /// # Panics
+    /// If `top_k` is 0.
     pub fn new(d_model: usize, adapters: usize, top_k: Option<usize>, seed: Seed, device: &Device) -> Self {
+        assert_ne!(top_k, Some(0), "a token needs an adapter");
         let weight = seed.normal("adapter_router.init", d_model * adapters, 1e-3);
         AdapterRouter {
             weight: Param::from_data(TensorData::new(weight, [d_model, adapters]), device),
@@ -104,4 +111,86 @@ impl Brick for AdapterRouter {
         run.insert(AdapterGates::new(gates));
         embedded
     }
+}
+
+/// Batches on which [`fit_adapter_router`] measures the trained router.
+const HELD: usize = 8;
+
+/// Trains `router` to tell the texts of `data` (one per adapter, in order) from one another by the embedded tokens of
+/// the frozen `decoder`. Returns it with its accuracy: the fraction of tokens of the 8 batches that follow whose best
+/// adapter is that of their text.
+///
+/// Batches of `batch` windows of `window` tokens take the texts in turn, so that all count alike whatever their
+/// lengths. The optimizer is AdamW without weight decay at a constant learning rate. `router` must be on a device that
+/// records gradients.
+///
+/// # Errors
+/// Settings that cannot work (every problem is listed), a text shorter than a window, a router without gradients, a
+/// loss that is not finite, cancellation.
+pub fn fit_adapter_router(
+    decoder: &Decoder,
+    router: AdapterRouter,
+    data: &[TextData],
+    steps: usize,
+    batch: usize,
+    window: usize,
+    learning_rate: f64,
+    seed: Seed,
+    progress: &dyn Progress,
+) -> Result<(AdapterRouter, f64), TrainError> {
+    let ([width, adapters], d) = (router.weight.lazy_shape().dims(), decoder.config().d_model);
+    let mut problems = Vec::new();
+    let mut check = |ok: bool, what: String| {
+        if !ok {
+            problems.push(what);
+        }
+    };
+    check(data.len() == adapters, format!("{} texts for {adapters} adapters", data.len()));
+    check(width == d, format!("a router of width {width} for a decoder of width {d}"));
+    check(batch > 0, "`batch` is 0".into());
+    check(window > 0, "`window` is 0".into());
+    let fine = learning_rate.is_finite() && learning_rate >= 0.0;
+    check(fine, format!("`learning_rate` is {learning_rate}"));
+    if !problems.is_empty() {
+        return Err(TrainError::Config { problems });
+    }
+    let sampler = |(i, text)| Sampler::new(text, window, 1, seed.derive(&format!("adapter_router/{i}")));
+    let mut samplers = data.iter().enumerate().map(sampler).collect::<Result<Vec<_>, _>>()?;
+    let mut embedded = |step: usize| {
+        let (windows, labels): (Vec<&[u32]>, Vec<usize>) = (step * batch..(step + 1) * batch)
+            .map(|draw| (samplers[draw % adapters].batch(draw / adapters)[0], draw % adapters))
+            .unzip();
+        let tokens = token_tensor(&windows, &decoder.device());
+        let constant = decoder.embed(tokens, &mut Run::default()).without_autodiff();
+        (constant.to_device(&router.weight.val().device().inner()), labels)
+    };
+    let mut trained = router.clone();
+    let mut optimizer = AdamW::default();
+    optimizer.weight_decay = 0.0;
+    let mut task = Task::begin(progress, "route", Some(steps as u64), "steps");
+    for step in 0..steps {
+        let (x, labels) = embedded(step);
+        let loss = trained.loss(x, &labels);
+        if !loss.is_tracked() {
+            return Err(TrainError::NothingToTrain);
+        }
+        let gradients = GradientsParams::from_grads(loss.backward(), &trained);
+        let value = loss.without_autodiff().into_scalar::<f32>() as f64;
+        if !value.is_finite() {
+            return Err(TrainError::NotFinite { step: step + 1, what: "loss", value });
+        }
+        trained = optimizer.step(learning_rate, trained, gradients);
+        task.advance(1, &format!("loss {value:.4}"))?;
+    }
+    let fixed = trained.clone().valid();
+    let (mut right, mut all) = (0, 0);
+    for step in steps..steps + HELD {
+        let (x, labels) = embedded(step);
+        let best = fixed.logits(x).argmax(2).into_data();
+        for (i, adapter) in best.iter::<i64>().enumerate() {
+            right += usize::from(adapter as usize == labels[i / window]);
+            all += 1;
+        }
+    }
+    Ok((trained, right as f64 / all as f64))
 }

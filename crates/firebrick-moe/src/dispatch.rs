@@ -83,8 +83,10 @@ mod tests {
     fn every_plan_is_a_stable_sort_with_its_inverse() {
         for (seed, experts, n) in [(0, 1, 7), (1, 3, 1), (2, 8, 300), (3, 64, 40)] {
             let draws = Seed(seed).uniform("slots", n, 1.0);
-            let slots: Vec<usize> =
-                draws.iter().map(|u| (((u + 1.0) / 2.0 * experts as f32) as usize).min(experts - 1)).collect();
+            let slots: Vec<usize> = draws
+                .iter()
+                .map(|u| (((u + 1.0) / 2.0 * experts as f32) as usize).min(experts - 1))
+                .collect();
             let plan = DispatchPlan::new(&slots, experts);
             assert_eq!((plan.offsets()[0], plan.offsets()[experts]), (0, n));
             assert_eq!(plan.counts().iter().sum::<usize>(), n);

@@ -1,7 +1,7 @@
 //! Mixture-of-experts layers, routers, balancing losses, up-cycling, and routing over adapters.
 //!
-//! [`upcycle`] turns feed-forward networks of a dense decoder into a [`MoeLayer`], a brick that keeps the decoder's function until it is
-//! trained; [`AdapterRouter`] weighs frozen adapters token by token, and [`fit_adapter_router`] trains it.
+//! [`upcycle`] turns feed-forward networks of a dense decoder into a [`MoeLayer`], a brick that keeps the decoder's
+//! function until it is trained; [`AdapterRouter`] weighs frozen adapters token by token, and [`fit_adapter_router`] trains it.
 #![forbid(unsafe_code)]
 
 mod adapter_router;

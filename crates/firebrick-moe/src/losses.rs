@@ -132,9 +132,8 @@ mod tests {
         let values = Seed(5).normal("z", tokens * experts, 2.0);
         let (value, gradient) = with_gradient(&logits(&values, experts), router_z_loss);
         let p = softmax_rows(&values, experts);
-        let lse = |t: usize| {
-            values[t * experts..][..experts].iter().map(|v| (*v as f64).exp()).sum::<f64>().ln()
-        };
+        let lse =
+            |t: usize| values[t * experts..][..experts].iter().map(|v| (*v as f64).exp()).sum::<f64>().ln();
         let want = (0..tokens).map(|t| lse(t).powi(2)).sum::<f64>() / tokens as f64;
         assert!((value - want).abs() < 1e-5 * want);
         for i in 0..tokens * experts {

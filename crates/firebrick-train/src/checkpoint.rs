@@ -127,8 +127,7 @@ pub(crate) fn load<M: Module>(
     module: M,
     optimizer: &mut AdamW,
 ) -> Result<M, TrainError> {
-    let (model, moments) =
-        (Checkpoint::open(folder.join(MODEL))?, Checkpoint::open(folder.join(OPTIMIZER))?);
+    let (model, moments) = (Checkpoint::open(folder.join(MODEL))?, Checkpoint::open(folder.join(OPTIMIZER))?);
     let mut problems = Vec::new();
     let parameters = trainable(&module);
     let mut values = BTreeMap::new();
@@ -137,10 +136,12 @@ pub(crate) fn load<M: Module>(
         let (elements, dtype) = (p.values.dims()[0], p.values.dtype());
         match model.get(&p.path) {
             None => problems.push(format!("parameter `{}` is not in the checkpoint", p.path)),
-            Some(info) if info.shape != p.dims || Some(info.dtype) != stored(dtype) => problems.push(format!(
-                "parameter `{}` is {:?} {dtype:?} here, {:?} {} in the checkpoint",
-                p.path, p.dims, info.shape, info.dtype
-            )),
+            Some(info) if info.shape != p.dims || Some(info.dtype) != stored(dtype) => {
+                problems.push(format!(
+                    "parameter `{}` is {:?} {dtype:?} here, {:?} {} in the checkpoint",
+                    p.path, p.dims, info.shape, info.dtype
+                ))
+            }
             Some(_) => {
                 values.insert(p.path.clone(), read(&model, &p.path, dtype, &device)?);
             }
@@ -187,7 +188,8 @@ fn write_tensors(path: &Path, tensors: Vec<(String, Vec<usize>, Tensor<1>)>) -> 
     let order: Vec<String> = layout.tensors().iter().map(|t| t.name.clone()).collect();
     let mut writer = TensorWriter::new(AtomicFile::create(path)?, layout)?;
     for name in order {
-        let data = values[name.as_str()].clone().try_into_data().map_err(|e| TrainError::Device(e.to_string()))?;
+        let data =
+            values[name.as_str()].clone().try_into_data().map_err(|e| TrainError::Device(e.to_string()))?;
         writer.write(&name, data.as_bytes())?;
     }
     Ok(writer.finish()?.commit()?)

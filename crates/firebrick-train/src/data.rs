@@ -345,7 +345,10 @@ mod tests {
         assert!(message(&write("empty.txt", b" \n")).ends_with("empty.txt: the file has no text"));
         assert!(message(&write("empty.jsonl", b"")).contains("no text"));
         let latin = message(&write("latin.txt", b"ab\xe9c"));
-        assert!(latin.ends_with("latin.txt: not UTF-8: the byte at offset 2 belongs to no character"), "{latin}");
+        assert!(
+            latin.ends_with("latin.txt: not UTF-8: the byte at offset 2 belongs to no character"),
+            "{latin}"
+        );
         let bad = message(&write("bad.jsonl", b"{\"text\":\"one\"}\n{\"txt\":1}\n"));
         assert!(bad.ends_with("bad.jsonl:2: no string under `text`"), "{bad}");
         assert!(message(&folder.path().join("none.txt")).contains("none.txt"));

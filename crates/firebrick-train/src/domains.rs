@@ -25,13 +25,13 @@ static DOMAINS: [Domain; 5] = [
     Domain {
         name: "glosses",
         text: include_str!("../data/glosses.txt"),
-        licence: "WordNet 3.0 license",
-        source: "WordNet 3.0, Princeton University: entries of nouns",
+        licence: "WordNet 3.0 licence",
+        source: "WordNet 3.0, Princeton University: animals, food, plants, substances",
     },
     Domain {
         name: "rust",
         text: include_str!("../data/rust.txt"),
-        licence: "MIT OR Apache-2.0",
+        licence: "MIT",
         source: "sources of indexmap, memmap2, semver and serde_json; each part names its file",
     },
     Domain {

@@ -47,10 +47,7 @@ pub(crate) fn trainable<M: Module>(module: &M) -> Vec<Trainable> {
 }
 
 /// Replaces every trainable parameter by what `change` makes of its path and its flat values, on its device.
-pub(crate) fn map_trainable<M: Module>(
-    module: M,
-    change: &mut dyn FnMut(&str, Tensor<1>) -> Tensor<1>,
-) -> M {
+pub(crate) fn map_trainable<M: Module>(module: M, change: &mut dyn FnMut(&str, Tensor<1>) -> Tensor<1>) -> M {
     struct Change<'a> {
         path: Path,
         change: &'a mut dyn FnMut(&str, Tensor<1>) -> Tensor<1>,

@@ -55,7 +55,10 @@ mod tests {
             let (warmup, total) = (case["warmup"].as_u64().unwrap(), case["total"].as_u64().unwrap());
             for (step, want) in case["factors"].as_array().unwrap().iter().enumerate() {
                 let got = schedule.factor(step, warmup as usize, total as usize);
-                assert!((got - want.as_f64().unwrap()).abs() < 1e-12, "{schedule:?} step {step}: {got} {want}");
+                assert!(
+                    (got - want.as_f64().unwrap()).abs() < 1e-12,
+                    "{schedule:?} step {step}: {got} {want}"
+                );
             }
         }
     }

@@ -96,11 +96,9 @@ impl TrainConfig {
         check(self.batch > 0, "`batch` is 0".into());
         check(self.accumulate > 0, "`accumulate` is 0".into());
         check(self.window > 1, format!("`window` is {}; predicting a token takes at least 2", self.window));
-        for (name, value) in [
-            ("learning_rate", self.learning_rate),
-            ("weight_decay", self.weight_decay),
-            ("eps", self.eps),
-        ] {
+        for (name, value) in
+            [("learning_rate", self.learning_rate), ("weight_decay", self.weight_decay), ("eps", self.eps)]
+        {
             check(value.is_finite() && value >= 0.0, format!("`{name}` is {value}"));
         }
         for beta in self.betas {
@@ -405,7 +403,8 @@ mod tests {
 
     #[test]
     fn the_report_averages_the_tail() {
-        let report = |n: usize| TrainReport { losses: (0..n).map(|i| i as f64).collect(), ..Default::default() };
+        let report =
+            |n: usize| TrainReport { losses: (0..n).map(|i| i as f64).collect(), ..Default::default() };
         assert_eq!(report(0).final_loss(), None);
         assert_eq!(report(1).final_loss(), Some(0.0));
         assert_eq!(report(20).final_loss(), Some(18.5));

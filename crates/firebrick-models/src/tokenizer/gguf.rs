@@ -37,7 +37,13 @@ const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N
 const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
 const RULES: [Rules; 7] = [
-    Rules { names: &["gpt-2", "phi-2", "mpt", "olmo", "jais"], nfc: false, cuts: &[Cut::Gpt2Words], ignore_merges: false, add_bos: false },
+    Rules {
+        names: &["gpt-2", "phi-2", "mpt", "olmo", "jais"],
+        nfc: false,
+        cuts: &[Cut::Gpt2Words],
+        ignore_merges: false,
+        add_bos: false,
+    },
     Rules {
         names: &["smollm", "starcoder", "refact", "codeshell"],
         nfc: false,
@@ -52,9 +58,27 @@ const RULES: [Rules; 7] = [
         ignore_merges: true,
         add_bos: true,
     },
-    Rules { names: &["smaug-bpe", "dbrx"], nfc: false, cuts: &[Cut::Pattern(LLAMA3)], ignore_merges: false, add_bos: false },
-    Rules { names: &["qwen2", "deepseek-r1-qwen"], nfc: true, cuts: &[Cut::Pattern(QWEN2)], ignore_merges: false, add_bos: false },
-    Rules { names: &["tekken"], nfc: false, cuts: &[Cut::Pattern(TEKKEN)], ignore_merges: true, add_bos: true },
+    Rules {
+        names: &["smaug-bpe", "dbrx"],
+        nfc: false,
+        cuts: &[Cut::Pattern(LLAMA3)],
+        ignore_merges: false,
+        add_bos: false,
+    },
+    Rules {
+        names: &["qwen2", "deepseek-r1-qwen"],
+        nfc: true,
+        cuts: &[Cut::Pattern(QWEN2)],
+        ignore_merges: false,
+        add_bos: false,
+    },
+    Rules {
+        names: &["tekken"],
+        nfc: false,
+        cuts: &[Cut::Pattern(TEKKEN)],
+        ignore_merges: true,
+        add_bos: true,
+    },
     Rules {
         names: &["default"],
         nfc: false,
@@ -129,7 +153,12 @@ pub(super) fn pre_tokenizer_json(pre: &str) -> Result<Json, ModelError> {
 }
 
 /// A `tokenizer.json` of byte-level BPE; `types` are GGUF token types by id (1 where there are none).
-pub(super) fn byte_level_json(pre: &str, vocab: Map<String, Json>, merges: Vec<Json>, types: &[i32]) -> Result<Json, ModelError> {
+pub(super) fn byte_level_json(
+    pre: &str,
+    vocab: Map<String, Json>,
+    merges: Vec<Json>,
+    types: &[i32],
+) -> Result<Json, ModelError> {
     let rules = Rules::named(pre)?;
     let added: Vec<Json> = vocab
         .iter()
@@ -179,15 +208,31 @@ const TOKENS: &str = "tokenizer.ggml.tokens";
 const TOKEN_TYPE: &str = "tokenizer.ggml.token_type";
 const MERGES: &str = "tokenizer.ggml.merges";
 const BOS: &str = "tokenizer.ggml.bos_token_id";
-const EOS: [&str; 3] = ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"];
+const EOS: [&str; 3] =
+    ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"];
 const UNK: &str = "tokenizer.ggml.unknown_token_id";
 const PAD: &str = "tokenizer.ggml.padding_token_id";
 const ADD_BOS: &str = "tokenizer.ggml.add_bos_token";
 const ADD_EOS: &str = "tokenizer.ggml.add_eos_token";
 const SPACE_PREFIX: &str = "tokenizer.ggml.add_space_prefix";
 const TEMPLATE: &str = "tokenizer.chat_template";
-const OURS: [&str; 15] =
-    [MODEL, PRE, TOKENS, TOKEN_TYPE, MERGES, BOS, EOS[0], EOS[1], EOS[2], UNK, PAD, ADD_BOS, ADD_EOS, SPACE_PREFIX, TEMPLATE];
+const OURS: [&str; 15] = [
+    MODEL,
+    PRE,
+    TOKENS,
+    TOKEN_TYPE,
+    MERGES,
+    BOS,
+    EOS[0],
+    EOS[1],
+    EOS[2],
+    UNK,
+    PAD,
+    ADD_BOS,
+    ADD_EOS,
+    SPACE_PREFIX,
+    TEMPLATE,
+];
 
 impl Tokenizer {
     /// Builds the tokenizer that the `tokenizer.*` keys of a GGUF file describe.
@@ -245,7 +290,8 @@ impl Tokenizer {
         let origin = gguf.path.display().to_string();
         if !problems.is_empty() {
             let shown = problems[..problems.len().min(5)].join("; ");
-            let more = if problems.len() > 5 { format!("; {} more", problems.len() - 5) } else { String::new() };
+            let more =
+                if problems.len() > 5 { format!("; {} more", problems.len() - 5) } else { String::new() };
             return Err(ModelError::Tokenizer(format!("{origin}: {shown}{more}")));
         }
 
@@ -253,7 +299,10 @@ impl Tokenizer {
         let add_bos = gguf.optional(ADD_BOS, Gguf::bool)?.unwrap_or(rules.add_bos);
         let add_eos = gguf.optional(ADD_EOS, Gguf::bool)?.unwrap_or(false);
         let template = gguf.optional(TEMPLATE, Gguf::str)?.map(String::from);
-        let foreign = gguf.metadata.iter().filter(|(key, _)| key.starts_with("tokenizer.") && !OURS.contains(&key.as_str()));
+        let foreign = gguf
+            .metadata
+            .iter()
+            .filter(|(key, _)| key.starts_with("tokenizer.") && !OURS.contains(&key.as_str()));
         let kept = Kept {
             pre: Some(pre.into()),
             token_type: types,
@@ -281,7 +330,10 @@ impl Tokenizer {
     /// As [`Tokenizer::gguf_metadata`], and when the embedding has fewer rows than the vocabulary.
     pub fn gguf_metadata_padded(&self, rows: usize) -> Result<Metadata, ModelError> {
         if rows < self.vocab_size() {
-            return Err(ModelError::Tokenizer(format!("{} tokens, but {rows} embedding rows", self.vocab_size())));
+            return Err(ModelError::Tokenizer(format!(
+                "{} tokens, but {rows} embedding rows",
+                self.vocab_size()
+            )));
         }
         let json = serde_json::to_value(&self.inner).map_err(|e| ModelError::Tokenizer(e.to_string()))?;
         let pre = self.gguf_pre(&json)?;
@@ -290,7 +342,11 @@ impl Tokenizer {
         for merge in json["model"]["merges"].as_array().into_iter().flatten() {
             match merge_pair(merge) {
                 Some((a, b)) if !a.contains(' ') && !b.contains(' ') => merges.push(&format!("{a} {b}")),
-                _ => return Err(ModelError::Unsupported(format!("merge {merge} has a space and can't be written to GGUF"))),
+                _ => {
+                    return Err(ModelError::Unsupported(format!(
+                        "merge {merge} has a space and can't be written to GGUF"
+                    )));
+                }
             }
         }
 
@@ -302,7 +358,12 @@ impl Tokenizer {
         put(TOKEN_TYPE, Array::I32(types).into());
         put(MERGES, Array::String(merges).into());
         let Special { bos, eos, pad, unk, add_bos, add_eos } = &self.special;
-        let ids = [(BOS, *bos), (EOS[0], eos.first().copied()), (EOS[1], eos.get(1).copied()), (EOS[2], eos.get(2).copied())];
+        let ids = [
+            (BOS, *bos),
+            (EOS[0], eos.first().copied()),
+            (EOS[1], eos.get(1).copied()),
+            (EOS[2], eos.get(2).copied()),
+        ];
         for (key, id) in ids.into_iter().chain([(UNK, *unk), (PAD, *pad)]) {
             if let Some(id) = id {
                 put(key, id.into());
@@ -323,13 +384,20 @@ impl Tokenizer {
         let model = &json["model"];
         let kind = model["type"].as_str().unwrap_or("unknown");
         let plain = |name: &str| model[name].as_str().unwrap_or("").is_empty();
-        let bytes = json["decoder"]["type"] == "ByteLevel" && !model["byte_fallback"].as_bool().unwrap_or(false);
+        let bytes =
+            json["decoder"]["type"] == "ByteLevel" && !model["byte_fallback"].as_bool().unwrap_or(false);
         if kind != "BPE" || !bytes || !plain("continuing_subword_prefix") || !plain("end_of_word_suffix") {
-            return Err(ModelError::Unsupported(format!("a {kind} tokenizer in GGUF; only byte-level BPE can be written")));
+            return Err(ModelError::Unsupported(format!(
+                "a {kind} tokenizer in GGUF; only byte-level BPE can be written"
+            )));
         }
-        let greedy = |token: &&Json| ["single_word", "lstrip", "rstrip"].iter().any(|flag| token[flag] == true);
+        let greedy =
+            |token: &&Json| ["single_word", "lstrip", "rstrip"].iter().any(|flag| token[flag] == true);
         if let Some(token) = json["added_tokens"].as_array().into_iter().flatten().find(greedy) {
-            return Err(ModelError::Unsupported(format!("token {} swallows spaces, which GGUF can't say", token["content"])));
+            return Err(ModelError::Unsupported(format!(
+                "token {} swallows spaces, which GGUF can't say",
+                token["content"]
+            )));
         }
         if let Some(pre) = &self.kept.pre {
             return Ok(pre);

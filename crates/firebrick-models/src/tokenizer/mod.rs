@@ -41,8 +41,10 @@ struct Special {
 #[derive(Clone, Debug, Default)]
 struct Kept {
     json: Option<Vec<u8>>,
+    /// Of `tokenizer_config.json`; gone once something in it has changed.
+    config_bytes: Option<Vec<u8>>,
     config: Map<String, Json>,
-    generation: Map<String, Json>,
+    generation: Option<Vec<u8>>,
     special_map: Option<Vec<u8>>,
     template_file: bool,
     pre: Option<String>,
@@ -72,13 +74,9 @@ impl Tokenizer {
             return Err(ModelError::Unsupported(format!("{} has no {JSON_FILE}", folder.display())));
         };
         let inner = parse_json(&path, &bytes).and_then(|json| build(json, &path.display().to_string()))?;
-        let config = read_map(&folder.join(CONFIG_FILE))?;
-        let generation = read_map(&folder.join(GENERATION_FILE))?;
-        let special_map = read(&folder.join(SPECIAL_FILE))?;
-        let fallback: Map<String, Json> = match &special_map {
-            Some(bytes) => as_map(&folder.join(SPECIAL_FILE), parse_json(&folder.join(SPECIAL_FILE), bytes)?)?,
-            None => Map::new(),
-        };
+        let (config_bytes, config) = read_map(&folder.join(CONFIG_FILE))?;
+        let (generation_bytes, generation) = read_map(&folder.join(GENERATION_FILE))?;
+        let (special_map, fallback) = read_map(&folder.join(SPECIAL_FILE))?;
 
         let named = |name: &str| token_text(config.get(name)).or_else(|| token_text(fallback.get(name)));
         let mut problems = Vec::new();
@@ -115,10 +113,18 @@ impl Tokenizer {
             })?),
             None => template_text(config.get("chat_template")),
         };
-        let kept = Kept { json: Some(bytes), special_map, template_file: template_file.is_some(), generation, ..Kept::default() };
         let flag = |name: &str| config.get(name).and_then(Json::as_bool);
         let flags = (flag("add_bos_token"), flag("add_eos_token"));
-        let mut tokenizer = Tokenizer::assemble(inner, special, chat_template, Kept { config, ..kept });
+        let kept = Kept {
+            json: Some(bytes),
+            config_bytes,
+            config,
+            generation: generation_bytes,
+            special_map,
+            template_file: template_file.is_some(),
+            ..Kept::default()
+        };
+        let mut tokenizer = Tokenizer::assemble(inner, special, chat_template, kept);
         if flags.0.is_some() || flags.1.is_some() {
             tokenizer.set_added(flags.0.unwrap_or(false), flags.1.unwrap_or(false))?;
         } else {
@@ -127,7 +133,12 @@ impl Tokenizer {
         Ok(tokenizer)
     }
 
-    fn assemble(inner: tokenizers::Tokenizer, special: Special, chat_template: Option<String>, kept: Kept) -> Tokenizer {
+    fn assemble(
+        inner: tokenizers::Tokenizer,
+        special: Special,
+        chat_template: Option<String>,
+        kept: Kept,
+    ) -> Tokenizer {
         let rows = inner.get_vocab(true).values().max().map_or(0, |&id| id as usize + 1);
         Tokenizer { inner, rows, special, chat_template, kept }
     }
@@ -138,7 +149,8 @@ impl Tokenizer {
     /// # Errors
     /// When the tokenizer fails, as one without an unknown token does on text outside its alphabet.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>, ModelError> {
-        let encoding = self.inner.encode_fast(text, add_special).map_err(|e| ModelError::Tokenizer(e.to_string()))?;
+        let encoding =
+            self.inner.encode_fast(text, add_special).map_err(|e| ModelError::Tokenizer(e.to_string()))?;
         Ok(encoding.get_ids().to_vec())
     }
 
@@ -205,6 +217,7 @@ impl Tokenizer {
     /// Replaces the chat template.
     pub fn set_chat_template(&mut self, source: Option<String>) {
         self.kept.config.shift_remove("chat_template");
+        self.kept.config_bytes = None;
         self.kept.template_file = false;
         self.chat_template = source;
     }
@@ -234,13 +247,21 @@ impl Tokenizer {
     pub fn files(&self) -> Result<Vec<(String, Vec<u8>)>, ModelError> {
         let json = match &self.kept.json {
             Some(bytes) => bytes.clone(),
-            None => self.inner.to_string(true).map_err(|e| ModelError::Tokenizer(e.to_string()))?.into_bytes(),
+            None => {
+                self.inner.to_string(true).map_err(|e| ModelError::Tokenizer(e.to_string()))?.into_bytes()
+            }
         };
-        let mut files = vec![(JSON_FILE.to_string(), json), (CONFIG_FILE.to_string(), pretty(&self.config())?)];
-        let generation = self.generation();
-        if !generation.is_empty() {
-            files.push((GENERATION_FILE.to_string(), pretty(&generation)?));
-        }
+        let config = match &self.kept.config_bytes {
+            Some(bytes) => bytes.clone(),
+            None => pretty(&self.config())?,
+        };
+        let generation = match &self.kept.generation {
+            Some(bytes) => Some(bytes.clone()),
+            None if self.kept.json.is_none() => Some(pretty(&self.generation())?),
+            None => None,
+        };
+        let mut files = vec![(JSON_FILE.to_string(), json), (CONFIG_FILE.to_string(), config)];
+        files.extend(generation.map(|bytes| (GENERATION_FILE.to_string(), bytes)));
         files.extend(self.kept.special_map.clone().map(|bytes| (SPECIAL_FILE.to_string(), bytes)));
         // A list of named templates lives in the configuration, and a file would hide all but one of it.
         let listed = self.kept.config.get("chat_template").is_some_and(Json::is_array);
@@ -250,7 +271,7 @@ impl Tokenizer {
         Ok(files)
     }
 
-    /// `tokenizer_config.json`: as it was read, or made from what is known.
+    /// `tokenizer_config.json`: what was read, or made from what is known, with the chat template.
     fn config(&self) -> Map<String, Json> {
         let mut config = self.kept.config.clone();
         if self.kept.json.is_none() {
@@ -273,20 +294,20 @@ impl Tokenizer {
         config
     }
 
-    /// `generation_config.json`: as it was read, or the ids that transformers' `generate` needs.
+    /// `generation_config.json` with the ids that transformers' `generate` needs.
     fn generation(&self) -> Map<String, Json> {
-        let mut generation = self.kept.generation.clone();
-        if generation.is_empty() && self.kept.json.is_none() {
-            let Special { bos, eos, pad, .. } = &self.special;
-            generation.extend(bos.map(|id| ("bos_token_id".into(), id.into())));
-            match eos[..] {
-                [] => {}
-                [id] => drop(generation.insert("eos_token_id".into(), id.into())),
-                _ => drop(generation.insert("eos_token_id".into(), eos.clone().into())),
-            }
-            generation.extend(pad.map(|id| ("pad_token_id".into(), id.into())));
-        }
-        generation
+        let Special { bos, eos, pad, .. } = &self.special;
+        let end: Option<Json> = match eos[..] {
+            [] => None,
+            [id] => Some(id.into()),
+            _ => Some(eos.clone().into()),
+        };
+        let ids = [
+            ("bos_token_id", bos.map(Json::from)),
+            ("eos_token_id", end),
+            ("pad_token_id", pad.map(Json::from)),
+        ];
+        ids.into_iter().filter_map(|(name, id)| Some((name.to_string(), id?))).collect()
     }
 
     /// Makes encoding add a begin and an end token, or nothing.
@@ -305,15 +326,19 @@ impl Tokenizer {
         };
         let mut tokens = Map::new();
         for id in [begin, end].into_iter().flatten() {
-            let token = self.token(id).ok_or_else(|| ModelError::Tokenizer(format!("special id {id} is not in the vocabulary")))?;
+            let token = self
+                .token(id)
+                .ok_or_else(|| ModelError::Tokenizer(format!("special id {id} is not in the vocabulary")))?;
             tokens.insert(token.clone(), json!({"id": token, "ids": [id], "tokens": [token]}));
         }
         let processor = (!tokens.is_empty()).then(|| {
             let (single, pair) = (text("A", 0), [text("A", 0), text("B", 1)].concat());
             json!({"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": tokens})
         });
-        let processor: Option<tokenizers::PostProcessorWrapper> =
-            processor.map(serde_json::from_value).transpose().map_err(|e| ModelError::Tokenizer(e.to_string()))?;
+        let processor: Option<tokenizers::PostProcessorWrapper> = processor
+            .map(serde_json::from_value)
+            .transpose()
+            .map_err(|e| ModelError::Tokenizer(e.to_string()))?;
         self.inner.with_post_processor(processor);
         Ok(())
     }
@@ -334,7 +359,8 @@ fn build(json: Json, origin: &str) -> Result<tokenizers::Tokenizer, ModelError> 
     if let Some(model) = json.get("model") {
         let problems = merge_problems(model);
         if !problems.is_empty() {
-            let more = if problems.len() > 5 { format!(" and {} more", problems.len() - 5) } else { String::new() };
+            let more =
+                if problems.len() > 5 { format!(" and {} more", problems.len() - 5) } else { String::new() };
             return Err(fail(problems[..problems.len().min(5)].join("; ") + &more));
         }
     }
@@ -346,7 +372,8 @@ fn build(json: Json, origin: &str) -> Result<tokenizers::Tokenizer, ModelError> 
 
 /// Merges that the vocabulary can't make: the tokenizers crate takes these on trust, down to their lengths.
 fn merge_problems(model: &Json) -> Vec<String> {
-    let (Some(Json::Object(vocab)), Some(Json::Array(merges))) = (model.get("vocab"), model.get("merges")) else {
+    let (Some(Json::Object(vocab)), Some(Json::Array(merges))) = (model.get("vocab"), model.get("merges"))
+    else {
         return Vec::new();
     };
     let prefix = model.get("continuing_subword_prefix").and_then(Json::as_str).unwrap_or("");
@@ -416,18 +443,14 @@ fn parse_json(path: &Path, bytes: &[u8]) -> Result<Json, ModelError> {
     serde_json::from_slice(bytes).map_err(|e| ModelError::Tokenizer(format!("{}: {e}", path.display())))
 }
 
-fn as_map(path: &Path, json: Json) -> Result<Map<String, Json>, ModelError> {
-    match json {
-        Json::Object(map) => Ok(map),
-        _ => Err(ModelError::Tokenizer(format!("{}: not a JSON object", path.display()))),
-    }
-}
+type JsonFile = (Option<Vec<u8>>, Map<String, Json>);
 
-/// The object in a JSON file; empty where there is no file.
-fn read_map(path: &Path) -> Result<Map<String, Json>, ModelError> {
-    match read(path)? {
-        Some(bytes) => as_map(path, parse_json(path, &bytes)?),
-        None => Ok(Map::new()),
+/// The bytes of a JSON file and the object in it; empty where there is no file.
+fn read_map(path: &Path) -> Result<JsonFile, ModelError> {
+    let Some(bytes) = read(path)? else { return Ok((None, Map::new())) };
+    match parse_json(path, &bytes)? {
+        Json::Object(map) => Ok((Some(bytes), map)),
+        _ => Err(ModelError::Tokenizer(format!("{}: not a JSON object", path.display()))),
     }
 }
 

@@ -55,7 +55,9 @@ impl<'a> DecodeStream<'a> {
         match text.strip_prefix(&told) {
             Some("") => Ok(None),
             Some(rest) => Ok(Some(rest.to_string())),
-            None => Err(ModelError::Tokenizer(format!("decoding changed `{told}` into `{text}` after it was shown"))),
+            None => Err(ModelError::Tokenizer(format!(
+                "decoding changed `{told}` into `{text}` after it was shown"
+            ))),
         }
     }
 }

@@ -44,7 +44,8 @@ fn perplexity_equals_the_reference_for_any_batch() {
 
 #[test]
 fn bricks_count() {
-    let skip = Skip { sites: [Site::layer(0, Part::Block), Site::layer(1, Part::Block)].into_iter().collect() };
+    let skip =
+        Skip { sites: [Site::layer(0, Part::Block), Site::layer(1, Part::Block)].into_iter().collect() };
     let nowhere = Skip::default();
     assert_eq!(evaluate(4, &[&nowhere]), evaluate(4, &[]));
     assert_ne!(evaluate(4, &[&skip]), evaluate(4, &[]));

@@ -10,8 +10,7 @@ use crate::tiny::{bits, decoder, loss, noise, pattern, settings, trainable};
 
 #[test]
 fn a_repeating_pattern_is_learned() {
-    let (_, report) =
-        fit(trainable(), &settings(60), &pattern(1000), &mut loss, &Silent, false).unwrap();
+    let (_, report) = fit(trainable(), &settings(60), &pattern(1000), &mut loss, &Silent, false).unwrap();
     assert_eq!((report.steps, report.tokens, report.losses.len()), (60, 60 * 4 * 16, 60));
     let (first, last) = (report.first_loss().unwrap(), report.final_loss().unwrap());
     assert!((first - 64f64.ln()).abs() < 0.1, "an untrained model guesses: {first}");

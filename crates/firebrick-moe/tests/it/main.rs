@@ -1,0 +1,7 @@
+//! Tests of mixtures of experts as bricks.
+
+mod adapters;
+mod layer;
+mod learning;
+mod reference;
+mod upcycling;

@@ -1,0 +1,80 @@
+use burn::module::Module;
+use burn::tensor::{Device, Tensor, TensorData};
+use firebrick_core::{Brick, Run, Seed, Site};
+use firebrick_models::{Decoder, DecoderConfig};
+use firebrick_peft::LoraConfig;
+use firebrick_quant::{PackedLinear, rtn};
+use firebrick_tensor::grid::{Grid, GridKind};
+
+fn decoder(device: &Device) -> Decoder {
+    let config = DecoderConfig { d_model: 32, d_ff: 48, head_dim: 8, ..DecoderConfig::tiny(40) };
+    Decoder::random(config, Seed(5), device).unwrap()
+}
+
+fn logits(decoder: &Decoder, bricks: &[&dyn Brick]) -> Tensor<3> {
+    let ids = Tensor::from_data(TensorData::new((0..10).collect::<Vec<i32>>(), [1, 10]), &decoder.device());
+    decoder.forward(ids, &mut Run::new(bricks))
+}
+
+fn largest(a: Tensor<3>, b: Tensor<3>) -> f32 {
+    (a - b).abs().max().into_scalar()
+}
+
+/// Every linear layer on `grid`: the packed brick, and the decoder with what its codes stand for.
+fn both(decoder: &Decoder, grid: Grid) -> (PackedLinear, Decoder) {
+    let device = decoder.device();
+    let mut dense = decoder.clone();
+    let mut matrices = Vec::new();
+    for site in decoder.sites().block_linears().iter() {
+        let weight = decoder.weight(site).unwrap();
+        let [d_out, d_in] = weight.dims();
+        let values = weight.into_data().try_into_vec_as::<f32>().unwrap();
+        let matrix = rtn(&values, d_in, grid).unwrap();
+        let back = TensorData::new(matrix.dequantize(), [d_out, d_in]);
+        dense = dense.with_weight(site, Tensor::from_data(back, &device));
+        matrices.push((site, matrix));
+    }
+    let packed = PackedLinear::new(matrices.iter().map(|(s, m)| (*s, m)), &device).unwrap();
+    (packed, dense)
+}
+
+#[test]
+fn packed_equals_dequantized() {
+    let decoder = decoder(&Device::flex());
+    let base = logits(&decoder, &[]);
+    for bits in [2, 3, 4, 8] {
+        for kind in [GridKind::SymHalf, GridKind::Asym] {
+            let (packed, dense) = both(&decoder, Grid { bits, group: 16, kind });
+            let found = largest(logits(&decoder, &[&packed]), logits(&dense, &[]));
+            assert!(found < 1e-5, "{bits} bits {kind:?}: {found}");
+            let lossy = largest(logits(&dense, &[]), base.clone());
+            assert!(lossy > 1e-6, "control: {bits} bits {kind:?} lose something");
+        }
+    }
+    let bytes = |bits| both(&decoder, Grid { bits, group: 16, kind: GridKind::SymHalf }).0.bytes();
+    assert!(bytes(2) < bytes(4) && bytes(4) < bytes(8));
+}
+
+#[test]
+fn adapters_train_above_packed_weights() {
+    // QLoRA, by construction.
+    let device = Device::flex().autodiff();
+    let decoder = decoder(&device);
+    let (packed, dense) = both(&decoder, Grid { bits: 4, group: 16, kind: GridKind::SymHalf });
+    let bank = LoraConfig::default()
+        .init(decoder.sites(), &decoder.sites().block_linears(), Seed(2), &device)
+        .unwrap();
+    let gradient = |decoder: &Decoder, bricks: &[&dyn Brick]| {
+        let ids = TensorData::new((0..10).collect::<Vec<i32>>(), [1, 10]);
+        let loss = decoder.nll(Tensor::from_data(ids, &device), &mut Run::new(bricks)).mean();
+        let gradients = loss.backward();
+        let site: Site = "layers.0.attn.q".parse().unwrap();
+        bank.get(site).unwrap().1.b.val().grad(&gradients).unwrap()
+    };
+    let above_packed = gradient(&decoder, &[&packed, &bank]);
+    let above_dense = gradient(&dense, &[&bank]);
+    let difference: f32 = (above_packed.clone() - above_dense).abs().max().into_scalar();
+    assert!(difference < 1e-6, "{difference}");
+    assert!(above_packed.abs().max().into_scalar::<f32>() > 1e-6, "control: there is a gradient");
+    assert_eq!(packed.num_params(), 0, "packed weights are constants");
+}
