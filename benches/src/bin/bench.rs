@@ -7,7 +7,6 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
-use burn::module::Module;
 use burn::optim::GradientsParams;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use clap::Parser;
@@ -86,7 +85,10 @@ fn print(m: &Measured, json: bool) -> Result<()> {
         (Some(peer), Some(median), Some(ratio)) => format!("   {ratio:.2}x of {peer} ({median:.1})"),
         _ => String::new(),
     };
-    println!("{:10} {:28} {:8} {:10.2} {:6} ±{:.2}{peer}", m.suite, m.case, m.device, m.median, m.unit, m.mad);
+    println!(
+        "{:10} {:28} {:8} {:10.2} {:6} ±{:.2}{peer}",
+        m.suite, m.case, m.device, m.median, m.unit, m.mad
+    );
     Ok(())
 }
 
@@ -117,7 +119,8 @@ impl Bench {
         let Some(python) = &self.python else { return Ok(measured) };
         let dir = std::env::temp_dir().join(format!("firebrick-bench-{}", std::process::id()));
         let folder = dir.join(&files.name);
-        Export::files(files, ExportType::F32).write(&folder, &Executor { overwrite: true, ..Executor::default() })?;
+        Export::files(files, ExportType::F32)
+            .write(&folder, &Executor { overwrite: true, ..Executor::default() })?;
         let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("peers").join(script);
         let output = Command::new(python).arg(file).arg(&folder).arg(self.repeats.to_string()).output()?;
         let removed = std::fs::remove_dir_all(&dir);
@@ -163,7 +166,6 @@ fn train(bench: &Bench) -> Result<Vec<Measured>> {
             let gradients = GradientsParams::from_grads(loss.backward(), &current);
             bank = Some(optimizer.step(1e-4, current, gradients));
         });
-        drop(bank.map(|b| b.num_params()));
         let case = format!("{name} lora 2x256");
         let measured = Measured::new("train", &case, &bench.name, "tok/s", 512.0, &seconds);
         bench.peer(measured, "lora.py", files)

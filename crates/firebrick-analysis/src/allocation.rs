@@ -1,8 +1,9 @@
 //! Plans from profiles: which linear layer gets how many bits, or which rank, under one budget, beside four baselines.
 //!
-//! The losses are output errors of single layers, each measured with the rest of the model intact, and they are added.
-//! Layers do interact (an error in an early layer changes the inputs of all later ones), so the order they give
-//! may be wrong: compare plans by what the whole model loses, and always with the baselines of equal budget.
+//! The losses are expected rises of the negative log-likelihood: a layer's output error, weighted by the squared gradient of
+//! each output. Output errors alone rank layers wrongly, because the residual stream has another length at every depth (on
+//! SmolLM2-135M such a plan of 4 bits is worse than 4 bits everywhere). Rises are still those of single layers with the rest of the
+//! model intact, and they are added; layers interact, so compare plans by what the whole model loses, at equal budget.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -23,7 +24,7 @@ pub struct Allocation {
     pub levels: BTreeMap<Site, usize>,
     /// What it costs, in [`Plans::unit`].
     pub cost: u64,
-    /// Sum of the sites' output errors `E[|D x|^2]`.
+    /// Sum of the sites' expected rises of the negative log-likelihood, in nats per token.
     pub loss: f64,
 }
 
@@ -58,7 +59,7 @@ pub enum RankBudget {
 }
 
 /// The bits of each linear layer in `table` so that their mean over weights is at most `mean_bits` and the summed
-/// output error is smallest. `candidates` must have been profiled
+/// [`BitLoss::rise`](crate::BitLoss::rise) is smallest. `candidates` must have been profiled
 /// (their errors hold for the group length of the profile). Scales are not counted: they cost the same for any choice.
 ///
 /// # Errors
@@ -88,7 +89,8 @@ pub fn bit_plans(
     Market::bits(profile, table, mean_bits, candidates)?.plans(seeds)
 }
 
-/// The rank of each linear layer in `table` within `budget` so that the summed tail energy of `W H^(1/2)` is smallest.
+/// The rank of each linear layer in `table` within `budget` so that the summed
+/// [`RankLoss::rise`](crate::RankLoss::rise) is smallest.
 /// Candidates above the full rank of a layer are not offered there; a site that gets rank 0 has no rule in the plan.
 ///
 /// # Errors
@@ -145,7 +147,7 @@ impl Market {
         let total: u64 = linear.iter().map(|l| weights(l)).sum();
         let offered = |l: &LinearProfile| {
             let measured = l.bits.iter().filter(|b| wanted.contains(&usize::from(b.bits)));
-            let choice = |b: &crate::BitLoss| Choice { cost: u64::from(b.bits) * weights(l), loss: b.error };
+            let choice = |b: &crate::BitLoss| Choice { cost: u64::from(b.bits) * weights(l), loss: b.rise };
             measured.map(|b| (usize::from(b.bits), choice(b))).collect()
         };
         Ok(Market::new("bits", "bits of codes", &linear, offered, spend(mean_bits, total)))
@@ -173,7 +175,7 @@ impl Market {
         };
         let offered = |l: &LinearProfile| {
             let measured = l.ranks.iter().filter(|r| wanted.contains(&r.rank));
-            measured.map(|r| (r.rank, Choice { cost: r.size, loss: r.error })).collect()
+            measured.map(|r| (r.rank, Choice { cost: r.size, loss: r.rise })).collect()
         };
         Ok(Market::new("rank", "parameters", &linear, offered, budget))
     }
@@ -253,8 +255,10 @@ fn positive(name: &str, value: f64) -> Vec<String> {
 
 fn missing(name: &str, wanted: &BTreeSet<usize>, measured: impl Iterator<Item = usize>) -> Vec<String> {
     let measured: BTreeSet<usize> = measured.collect();
-    let mut problems: Vec<String> =
-        wanted.difference(&measured).map(|v| format!("{name} {v} was not profiled; there are {measured:?}")).collect();
+    let mut problems: Vec<String> = wanted
+        .difference(&measured)
+        .map(|v| format!("{name} {v} was not profiled; there are {measured:?}"))
+        .collect();
     if wanted.is_empty() {
         problems.push(format!("no candidates for {name}; there are {measured:?}"));
     }
@@ -281,12 +285,12 @@ impl Plans {
 
     /// A table of cost and loss of every allocation, and heat maps of what the planned and the uniform one give.
     pub fn section(&self, title: &str) -> Section {
-        let mut table = Table::new("Same budget, five ways to spend it")
+        let mut table = Table::new("The same budget, spent in different ways")
             .text_column("allocation")
             .number_column(format!("cost ({})", self.unit))
             .number_column("share of the budget")
-            .number_column("summed output error")
-            .number_column("error / uniform");
+            .number_column("expected rise (nats per token)")
+            .number_column("rise / uniform");
         for (name, a) in self.all() {
             let share = a.cost as f64 / (self.budget as f64).max(1.0);
             let ratio = (self.uniform.loss > 0.0).then(|| a.loss / self.uniform.loss);
@@ -295,8 +299,8 @@ impl Plans {
         }
         Section::new(title)
             .text(format!(
-                "Every allocation may spend {} {}. The error is that of each layer alone, added up; only a measurement of \
-                 the whole model says whether the plan is better.",
+                "Every allocation may spend {} {}. The rise of the loss is that expected of each layer alone, added up; only a \
+                 measurement of the whole model says whether the plan is better.",
                 crate::report::number(self.budget as f64),
                 self.unit
             ))

@@ -19,12 +19,11 @@ mod residual_flow;
 mod second_moments;
 mod stats;
 
-pub use allocation::{
-    Allocation, Plans, RankBudget, allocate_bits, allocate_ranks, bit_plans, rank_plans,
-};
+pub use allocation::{Allocation, Plans, RankBudget, allocate_bits, allocate_ranks, bit_plans, rank_plans};
 pub use error::AnalysisError;
 pub use profile::{
-    BitLoss, LinearProfile, Profile, ProfileOptions, RankLoss, ResidualProfile, SplitHalf, WeightSkew, profile,
+    BitLoss, LinearProfile, Profile, ProfileOptions, RankLoss, ResidualProfile, SplitHalf, WeightSkew,
+    profile,
 };
 pub use report::{
     Bar, Bars, Cell, Column, Heatmap, Item, Lines, Report, Row, Section, Series, Table, number,
@@ -34,10 +33,7 @@ pub use second_moments::{SecondMoments, input_site};
 pub use stats::{Estimate, gini, spearman};
 
 /// Values by part and layer, one row per part in the order data flows; experts of a layer are averaged.
-fn by_part(
-    values: impl IntoIterator<Item = (Site, f64)>,
-    layers: usize,
-) -> Vec<(String, Vec<Option<f64>>)> {
+fn by_part(values: impl IntoIterator<Item = (Site, f64)>, layers: usize) -> Vec<(String, Vec<Option<f64>>)> {
     let mut sums: BTreeMap<Part, Vec<(f64, usize)>> = BTreeMap::new();
     for (site, value) in values {
         let row = sums.entry(site.part).or_insert_with(|| vec![(0.0, 0); layers]);

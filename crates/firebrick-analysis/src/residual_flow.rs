@@ -107,7 +107,8 @@ mod tests {
     fn influence_is_one_minus_the_cosine() {
         let x = vec![1.0, 0.0, 3.0, 4.0, 0.0, 2.0, 1.0, 1.0];
         // Turned by 90 degrees: cosine 0, update sqrt(2).
-        let turned = flow(x.clone(), |x| Tensor::cat(vec![-x.clone().narrow(2, 1, 1), x.narrow(2, 0, 1)], 2), 0);
+        let turned =
+            flow(x.clone(), |x| Tensor::cat(vec![-x.clone().narrow(2, 1, 1), x.narrow(2, 0, 1)], 2), 0);
         assert!(turned.influence.iter().flatten().all(|v| (v - 1.0).abs() < 1e-6));
         assert!(turned.update.iter().flatten().all(|v| (v - 2f64.sqrt()).abs() < 1e-6));
         // Lengthened only: the cosine is blind to it, the update is not.

@@ -43,7 +43,8 @@ pub fn spearman(a: &[f64], b: &[f64]) -> Option<f64> {
     let n = a.len().min(b.len());
     let (a, b) = (ranks(&a[..n]), ranks(&b[..n]));
     let centre = (n as f64 - 1.0) / 2.0;
-    let product = |x: &[f64], y: &[f64]| -> f64 { x.iter().zip(y).map(|(x, y)| (x - centre) * (y - centre)).sum() };
+    let product =
+        |x: &[f64], y: &[f64]| -> f64 { x.iter().zip(y).map(|(x, y)| (x - centre) * (y - centre)).sum() };
     let scale = (product(&a, &a) * product(&b, &b)).sqrt();
     (scale > 0.0).then(|| product(&a, &b) / scale)
 }

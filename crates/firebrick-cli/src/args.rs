@@ -6,9 +6,7 @@ use std::str::FromStr;
 use clap::{Args, Parser, Subcommand};
 use firebrick_core::DeviceSpec;
 
-use crate::commands::{
-    convert, devices, eval, generate, inspect, merge, profile, prune, quantize, train,
-};
+use crate::commands::{convert, devices, eval, generate, inspect, merge, profile, prune, quantize, train};
 use crate::specialize;
 
 /// Layer-wise specialization of pretrained models.
@@ -102,7 +100,8 @@ impl FromStr for Size {
             "gb" => 1e9,
             _ => return Err(format!("`{unit}` is not a unit; write for example 512MiB or 2GB")),
         };
-        let number: f64 = number.parse().map_err(|_| format!("`{text}` is not a size; write for example 1GiB"))?;
+        let number: f64 =
+            number.parse().map_err(|_| format!("`{text}` is not a size; write for example 1GiB"))?;
         Ok(Size((number * factor) as u64))
     }
 }

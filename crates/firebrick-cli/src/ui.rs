@@ -108,7 +108,8 @@ impl Progress for Terminal {
                 } else {
                     "{prefix:12} {spinner} {pos} {msg} [{elapsed}]"
                 };
-                let style = ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar());
+                let style =
+                    ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar());
                 let bar = self.bars.add(total.map_or_else(ProgressBar::new_spinner, ProgressBar::new));
                 bar.set_style(style);
                 bar.set_prefix(task.to_string());

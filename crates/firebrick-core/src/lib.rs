@@ -24,11 +24,13 @@ mod selector;
 mod site;
 
 pub use brick::{Base, Brick, Skip, Tap, Taps};
-pub use budget::{Baseline, BudgetError, Choice, allocate, allocate_baseline, allocate_exact, allocate_greedy};
+pub use budget::{
+    Baseline, BudgetError, Choice, allocate, allocate_baseline, allocate_exact, allocate_greedy,
+};
 pub use device::{DeviceError, DeviceInfo, DeviceSpec, list_devices};
 pub use plan::{Coverage, LayerPlan, PlanError, ResolvedPlan, Rule, RuleCoverage, Settings};
 pub use progress::{Cancelled, Event, Progress, Silent, Task};
 pub use run::{Mode, Run};
 pub use seed::Seed;
 pub use selector::{Selector, SelectorError};
-pub use site::{Part, ParseSiteError, Site, SiteEntry, SiteKind, SiteSet, SiteTable};
+pub use site::{ParseSiteError, Part, Site, SiteEntry, SiteKind, SiteSet, SiteTable};

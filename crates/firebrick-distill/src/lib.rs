@@ -7,6 +7,6 @@
 mod fit;
 mod logit_kd;
 
-pub use fit::distill_lora;
 pub use firebrick_tensor::ops::Divergence;
+pub use fit::distill_lora;
 pub use logit_kd::{KdConfig, LogitKd, Teacher};

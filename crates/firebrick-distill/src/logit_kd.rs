@@ -162,7 +162,10 @@ mod tests {
             let found = f64::from(loss(&student, &teacher, KdConfig { temperature: t, soft: 1.0, reverse }));
             assert!((found - t * t * mean).abs() < 1e-5 * (1.0 + mean), "{found} against {}", t * t * mean);
             let other = KdConfig { temperature: t, soft: 1.0, reverse: !reverse };
-            assert!((found - f64::from(loss(&student, &teacher, other))).abs() > 1e-9, "control: direction matters");
+            assert!(
+                (found - f64::from(loss(&student, &teacher, other))).abs() > 1e-9,
+                "control: direction matters"
+            );
         }
     }
 }

@@ -63,7 +63,9 @@ pub enum DropError {
         available: usize,
     },
     /// Only whole blocks can be cut out of a checkpoint.
-    #[error("`{site}` is not a whole block; only blocks can be cut out of a checkpoint, sublayers need their Skip brick")]
+    #[error(
+        "`{site}` is not a whole block; only blocks can be cut out of a checkpoint, sublayers need their Skip brick"
+    )]
     NotBlock {
         /// The site.
         site: Site,
@@ -152,7 +154,9 @@ mod tests {
 
     fn scores() -> Scores {
         let mut scores = Scores::new();
-        for (layer, (attn, mlp)) in [(0.1, 0.9), (0.3, 0.2), (0.25, 0.8), (0.01, 0.02)].into_iter().enumerate() {
+        for (layer, (attn, mlp)) in
+            [(0.1, 0.9), (0.3, 0.2), (0.25, 0.8), (0.01, 0.02)].into_iter().enumerate()
+        {
             scores.insert(Site::layer(layer, Part::AttnSublayer), attn);
             scores.insert(Site::layer(layer, Part::MlpSublayer), mlp);
             scores.insert(Site::layer(layer, Part::Block), attn + mlp);

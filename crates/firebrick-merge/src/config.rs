@@ -154,8 +154,8 @@ const TOP: &[&str] = &[
 impl MergeConfig {
     /// Reads a YAML file.
     pub fn load(path: &Path) -> Result<Self, MergeError> {
-        let text = std::fs::read_to_string(path)
-            .map_err(|source| MergeError::Io { path: path.into(), source })?;
+        let text =
+            std::fs::read_to_string(path).map_err(|source| MergeError::Io { path: path.into(), source })?;
         Self::parse(&text).map_err(|problems| MergeError::Config { path: path.into(), problems })
     }
 
@@ -205,8 +205,12 @@ impl MergeConfig {
         if let Some(source) = map.get("tokenizer_source").and_then(Json::as_str).filter(|s| *s != "base") {
             problems.push(format!("`tokenizer_source: {source}` is not supported yet (only `base`)"));
         }
-        let [weight, normalize, lambda] =
-            parameters(map.get("parameters"), &["weight", "normalize", "lambda"], "parameters", &mut problems);
+        let [weight, normalize, lambda] = parameters(
+            map.get("parameters"),
+            &["weight", "normalize", "lambda"],
+            "parameters",
+            &mut problems,
+        );
         let models = models(map.get("models"), &mut problems);
         let base_model = map.get("base_model").and_then(|v| model_name(v, "base_model", &mut problems));
         if method == Some(MergeMethod::TaskArithmetic) && base_model.is_none() {
@@ -275,7 +279,9 @@ fn model_name(json: &Json, at: &str, problems: &mut Vec<String>) -> Option<Strin
         problems.push(format!("`{at}`: the model should be a path, found {json}"));
     }
     if name.is_some_and(|n| n.contains('+')) {
-        problems.push(format!("`{at}`: adapters (`model+adapter`) are not supported yet; merge the adapter first"));
+        problems.push(format!(
+            "`{at}`: adapters (`model+adapter`) are not supported yet; merge the adapter first"
+        ));
     }
     name.map(String::from)
 }
@@ -302,15 +308,23 @@ fn parameters<const N: usize>(
 
 fn unknown_keys(map: &serde_json::Map<String, Json>, known: &[&str], at: &str, problems: &mut Vec<String>) {
     for key in map.keys().filter(|k| !known.contains(&k.as_str())) {
-        let near = known.iter().find(|k| strip(k) == strip(key) || k.starts_with(key.as_str()) || key.starts_with(**k));
-        let hint = near.map_or(format!("known keys: {}", known.join(", ")), |k| format!("did you mean `{k}`?"));
+        let near = known
+            .iter()
+            .find(|k| strip(k) == strip(key) || k.starts_with(key.as_str()) || key.starts_with(**k));
+        let hint =
+            near.map_or(format!("known keys: {}", known.join(", ")), |k| format!("did you mean `{k}`?"));
         problems.push(format!("unknown key `{key}` in {at}; {hint}"));
     }
 }
 
 /// A key without what is most often mistyped about it.
 fn strip(key: &str) -> String {
-    key.to_lowercase().chars().filter(|c| c.is_ascii_alphanumeric()).collect::<String>().trim_end_matches('s').into()
+    key.to_lowercase()
+        .chars()
+        .filter(|c| c.is_ascii_alphanumeric())
+        .collect::<String>()
+        .trim_end_matches('s')
+        .into()
 }
 
 #[cfg(test)]
@@ -349,7 +363,9 @@ parameters:
     fn lists_every_problem() {
         let text = "merge_metod: linear\nmodels:\n  - model: a\n    weight: 1\n  - {}\ndtype: int4\n";
         let problems = MergeConfig::parse(text).unwrap_err();
-        for part in ["`merge_metod`", "`merge_method` is missing", "`weight` in models[0]", "models[1]", "int4"] {
+        for part in
+            ["`merge_metod`", "`merge_method` is missing", "`weight` in models[0]", "models[1]", "int4"]
+        {
             assert!(problems.iter().any(|p| p.contains(part)), "{part} in {problems:?}");
         }
         assert!(MergeConfig::parse(&GOOD.replace("base_model: base", "")).is_err());

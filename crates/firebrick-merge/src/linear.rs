@@ -3,7 +3,13 @@
 /// One chunk of the mean: `inputs[m]` and `out` have the same length; `round` is applied to every intermediate result.
 ///
 /// A sum of weights of 0 gives infinities or NaN, as mergekit does; the caller refuses it beforehand.
-pub fn linear(inputs: &[&[f32]], weights: &[f32], normalize: bool, out: &mut [f32], round: impl Fn(f32) -> f32) {
+pub fn linear(
+    inputs: &[&[f32]],
+    weights: &[f32],
+    normalize: bool,
+    out: &mut [f32],
+    round: impl Fn(f32) -> f32,
+) {
     let total = round(weights.iter().sum());
     for (i, y) in out.iter_mut().enumerate() {
         let sum = round(inputs.iter().zip(weights).map(|(x, w)| round(w * x[i])).sum());

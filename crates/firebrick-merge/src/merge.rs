@@ -44,10 +44,10 @@ impl Merge {
     /// # Errors
     /// Lists every problem of the configuration, and every tensor that is missing or of another shape in some model.
     pub fn open(path: &Path) -> Result<Self, MergeError> {
-        let text = std::fs::read_to_string(path)
-            .map_err(|source| MergeError::Io { path: path.into(), source })?;
-        let config =
-            MergeConfig::parse(&text).map_err(|problems| MergeError::Config { path: path.into(), problems })?;
+        let text =
+            std::fs::read_to_string(path).map_err(|source| MergeError::Io { path: path.into(), source })?;
+        let config = MergeConfig::parse(&text)
+            .map_err(|problems| MergeError::Config { path: path.into(), problems })?;
         let mut names: Vec<String> = config.models.iter().map(|m| m.model.clone()).collect();
         let base = config.base_model.as_ref().map(|base| {
             names.iter().position(|n| n == base).unwrap_or_else(|| {
@@ -57,7 +57,8 @@ impl Merge {
         });
         let folders: Vec<PathBuf> = names.iter().map(PathBuf::from).collect();
         let checkpoints = folders.iter().map(Checkpoint::open).collect::<Result<Vec<_>, _>>()?;
-        let layers = checkpoints[0].tensors().iter().filter_map(|t| layer_of(&t.name)).max().map_or(0, |l| l + 1);
+        let layers =
+            checkpoints[0].tensors().iter().filter_map(|t| layer_of(&t.name)).max().map_or(0, |l| l + 1);
         let merge = Merge { config, text, checkpoints, names, folders, base, layers };
         merge.check()?;
         Ok(merge)
@@ -110,14 +111,15 @@ impl Merge {
                         info.shape,
                         self.names[self.base.unwrap_or(0)]
                     )),
-                    Some(o) if !o.dtype.is_float() => {
-                        problems.push(format!("`{}` of {name} holds {}, which cannot be merged", info.name, o.dtype))
-                    }
+                    Some(o) if !o.dtype.is_float() => problems
+                        .push(format!("`{}` of {name} holds {}, which cannot be merged", info.name, o.dtype)),
                     Some(_) => {}
                 }
             }
             let extra = other.tensors().iter().filter(|t| first.get(&t.name).is_none());
-            problems.extend(extra.map(|t| format!("`{}` of {name} would be lost: the base has no such tensor", t.name)));
+            problems.extend(
+                extra.map(|t| format!("`{}` of {name} would be lost: the base has no such tensor", t.name)),
+            );
         }
         for info in first.tensors() {
             if self.config.method == MergeMethod::Linear && self.normalize(&info.name) {
@@ -141,7 +143,8 @@ impl Merge {
         let depth = self.depth(tensor);
         let of = |i: usize| {
             let own = self.config.models[i].weight.as_ref().and_then(|v| v.at(tensor, depth));
-            own.or_else(|| self.config.weight.as_ref().and_then(|v| v.at(tensor, depth))).unwrap_or(0.0) as f32
+            own.or_else(|| self.config.weight.as_ref().and_then(|v| v.at(tensor, depth))).unwrap_or(0.0)
+                as f32
         };
         self.weighed().into_iter().map(of).collect()
     }

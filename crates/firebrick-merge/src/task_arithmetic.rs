@@ -46,7 +46,10 @@ mod tests {
         let known = [0.113510, -0.193420, 0.327230, -0.413790, 0.640700, -0.588870, 0.732900, -0.718800];
         assert!(y.iter().zip(known).all(|(a, b): (&f32, f32)| (a - b).abs() < 1e-6), "{y:?}");
         task_arithmetic(&inputs[..2], &[1.0], false, 1.0, &mut y, |v| v);
-        assert!(y.iter().zip(&x[0]).all(|(a, b)| (a - b).abs() <= f32::EPSILON), "one task at 1 is its fine-tune");
+        assert!(
+            y.iter().zip(&x[0]).all(|(a, b)| (a - b).abs() <= f32::EPSILON),
+            "one task at 1 is its fine-tune"
+        );
         task_arithmetic(&inputs[..2], &[0.0], false, 1.0, &mut y, |v| v);
         assert_eq!(y, base, "control: weight 0 is the base");
     }

@@ -140,16 +140,16 @@ impl Decoder {
         }
         let shape = Shape::new(config);
         let (c, sites) = (shape.config.clone(), shape.sites.clone());
-        let mut matrix = |site: Site, rows: usize, cols: usize| weight(site, &[rows, cols]).reshape([rows, cols]);
+        let mut matrix =
+            |site: Site, rows: usize, cols: usize| weight(site, &[rows, cols]).reshape([rows, cols]);
         let embed = Param::from_tensor(matrix(Site::global(Part::Embed), c.vocab, c.d_model));
         let mut linear = |site: Site| {
             let (d_in, d_out) = sites.linear(site).expect("the family's table has this linear layer");
             Linear { weight: Param::from_tensor(matrix(site, d_out, d_in).transpose()), bias: None }
         };
         let head = (!c.tied_head).then(|| linear(Site::global(Part::Head)));
-        let linears: Vec<[Linear; 7]> = (0..c.layers)
-            .map(|l| Layer::LINEARS.map(|part| linear(Site::layer(l, part))))
-            .collect();
+        let linears: Vec<[Linear; 7]> =
+            (0..c.layers).map(|l| Layer::LINEARS.map(|part| linear(Site::layer(l, part)))).collect();
         let mut norm = |site: Site| Param::from_tensor(weight(site, &[c.d_model]));
         let post = c.norm_placement.has_post_norm();
         let layers = linears
@@ -310,11 +310,7 @@ impl Decoder {
         let hidden = hidden.narrow(1, 0, length - 1);
         let targets = tokens.narrow(1, 1, length - 1).reshape([batch * (length - 1)]);
         let nll = if run.is_bare(Site::global(Part::Head)) {
-            ops::linear_cross_entropy(
-                hidden.reshape([batch * (length - 1), d]),
-                self.head_weight(),
-                targets,
-            )
+            ops::linear_cross_entropy(hidden.reshape([batch * (length - 1), d]), self.head_weight(), targets)
         } else {
             let logits = self.logits(hidden, run);
             let vocab = logits.dims()[2];

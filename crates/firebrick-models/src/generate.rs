@@ -68,10 +68,8 @@ pub fn generate(
         let hidden = decoder.hidden(tensor(&next), &mut run);
         let length = hidden.dims()[1];
         let logits = decoder.logits(hidden.narrow(1, length - 1, 1), &mut run);
-        let logits: Vec<f32> = logits
-            .into_data()
-            .try_into_vec_as::<f32>()
-            .map_err(|e| ModelError::Backend(format!("{e:?}")))?;
+        let logits: Vec<f32> =
+            logits.into_data().try_into_vec_as::<f32>().map_err(|e| ModelError::Backend(format!("{e:?}")))?;
         let token = sampler.sample(&logits, &ids)?;
         if options.stop.contains(&token) {
             break;

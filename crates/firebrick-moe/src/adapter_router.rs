@@ -3,16 +3,21 @@
 //! The router looks at the embedded tokens only and never ahead: the features of a token are the normalized mean of the
 //! embeddings up to and including it, so that gates are causal and the same with and without a key-value cache.
 
+use std::io::Write;
+use std::path::Path;
+
 use burn::module::{Module, Param};
 use burn::optim::GradientsParams;
 use burn::tensor::activation::{log_softmax, softmax};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use firebrick_core::{Base, Brick, Part, Progress, Run, Seed, Site, SiteSet, Task};
 use firebrick_models::Decoder;
+use firebrick_tensor::block::DType;
+use firebrick_tensor::checkpoint::{AtomicFile, Checkpoint, Metadata, TensorSpec, write_safetensors};
 use firebrick_tensor::ops::rms_norm;
 use firebrick_train::{AdamW, Sampler, TextData, TrainError, token_tensor};
 
-use crate::AdapterGates;
+use crate::{AdapterGates, MoeError};
 
 /// A linear router over adapters at the `embed` site; leaves [`AdapterGates`] in the run.
 #[derive(Module, Debug)]
@@ -90,6 +95,62 @@ impl AdapterRouter {
         let scores = scores + self.bias.val().unsqueeze_dim(0);
         let adapters = scores.dims()[1];
         scores.reshape([batch, tokens, adapters])
+    }
+}
+
+impl AdapterRouter {
+    /// Writes `router.safetensors` (`weight: [d_model, adapters]`, `bias: [adapters]`) and `router.json` with the adapters' names.
+    ///
+    /// # Errors
+    /// If a file cannot be written.
+    pub fn save(&self, dir: &Path, adapters: &[String]) -> Result<(), MoeError> {
+        let io = |source| MoeError::Io { path: dir.into(), source };
+        std::fs::create_dir_all(dir).map_err(io)?;
+        let bytes = |values: Vec<f32>| -> Vec<u8> { values.iter().flat_map(|v| v.to_le_bytes()).collect() };
+        let (weight, bias) = (self.weight.val().without_autodiff(), self.bias.val().without_autodiff());
+        let specs = [
+            TensorSpec::new("weight", DType::F32, weight.dims()),
+            TensorSpec::new("bias", DType::F32, bias.dims()),
+        ];
+        let values = [weight.into_data(), bias.into_data()];
+        let tensors: Vec<_> =
+            specs.into_iter().zip(values.map(|v| bytes(v.iter::<f32>().collect()))).collect();
+        write_safetensors(dir.join("router.safetensors"), &Metadata::default(), &tensors)?;
+        let json = serde_json::json!({"adapters": adapters, "top_k": self.top_k});
+        let text = serde_json::to_string_pretty(&json).expect("names and a number") + "\n";
+        let mut file = AtomicFile::create(dir.join("router.json"))?;
+        file.write_all(text.as_bytes()).map_err(io)?;
+        Ok(file.commit()?)
+    }
+
+    /// Reads what [`AdapterRouter::save`] wrote.
+    ///
+    /// # Errors
+    /// If a file is missing, damaged or of the wrong shape.
+    pub fn load(dir: &Path, device: &Device) -> Result<Self, MoeError> {
+        let path = dir.join("router.json");
+        let text =
+            std::fs::read_to_string(&path).map_err(|source| MoeError::Io { path: path.clone(), source })?;
+        let json: serde_json::Value =
+            serde_json::from_str(&text).map_err(|e| MoeError::Io { path: path.clone(), source: e.into() })?;
+        let checkpoint = Checkpoint::open(dir.join("router.safetensors"))?;
+        let (weight, bias) = (checkpoint.tensor("weight")?, checkpoint.tensor("bias")?);
+        let (&[d_model, adapters], &[biases]) = (&weight.shape[..], &bias.shape[..]) else {
+            return Err(MoeError::Shapes {
+                problems: vec![format!("{}: not a router", checkpoint.path().display())],
+            });
+        };
+        if adapters != biases || adapters == 0 {
+            let what = format!("{}: {adapters} weights for {biases} biases", checkpoint.path().display());
+            return Err(MoeError::Shapes { problems: vec![what] });
+        }
+        let top_k = json["top_k"].as_u64().map(|k| k as usize).filter(|k| *k > 0);
+        let mut router = AdapterRouter::new(d_model, adapters, top_k, Seed(0), device);
+        let weight = TensorData::new(checkpoint.read_f32("weight")?, [d_model, adapters]);
+        let bias = TensorData::new(checkpoint.read_f32("bias")?, [adapters]);
+        router.weight = Param::from_data(weight, device);
+        router.bias = Param::from_data(bias, device);
+        Ok(router)
     }
 }
 

@@ -1,7 +1,7 @@
 //! The error of this crate.
 
 /// What can go wrong in building a mixture of experts.
-#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum MoeError {
     /// Settings that cannot be meant; every problem is listed.
@@ -28,5 +28,16 @@ pub enum MoeError {
         missing: Vec<usize>,
         /// How many layers there are.
         layers: usize,
+    },
+    /// A router's tensors could not be read or written.
+    #[error(transparent)]
+    Checkpoint(#[from] firebrick_tensor::checkpoint::CheckpointError),
+    /// A router's file could not be read or written.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file or folder.
+        path: std::path::PathBuf,
+        /// What the system answered.
+        source: std::io::Error,
     },
 }

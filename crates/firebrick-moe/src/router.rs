@@ -277,7 +277,7 @@ mod tests {
     fn settings_without_sense_are_refused() {
         let fail =
             |config: RouterConfig| TopKRouter::new(4, config, site(), Seed(0), &Device::flex()).unwrap_err();
-        assert_eq!(fail(RouterConfig::new(4, 1, true)), MoeError::NoRouterGradient);
+        assert!(matches!(fail(RouterConfig::new(4, 1, true)), MoeError::NoRouterGradient));
         assert!(RouterConfig::new(1, 1, false).check().is_ok());
         let bad = fail(RouterConfig { jitter: 1.0, ..RouterConfig::new(2, 3, false) }).to_string();
         assert!(bad.contains("`top_k` is 3") && bad.contains("`jitter` is 1"), "{bad}");

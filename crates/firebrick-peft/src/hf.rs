@@ -14,8 +14,8 @@ use regex::Regex;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use crate::lora::{LoraBank, LoraSettings};
 use crate::PeftError;
+use crate::lora::{LoraBank, LoraSettings};
 
 /// Name of the configuration file in an adapter folder.
 pub const CONFIG_FILE: &str = "adapter_config.json";
@@ -188,7 +188,8 @@ fn card(base: &str, settings: &[(Site, String, LoraSettings)]) -> String {
 pub fn load(dir: &Path, sites: &SiteTable, device: &Device) -> Result<(LoraBank, AdapterConfig), PeftError> {
     let path = dir.join(CONFIG_FILE);
     let invalid = |problems: Vec<String>| PeftError::Invalid { path: path.clone(), problems };
-    let text = std::fs::read_to_string(&path).map_err(|source| PeftError::Io { path: path.clone(), source })?;
+    let text =
+        std::fs::read_to_string(&path).map_err(|source| PeftError::Io { path: path.clone(), source })?;
     let config: AdapterConfig = serde_json::from_str(&text).map_err(|e| invalid(vec![e.to_string()]))?;
     let problems = unsupported(&config);
     if !problems.is_empty() {
@@ -233,7 +234,8 @@ pub fn load(dir: &Path, sites: &SiteTable, device: &Device) -> Result<(LoraBank,
         }
         let alpha = lookup(&alpha_pattern, &module).unwrap_or(config.lora_alpha);
         let settings = LoraSettings { rank: r, alpha, rslora: config.use_rslora };
-        let matrix = |v: Vec<f32>, shape| Tensor::<2>::from_data(TensorData::new(v, shape), device).transpose();
+        let matrix =
+            |v: Vec<f32>, shape| Tensor::<2>::from_data(TensorData::new(v, shape), device).transpose();
         parts.push((site, settings, matrix(a, [r, d_in]), matrix(b, [d_out, r])));
     }
     if !problems.is_empty() {
@@ -257,7 +259,8 @@ fn unsupported(config: &AdapterConfig) -> Vec<String> {
         problems.push(format!("`bias: {bias}` is not supported"));
     }
     for key in ["modules_to_save", "layer_replication", "trainable_token_indices"] {
-        let empty = config.extra.get(key).is_none_or(|v| v.is_null() || v.as_array().is_some_and(|a| a.is_empty()));
+        let empty =
+            config.extra.get(key).is_none_or(|v| v.is_null() || v.as_array().is_some_and(|a| a.is_empty()));
         if !empty {
             problems.push(format!("`{key}` is not supported"));
         }

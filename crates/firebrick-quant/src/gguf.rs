@@ -97,7 +97,7 @@ mod tests {
             let blocks = blocks(&q).unwrap();
             assert_eq!(blocks.dtype, dtype);
             let mut values = vec![0.0; weight.len()];
-            decode(blocks.dtype, &blocks.bytes, &mut values);
+            decode(blocks.dtype, &blocks.bytes, &mut values).unwrap();
             let expected = q.dequantize();
             for (a, b) in values.iter().zip(&expected) {
                 let tolerance = if blocks.exact { 0.0 } else { 2e-3 * 0.1 };

@@ -94,7 +94,8 @@ pub fn gptq(
                 if !config.act_order && i % len == 0 {
                     // Later columns of the group may lie beyond this block: bring them up to date first.
                     let stop = (i + len).min(n);
-                    let fresh = (i..stop).map(|j| (row[j] - pending(&errors, start, i, j, end, &u, n)) as f32);
+                    let fresh =
+                        (i..stop).map(|j| (row[j] - pending(&errors, start, i, j, end, &u, n)) as f32);
                     params[r * groups + group] = grid.fit(fresh);
                 }
                 let p = params[r * groups + group];
@@ -182,9 +183,14 @@ mod tests {
     /// `tr(D H D^T)`, the output error that `q` causes.
     fn output_error(weight: &[f32], q: &QuantizedMatrix, h: &Matrix) -> f64 {
         let n = h.rows();
-        let d: Vec<f64> = weight.iter().zip(q.dequantize()).map(|(a, b)| f64::from(*a) - f64::from(b)).collect();
+        let d: Vec<f64> =
+            weight.iter().zip(q.dequantize()).map(|(a, b)| f64::from(*a) - f64::from(b)).collect();
         d.chunks_exact(n)
-            .map(|row| (0..n).map(|a| (0..n).map(|b| row[a] * h.data()[a * n + b] * row[b]).sum::<f64>()).sum::<f64>())
+            .map(|row| {
+                (0..n)
+                    .map(|a| (0..n).map(|b| row[a] * h.data()[a * n + b] * row[b]).sum::<f64>())
+                    .sum::<f64>()
+            })
             .sum()
     }
 
@@ -196,7 +202,9 @@ mod tests {
     fn block_size_changes_nothing() {
         let (weight, h) = problem(5, 48, 1);
         for group in [0, 16, 20] {
-            let of = |block| gptq(&weight, &h, grid(3, group), GptqConfig { block, ..Default::default() }).unwrap().0;
+            let of = |block| {
+                gptq(&weight, &h, grid(3, group), GptqConfig { block, ..Default::default() }).unwrap().0
+            };
             let reference = of(1);
             assert_eq!(of(7).codes, reference.codes, "group {group}");
             assert_eq!(of(128).codes, reference.codes, "group {group}");

@@ -149,12 +149,10 @@ fn quantize_site(
     let at = |what: String| QuantError::Site { site, what };
     let (d_in, _) = decoder.sites().linear(site).ok_or_else(|| at("is not a linear layer".into()))?;
     let weight = decoder.weight(site).ok_or_else(|| at("has no weight".into()))?;
-    let weight: Vec<f32> =
-        weight.into_data().try_into_vec_as::<f32>().map_err(|e| at(format!("{e:?}")))?;
+    let weight: Vec<f32> = weight.into_data().try_into_vec_as::<f32>().map_err(|e| at(format!("{e:?}")))?;
     let (matrix, damp) = match (config.method, hessian) {
         (Method::Gptq(settings), Some(hessian)) => {
-            let (matrix, report) =
-                gptq(&weight, hessian, grid, settings).map_err(|e| at(e.to_string()))?;
+            let (matrix, report) = gptq(&weight, hessian, grid, settings).map_err(|e| at(e.to_string()))?;
             (matrix, Some(report.damp))
         }
         _ => (rtn(&weight, d_in, grid)?, None),

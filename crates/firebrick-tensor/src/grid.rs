@@ -75,7 +75,13 @@ impl Grid {
         };
         // A scale below f16's smallest positive value would divide by zero.
         let scale = match f16::from_f32(raw).to_f32() {
-            s if raw == 0.0 || s == 0.0 || !s.is_finite() => if raw > 1.0 { f16::MAX.to_f32() } else { 1.0 },
+            s if raw == 0.0 || s == 0.0 || !s.is_finite() => {
+                if raw > 1.0 {
+                    f16::MAX.to_f32()
+                } else {
+                    1.0
+                }
+            }
             s => s,
         };
         let zero = match self.kind {
@@ -168,7 +174,11 @@ mod tests {
                     assert_eq!(params.encode(params.decode(code)), code, "{grid:?}");
                 }
                 let off_grid = params.decode(1) + 0.4 * params.scale;
-                assert_ne!(params.decode(params.encode(off_grid)), off_grid, "control: values between codes move");
+                assert_ne!(
+                    params.decode(params.encode(off_grid)),
+                    off_grid,
+                    "control: values between codes move"
+                );
             }
         }
     }

@@ -91,9 +91,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         out: text("--work").map(PathBuf::from),
         ..TrainConfig::default()
     };
-    let loss = &mut |decoder: &Decoder, tokens: Tensor<2, Int>, _| {
-        decoder.nll(tokens, &mut Run::default()).mean()
-    };
+    let loss =
+        &mut |decoder: &Decoder, tokens: Tensor<2, Int>, _| decoder.nll(tokens, &mut Run::default()).mean();
     let resume = options.contains_key("--resume");
     let (decoder, report) = fit(decoder, &settings, &data, loss, &Lines, resume)?;
     let eval = perplexity(&decoder, &[], &held.ids, held.bytes, 256, 16, &firebrick_core::Silent)?;

@@ -13,11 +13,12 @@ use rayon::prelude::*;
 use super::{BitLoss, LinearProfile, ProfileOptions, RankLoss};
 use crate::{AnalysisError, SecondMoments, input_site};
 
-/// Measures the linear layers `sites` of one block; `moments` summed over `tokens` tokens.
+/// Measures the linear layers `sites` of one block; `moments` summed over `tokens` tokens, `curvature` is `E[g_o^2]`.
 pub(super) fn measure(
     decoder: &Decoder,
     sites: &SiteSet,
     moments: &SecondMoments,
+    curvature: &BTreeMap<Site, Vec<f64>>,
     tokens: usize,
     options: &ProfileOptions,
 ) -> Result<Vec<LinearProfile>, AnalysisError> {
@@ -35,7 +36,9 @@ pub(super) fn measure(
             means.par_iter().map(|(site, h)| Ok((*site, spectrum(h).map_err(at(*site))?))).collect()
         },
         || -> Result<Vec<LinearProfile>, AnalysisError> {
-            let one = |w: &Weight| w.measure(&means[&input_site(w.site)], options).map_err(at(w.site));
+            let one = |w: &Weight| {
+                w.measure(&means[&input_site(w.site)], &curvature[&w.site], options).map_err(at(w.site))
+            };
             weights.par_iter().map(one).collect()
         },
     );
@@ -72,9 +75,17 @@ struct Weight {
 
 impl Weight {
     /// Everything but the numbers of the input alone.
-    fn measure(&self, h: &Matrix, options: &ProfileOptions) -> Result<LinearProfile, LinalgError> {
+    fn measure(
+        &self,
+        h: &Matrix,
+        curvature: &[f64],
+        options: &ProfileOptions,
+    ) -> Result<LinearProfile, LinalgError> {
         let (d_in, d_out) = (self.d_in, self.d_out);
         let w = Matrix::from_f32(d_out, d_in, &self.values)?;
+        let by_output = quadratic(&w, h)?;
+        let total: f64 = by_output.iter().sum();
+        let mean_curvature = if total > 0.0 { dot(curvature, &by_output) / total } else { 0.0 };
         // W = Q R turns W H W^T into R H R^T without its zero eigenvalues.
         let small = if d_out > d_in { qr(&w)?.r } else { w };
         let transposed = small.transpose();
@@ -86,14 +97,16 @@ impl Weight {
         let relative = |error: f64| if output_energy > 0.0 { error / output_energy } else { 0.0 };
         let rank_loss = |rank: usize| {
             let error = tail(rank);
-            RankLoss { rank, size: (rank * (d_in + d_out)) as u64, error, relative: relative(error) }
+            let size = (rank * (d_in + d_out)) as u64;
+            RankLoss { rank, size, error, relative: relative(error), rise: 0.5 * mean_curvature * error }
         };
         let mut bits = Vec::with_capacity(options.bits.len());
         for &b in &options.bits {
             let grid = Grid { bits: b, group: options.group, kind: GridKind::SymHalf };
-            let error = self.rounding_error(grid, h)?;
+            let errors = quadratic(&self.rounding_difference(grid)?, h)?;
+            let (error, rise): (f64, f64) = (errors.iter().sum(), 0.5 * dot(curvature, &errors));
             let size = (grid.bits_per_weight(d_in) * (d_in * d_out) as f64).round() as u64;
-            bits.push(BitLoss { bits: b, size, error, relative: relative(error) });
+            bits.push(BitLoss { bits: b, size, error, relative: relative(error), rise });
         }
         let ranks = options.ranks.iter().filter(|r| **r <= energies.len()).map(|r| rank_loss(*r)).collect();
         Ok(LinearProfile {
@@ -107,20 +120,30 @@ impl Weight {
             weight_rank: effective_rank(&sigma),
             stable_rank: stable_rank(&sigma),
             output_energy,
+            gradient_energy: curvature.iter().sum(),
             bits,
             ranks,
         })
     }
 
-    /// `tr(D H D^T)` with `D` the error of rounding to the nearest codes.
-    fn rounding_error(&self, grid: Grid, h: &Matrix) -> Result<f64, LinalgError> {
+    /// `D = W - Q(W)`, the error of rounding to the nearest codes.
+    fn rounding_difference(&self, grid: Grid) -> Result<Matrix, LinalgError> {
         let mut rounded = self.values.clone();
         grid.round(&mut rounded, self.d_in);
-        let difference = self.values.iter().zip(&rounded).map(|(w, r)| f64::from(*w) - f64::from(*r)).collect();
-        let d = Matrix::new(self.d_out, self.d_in, difference)?;
-        let dh = d.matmul(h)?;
-        Ok(dh.data().iter().zip(d.data()).map(|(a, b)| a * b).sum::<f64>().max(0.0))
+        let difference =
+            self.values.iter().zip(&rounded).map(|(w, r)| f64::from(*w) - f64::from(*r)).collect();
+        Matrix::new(self.d_out, self.d_in, difference)
     }
+}
+
+/// The diagonal of `D H D^T`: the mean squared error of each output.
+fn quadratic(d: &Matrix, h: &Matrix) -> Result<Vec<f64>, LinalgError> {
+    let dh = d.matmul(h)?;
+    Ok((0..d.rows()).map(|o| dot(dh.row(o), d.row(o)).max(0.0)).collect())
+}
+
+fn dot(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
 
 /// The eigenvalues of a positive semidefinite matrix, descending; those within its rounding error are 0.
@@ -159,7 +182,7 @@ mod tests {
         for (d_out, d_in) in [(20, 16), (16, 16), (9, 16)] {
             let w = weight(d_out, d_in, Seed(2).normal("w", d_out * d_in, 0.3));
             let h = moments(d_in);
-            let found = w.measure(&h, &options()).unwrap();
+            let found = w.measure(&h, &vec![1.0; d_out], &options()).unwrap();
             // The definition: H^(1/2) by eigenvectors, the singular values of W H^(1/2) by SVD.
             let e = symmetric_eigen(&h).unwrap();
             let root = Matrix::from_fn(d_in, d_in, |i, j| e.vectors[(i, j)] * e.values[j].sqrt());
@@ -187,13 +210,13 @@ mod tests {
         let a = Matrix::random_normal(d_out, 2, Seed(3), "a");
         let b = Matrix::random_normal(2, d_in, Seed(3), "b");
         let w = weight(d_out, d_in, a.matmul(&b).unwrap().to_f32());
-        let found = w.measure(&moments(d_in), &options()).unwrap();
+        let found = w.measure(&moments(d_in), &vec![1.0; d_out], &options()).unwrap();
         let relative = |rank: usize| found.ranks.iter().find(|r| r.rank == rank).unwrap().relative;
         assert!(relative(2) < 1e-10 && relative(1) > 1e-3);
         assert!((relative(0) - 1.0).abs() < 1e-12);
         assert!(found.weight_rank < 2.01 && found.weight_rank > 1.0);
         let full = weight(d_out, d_in, Seed(2).normal("w", d_out * d_in, 0.3));
-        assert!(full.measure(&moments(d_in), &options()).unwrap().weight_rank > 6.0);
+        assert!(full.measure(&moments(d_in), &vec![1.0; d_out], &options()).unwrap().weight_rank > 6.0);
     }
 
     #[test]
@@ -203,21 +226,22 @@ mod tests {
         let x = Matrix::random_normal(n, d_in, Seed(4), "x");
         let mut h = x.transpose().matmul(&x).unwrap();
         h.data_mut().iter_mut().for_each(|v| *v /= n as f64);
-        let found = w.measure(&h, &options()).unwrap();
+        let curvature = [0.5, 0.0, 2.0, 1.0, 0.0, 3.0];
+        let found = w.measure(&h, &curvature, &options()).unwrap();
         let mut last = f64::INFINITY;
         for loss in &found.bits {
             let grid = Grid { bits: loss.bits, group: 8, kind: GridKind::SymHalf };
             let mut rounded = w.values.clone();
             grid.round(&mut rounded, d_in);
-            let error = |row: &[f64]| -> f64 {
-                let output = |o: usize| -> f64 {
-                    let k = |j: usize| f64::from(w.values[o * d_in + j] - rounded[o * d_in + j]);
-                    (0..d_in).map(|j| k(j) * row[j]).sum()
-                };
-                (0..d_out).map(|o| output(o).powi(2)).sum()
+            let output = |o: usize, row: &[f64]| -> f64 {
+                let k = |j: usize| f64::from(w.values[o * d_in + j] - rounded[o * d_in + j]);
+                (0..d_in).map(|j| k(j) * row[j]).sum()
             };
-            let direct: f64 = (0..n).map(|i| error(x.row(i))).sum::<f64>() / n as f64;
+            let squares = |o: usize| (0..n).map(|i| output(o, x.row(i)).powi(2)).sum::<f64>() / n as f64;
+            let direct: f64 = (0..d_out).map(squares).sum();
+            let rise: f64 = (0..d_out).map(|o| 0.5 * curvature[o] * squares(o)).sum();
             assert!((loss.error / direct - 1.0).abs() < 1e-4, "{loss:?} {direct}");
+            assert!((loss.rise / rise - 1.0).abs() < 1e-4, "{loss:?} {rise}");
             assert!(loss.error < last, "more bits, less error");
             last = loss.error;
             assert_eq!(loss.size, u64::from(loss.bits) * 96 + 16 * 12);
@@ -226,10 +250,10 @@ mod tests {
 
     #[test]
     fn zeros_and_infinities() {
-        let zero = weight(4, 4, vec![0.0; 16]).measure(&moments(4), &options()).unwrap();
+        let zero = weight(4, 4, vec![0.0; 16]).measure(&moments(4), &[1.0; 4], &options()).unwrap();
         assert_eq!((zero.output_energy, zero.weight_rank, zero.bits[0].relative), (0.0, 0.0, 0.0));
         let mut values = vec![1.0; 16];
         values[5] = f32::NAN;
-        assert!(weight(4, 4, values).measure(&moments(4), &options()).is_err());
+        assert!(weight(4, 4, values).measure(&moments(4), &[1.0; 4], &options()).is_err());
     }
 }

@@ -1,5 +1,6 @@
 //! Profiles: per-site numbers from one calibration pass.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
 
@@ -12,6 +13,7 @@ use crate::residual_flow::{ResidualFlow, TokenFlow};
 use crate::stats::{Estimate, gini, mean, median, spearman};
 use crate::{AnalysisError, SecondMoments, file};
 
+mod gradients;
 mod linear;
 mod sections;
 
@@ -30,6 +32,8 @@ pub struct ProfileOptions {
     pub max_windows: usize,
     /// Windows per forward pass.
     pub batch: usize,
+    /// Windows that are also run backwards, for what an error costs in nats; they are spread over the text.
+    pub gradient_windows: usize,
     /// Leaves the first token of each window out of every number: it is an attention sink of another magnitude.
     pub skip_first_token: bool,
     /// Bit widths whose round-to-nearest error is measured, 2 to 8.
@@ -49,6 +53,7 @@ impl Default for ProfileOptions {
             window: 256,
             max_windows: 16,
             batch: 4,
+            gradient_windows: 4,
             skip_first_token: true,
             bits: vec![2, 3, 4, 8],
             group: 64,
@@ -120,6 +125,8 @@ pub struct LinearProfile {
     pub stable_rank: f64,
     /// `tr(W H W^T) = E[|y|^2]`, in which the errors below are measured.
     pub output_energy: f64,
+    /// `E[|g|^2]` in nats^2, `g` the gradient of the text's negative log-likelihood with respect to `y`.
+    pub gradient_energy: f64,
     /// Error of rounding the weight, by bits.
     pub bits: Vec<BitLoss>,
     /// Error of truncating the weight, by rank.
@@ -137,6 +144,9 @@ pub struct BitLoss {
     pub error: f64,
     /// The error as a share of the output energy.
     pub relative: f64,
+    /// Expected rise of the negative log-likelihood in nats per token, all other layers intact:
+    /// `1/2 sum_o E[g_o^2] (D H D^T)_oo`, to second order, with the empirical Fisher diagonal of the outputs as curvature.
+    pub rise: f64,
 }
 
 /// What the best approximation of rank `rank` loses (activation-aware: truncated SVD of `W H^(1/2)`).
@@ -150,6 +160,9 @@ pub struct RankLoss {
     pub error: f64,
     /// The error as a share of the output energy.
     pub relative: f64,
+    /// Expected rise of the negative log-likelihood in nats per token: the error at half the layer's mean curvature
+    /// (`E[g_o^2]` averaged over outputs by their energy).
+    pub rise: f64,
 }
 
 /// Inequality of the weight norms over layers (the observation LISA rests on, arXiv 2403.17919).
@@ -175,7 +188,12 @@ pub struct SplitHalf {
 impl ProfileOptions {
     fn problems(&self) -> Vec<String> {
         let mut problems = Vec::new();
-        let sizes = [("window", self.window), ("max_windows", self.max_windows), ("batch", self.batch)];
+        let sizes = [
+            ("window", self.window),
+            ("max_windows", self.max_windows),
+            ("batch", self.batch),
+            ("gradient_windows", self.gradient_windows),
+        ];
         problems.extend(sizes.iter().filter(|s| s.1 == 0).map(|s| format!("{} is 0; it is at least 1", s.0)));
         let bad = self.bits.iter().filter(|b| !(2..=8).contains(*b));
         problems.extend(bad.map(|b| format!("{b} bits; a grid has 2 to 8")));
@@ -201,11 +219,12 @@ impl ProfileOptions {
 
 /// Measures every block, sublayer and linear layer of `decoder` on the text `ids`.
 ///
-/// One forward pass, block by block over all windows: the second moments of one block are all that is held beside the
+/// First [`ProfileOptions::gradient_windows`] windows go through the whole model and back, one at a time, for the curvature of
+/// each output. Then one forward pass, block by block over all windows: the second moments of one block are all that is held beside the
 /// residual streams (`4 (3 d_model^2 + d_ff^2)` bytes on the device and twice that here, not times the number of layers).
 /// Sums are kept on the device in f32 and read once per block; the linear algebra runs here in f64, the sites of a block
 /// side by side. Its cost per block is about `4/3 d_ff^3` operations for the spectrum of the widest input and
-/// `2 (bits + 2) d_out d_in^2` per linear layer. The same numbers for any thread count.
+/// `2 (bits + 3) d_out d_in^2` per linear layer. The same numbers for any thread count.
 ///
 /// ```
 /// use burn::tensor::Device;
@@ -236,6 +255,9 @@ pub fn profile(
     let skipped = options.skipped();
     let tokens = windows.iter().map(|w| w.len() - skipped).sum();
     let layers = decoder.sites().layers();
+    let count = options.gradient_windows.min(windows.len());
+    let spread: Vec<Range<usize>> = (0..count).map(|j| windows[j * windows.len() / count].clone()).collect();
+    let curvature = gradients::measure(decoder, ids, &spread, options, progress)?;
     let (mut residual, mut linear) = (Vec::new(), Vec::new());
     let mut flows: Vec<(Site, TokenFlow)> = Vec::new();
     let mut task = Task::begin(progress, "profile", Some(layers as u64), "layers");
@@ -257,13 +279,20 @@ pub fn profile(
             residual.push(ResidualProfile { site, influence, update });
             flows.push((site, flow));
         }
-        let unseen = weighted.filter(|s| moments.sum(s).is_none());
+        let unseen = weighted.filter(|s| moments.sum(s).is_none() || !curvature.contains_key(&s));
         for site in unseen.iter() {
             progress.on(Event::Warn(&format!("no token passed {site}; the profile leaves it out")));
         }
         let seen = weighted.filter(|s| !unseen.contains(s));
-        linear.extend(linear::measure(decoder, &seen, &moments, tokens, options)?);
+        linear.extend(linear::measure(decoder, &seen, &moments, &curvature, tokens, options)?);
         task.advance(1, "")?;
+    }
+    // Only now: weights that are not finite were reported at their own layer by then.
+    if let Some((site, _)) = curvature.iter().find(|(_, c)| c.iter().any(|v| !v.is_finite())) {
+        return Err(AnalysisError::Site {
+            site: *site,
+            what: "the gradient of its output is not finite".into(),
+        });
     }
     let name = if options.model.is_empty() { &decoder.config().model_type } else { &options.model };
     Ok(Profile {
@@ -286,7 +315,8 @@ fn check(decoder: &Decoder, ids: &[u32], options: &ProfileOptions) -> Result<(),
     if !problems.is_empty() {
         return Err(AnalysisError::Options { problems });
     }
-    let need = 1 + options.skipped();
+    // One token to predict another from.
+    let need = 2;
     if ids.len() < need || options.window < need {
         return Err(AnalysisError::TooFewTokens { have: ids.len().min(options.window), need });
     }
@@ -362,6 +392,11 @@ impl Profile {
         self.linear.iter().find(|l| l.site == site)
     }
 
+    /// The influence of every block and sublayer.
+    pub fn influence(&self) -> BTreeMap<Site, f64> {
+        self.residual.iter().map(|r| (r.site, r.influence.mean)).collect()
+    }
+
     /// The sites with this part by rising influence: the first are the first to leave out (LLM-Drop's order).
     pub fn least_influential(&self, part: Part) -> Vec<Site> {
         let mut found: Vec<&ResidualProfile> = self.residual.iter().filter(|r| r.site.part == part).collect();
@@ -413,7 +448,7 @@ mod tests {
         assert_eq!(drawn, options.windows(207));
         let other = ProfileOptions { seed: Seed(1), ..options.clone() };
         assert_ne!(drawn, other.windows(207));
-        assert_eq!(options.windows(7), [0..7], "a short text is one short window");
+        assert_eq!(options.windows(7), std::slice::from_ref(&(0..7)), "a short text is one short window");
         assert_eq!(options.windows(29), [0..10, 10..20]);
     }
 

@@ -50,7 +50,8 @@ impl Profile {
             .number_column("relative update")
             .number_column("standard error");
         for r in &self.residual {
-            let numbers = [r.influence.mean, r.influence.error, r.update.mean, r.update.error].map(Cell::from);
+            let numbers =
+                [r.influence.mean, r.influence.error, r.update.mean, r.update.error].map(Cell::from);
             table = table.row(std::iter::once(r.site.to_string().into()).chain(numbers));
         }
         let say = |v: Option<f64>| v.map_or("not defined".to_string(), number);
@@ -82,18 +83,31 @@ impl Profile {
 
     fn linear_section(&self) -> Section {
         let bars = self.weight_skew.layers.iter().enumerate();
-        let bars = bars.fold(Bars::new("Mean weight norm by layer"), |bars, (l, v)| bars.bar(format!("layer {l}"), *v));
+        let bars = bars
+            .fold(Bars::new("Mean weight norm by layer"), |bars, (l, v)| bars.bar(format!("layer {l}"), *v));
         let mut table = Table::new("Every linear layer").text_column("site").text_column("shape");
         for name in [
-            "input energy", "activation rank", "participation ratio", "weight norm", "weight rank", "stable rank",
+            "input energy",
+            "activation rank",
+            "participation ratio",
+            "weight norm",
+            "weight rank",
+            "stable rank",
             "output energy",
+            "gradient energy",
         ] {
             table = table.number_column(name);
         }
         for l in &self.linear {
             let numbers = [
-                l.input_energy, l.activation_rank, l.participation_ratio, l.weight_norm, l.weight_rank, l.stable_rank,
+                l.input_energy,
+                l.activation_rank,
+                l.participation_ratio,
+                l.weight_norm,
+                l.weight_rank,
+                l.stable_rank,
                 l.output_energy,
+                l.gradient_energy,
             ]
             .map(Cell::from);
             let names = [l.site.to_string().into(), format!("{} × {}", l.d_out, l.d_in).into()];
@@ -122,31 +136,44 @@ impl Profile {
         let mut bits = self.options.bits.clone();
         bits.sort_unstable();
         bits.dedup();
-        let error = |l: &LinearProfile, b: u8| l.bits.iter().find(|loss| loss.bits == b).map(|loss| loss.relative);
-        let mut table = Table::new("Relative output error of rounding to nearest")
+        let error =
+            |l: &LinearProfile, b: u8| l.bits.iter().find(|loss| loss.bits == b).map(|loss| loss.relative);
+        let mut table = Table::new("Output error of rounding to nearest, and what it should cost")
             .number_column("bits")
             .number_column("mean over layers")
             .number_column("largest")
-            .text_column("at");
+            .text_column("at")
+            .number_column("expected rise, all layers (nats per token)");
         for &b in &bits {
             let errors: Vec<f64> = self.linear.iter().filter_map(|l| error(l, b)).collect();
-            let worst = self.linear.iter().max_by(|x, y| error(x, b).partial_cmp(&error(y, b)).unwrap_or(std::cmp::Ordering::Equal));
+            let worst = self
+                .linear
+                .iter()
+                .max_by(|x, y| error(x, b).partial_cmp(&error(y, b)).unwrap_or(std::cmp::Ordering::Equal));
+            let rises = self.linear.iter().flat_map(|l| l.bits.iter()).filter(|loss| loss.bits == b);
+            let rise: f64 = rises.map(|loss| loss.rise).sum();
             table = table.row([
                 usize::from(b).into(),
                 mean(&errors).into(),
                 worst.and_then(|l| error(l, b)).into(),
                 worst.map(|l| l.site.to_string()).into(),
+                rise.into(),
             ]);
         }
         let mut section = Section::new("Rounding")
             .text(format!(
-                "Share of a layer's output energy lost when its weight alone is rounded to nearest, in groups of {}, weighted \
-                 by the second moments of its inputs.",
+                "Share of a layer's output energy lost when its weight alone is rounded to nearest, in groups of {}, for the \
+                 inputs it has on this text; and the rise of the loss to expect from the gradient at its outputs.",
                 self.options.group
             ))
             .table(table);
-        for b in bits.iter().copied().filter(|b| (3..=4).contains(b)) {
-            section = section.heatmap(self.by_part(format!("Relative error at {b} bits"), |l| error(l, b)));
+        if let Some(b) = bits.iter().copied().min_by_key(|b| b.abs_diff(4)) {
+            let rise = |l: &LinearProfile| l.bits.iter().find(|loss| loss.bits == b).map(|loss| loss.rise);
+            section = section
+                .heatmap(self.by_part(format!("Relative output error at {b} bits"), |l| error(l, b)))
+                .heatmap(
+                    self.by_part(format!("Expected rise at {b} bits, nats per token"), rise).shared_scale(),
+                );
         }
         section.note(
             "Each layer is measured with all others intact. Errors of early layers travel through later ones, so these orders \
@@ -164,7 +191,8 @@ impl Profile {
             loss.or(full.then_some(0.0))
         };
         let x = ranks.iter().map(|r| *r as f64);
-        let mut curves = Lines::new("Tail energy, mean over layers", "rank", "share of the output energy", x).even();
+        let mut curves =
+            Lines::new("Tail energy, mean over layers", "rank", "share of the output energy", x).even();
         for part in self.parts() {
             let of: Vec<&LinearProfile> = self.linear.iter().filter(|l| l.site.part == part).collect();
             let tail = |rank: &usize| mean(&of.iter().filter_map(|l| error(l, *rank)).collect::<Vec<_>>());
@@ -178,7 +206,9 @@ impl Profile {
             )
             .lines(curves);
         match middle {
-            Some(rank) => section.heatmap(self.by_part(format!("Tail energy beyond rank {rank}"), |l| error(l, rank))),
+            Some(rank) => {
+                section.heatmap(self.by_part(format!("Tail energy beyond rank {rank}"), |l| error(l, rank)))
+            }
             None => section,
         }
     }
@@ -200,7 +230,8 @@ impl Profile {
     /// Spearman correlation of the sublayers' influence with another number per sublayer, such as the rise of the loss when
     /// the sublayer is left out: how far the cheap score can be trusted. `None` for fewer than two sublayers in common.
     pub fn influence_agreement(&self, measured: &[(Site, f64)]) -> Option<f64> {
-        let both = measured.iter().filter_map(|(site, v)| Some((self.residual_at(*site)?.influence.mean, *v)));
+        let both =
+            measured.iter().filter_map(|(site, v)| Some((self.residual_at(*site)?.influence.mean, *v)));
         let (a, b): (Vec<f64>, Vec<f64>) = both.unzip();
         spearman(&a, &b)
     }

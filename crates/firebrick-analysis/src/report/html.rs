@@ -200,7 +200,7 @@ svg .grid{stroke:var(--line)}svg .curve{fill:none;stroke-width:2;stroke-linejoin
 .key{display:flex;flex-wrap:wrap;align-items:center;gap:.25rem 1rem;margin:.45rem 0 0;font-size:.82rem;color:var(--soft)}\
 .key span{display:inline-flex;align-items:center;gap:.4rem}\
 .ramp{width:7rem;height:.6rem;border-radius:3px;margin:0 -.4rem}\
-table{border-collapse:collapse;font-size:.88rem;line-height:1.4}\
+table{border-collapse:collapse;overflow-wrap:normal;font-size:.88rem;line-height:1.4}\
 th{font-weight:600;text-align:left;vertical-align:bottom;color:var(--soft);font-size:.8rem}\
 th,td{padding:.32rem .9rem .32rem 0;border-bottom:1px solid var(--line)}\
 th+th,td+td{padding-left:.6rem}\
@@ -293,7 +293,10 @@ mod tests {
     fn numbers_of_a_column_line_up() {
         let mut out = String::new();
         let t = Table::new("t").text_column("a").number_column("b");
-        table(&mut out, &t.row(["x".into(), 1.5.into()]).row(["y".into(), 12.25.into()]).row([f64::NAN.into()]));
+        table(
+            &mut out,
+            &t.row(["x".into(), 1.5.into()]).row(["y".into(), 12.25.into()]).row([f64::NAN.into()]),
+        );
         assert!(out.contains("<td class=\"n\">1.50</td>") && out.contains("<td class=\"n\">12.25</td>"));
         assert!(out.ends_with("<td>–</td><td class=\"n\">–</td></tr>\n</tbody></table></div></figure>\n"));
     }

@@ -45,7 +45,7 @@ pub(super) fn heatmap(map: &Heatmap) -> String {
     let n = map.columns.len();
     let all = || map.rows.iter().flat_map(|r| r.values.iter().flatten().copied());
     let shared = Scale::new(all(), map.rows.iter().all(|r| r.log));
-    let labels = map.rows.iter().map(|r| width(&r.label)).fold(40.0, f64::max).min(230.0) + 12.0;
+    let labels = map.rows.iter().map(|r| width(&r.label)).fold(40.0, f64::max).min(230.0) + 18.0;
     let cell = (ROOM / n.max(1) as f64).clamp(16.0, 64.0);
     let scale = |row: &Row| match map.shared {
         true => Scale { ..shared },
@@ -80,8 +80,11 @@ pub(super) fn heatmap(map: &Heatmap) -> String {
     let step = thin(n, cell, widest);
     for (j, name) in map.columns.iter().enumerate().step_by(step) {
         let x = cell * (j as f64 + 0.5);
-        let _ =
-            write!(out, "<text class=\"tick\" x=\"{x:.1}\" y=\"14\" text-anchor=\"middle\">{}</text>", escape(name));
+        let _ = write!(
+            out,
+            "<text class=\"tick\" x=\"{x:.1}\" y=\"14\" text-anchor=\"middle\">{}</text>",
+            escape(name)
+        );
     }
     for (i, row) in map.rows.iter().enumerate() {
         let scale = scale(row);
@@ -238,7 +241,8 @@ pub(super) fn lines(chart: &Lines) -> String {
             let (cx, cy) = (px(*place), py(*value));
             let _ = write!(path, "{pen}{cx:.1} {cy:.1}");
             pen = 'L';
-            let tip = format!("{}, {} {}: {}", series.name, chart.x_label, number(chart.x[k]), number(*value));
+            let tip =
+                format!("{}, {} {}: {}", series.name, chart.x_label, number(chart.x[k]), number(*value));
             let _ = write!(
                 dots,
                 "<circle cx=\"{cx:.1}\" cy=\"{cy:.1}\" r=\"2.6\" fill=\"{color}\"><title>{}</title></circle>",

@@ -89,6 +89,7 @@ fn sensitivities_and_tails_fall_and_ranks_are_ordered() {
     for l in &profile.linear {
         assert_eq!(l.bits.iter().map(|b| b.bits).collect::<Vec<_>>(), [2, 3, 4, 8]);
         assert!(l.bits.windows(2).all(|w| w[1].error < w[0].error && w[1].size > w[0].size), "{l:?}");
+        assert!(l.gradient_energy > 0.0 && l.bits.windows(2).all(|w| w[1].rise < w[0].rise), "{l:?}");
         assert!(l.bits[3].relative > 0.0 && l.bits[3].relative < 1e-3);
         assert_eq!((l.ranks[0].rank, l.ranks[0].relative), (0, 1.0));
         assert!(l.ranks.windows(2).all(|w| w[1].error < w[0].error));
@@ -110,7 +111,8 @@ fn the_same_profile_on_any_number_of_threads() {
     let one = on_threads(1, || measured(&decoder));
     let three = on_threads(3, || measured(&decoder));
     assert_eq!(one.to_json().unwrap(), three.to_json().unwrap());
-    let other = profile(&decoder, &ids(200), &ProfileOptions { seed: Seed(3), ..options() }, &Silent).unwrap();
+    let other =
+        profile(&decoder, &ids(200), &ProfileOptions { seed: Seed(3), ..options() }, &Silent).unwrap();
     assert_ne!(one.residual, other.residual, "control: another seed draws other windows");
 }
 

@@ -34,7 +34,12 @@ impl Convert {
         }
         let report = export.write(&self.output, &executor)?;
         terminal.result(&report, || {
-            format!("wrote {} ({} tensors, {} bytes)", report.path.display(), report.tensors, report.written_bytes)
+            format!(
+                "wrote {} ({} tensors, {} bytes)",
+                report.path.display(),
+                report.tensors,
+                report.written_bytes
+            )
         })
     }
 }

@@ -30,7 +30,12 @@ impl Merge {
         }
         let report = executor.run(&merge, &target)?;
         terminal.result(&report, || {
-            format!("wrote {} ({} tensors, {} bytes)", report.path.display(), report.tensors, report.written_bytes)
+            format!(
+                "wrote {} ({} tensors, {} bytes)",
+                report.path.display(),
+                report.tensors,
+                report.written_bytes
+            )
         })
     }
 }

@@ -52,8 +52,11 @@ impl Prune {
         }
         let model = models::load(&self.model, &models::device(global)?)?;
         let data = TextData::from_file(&self.data, &model.tokenizer)?;
-        let options =
-            ProfileOptions { model: model.name.clone(), seed: Seed(global.seed), ..ProfileOptions::default() };
+        let options = ProfileOptions {
+            model: model.name.clone(),
+            seed: Seed(global.seed),
+            ..ProfileOptions::default()
+        };
         let found = profile(&model.decoder, &data.ids, &options, terminal)?;
         let plan = DropPlan::lowest(&found.influence(), self.drop, self.count, !self.ends)?;
         let names: Vec<String> = plan.sites.iter().map(|s| s.to_string()).collect();

@@ -101,7 +101,8 @@ impl Quantize {
             .write(&self.out, &models::executor(global, terminal))?;
         let weights: f64 = quantized.matrices.values().map(|m| m.codes.len() as f64).sum();
         let bits: f64 =
-            quantized.matrices.values().map(|m| m.codes.len() as f64 * m.bits_per_weight()).sum::<f64>() / weights;
+            quantized.matrices.values().map(|m| m.codes.len() as f64 * m.bits_per_weight()).sum::<f64>()
+                / weights;
         let output = json!({
             "out": self.out,
             "bits_per_weight": bits,

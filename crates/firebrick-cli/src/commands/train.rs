@@ -90,8 +90,10 @@ impl Train {
         }
         if global.dry_run {
             let tokens = self.steps * self.batch * self.accumulate * self.window;
-            let facts = json!({"tokens_in_text": data.ids.len(), "tokens_to_train": tokens, "sites": targets.len()});
-            return terminal.result(&facts, || format!("{tokens} tokens to train, the text has {}", data.ids.len()));
+            let facts =
+                json!({"tokens_in_text": data.ids.len(), "tokens_to_train": tokens, "sites": targets.len()});
+            return terminal
+                .result(&facts, || format!("{tokens} tokens to train, the text has {}", data.ids.len()));
         }
         let device = models::device(global)?.autodiff();
         let model = files.load(&device)?;
@@ -106,8 +108,7 @@ impl Train {
             Some(plan) => lora.init_plan(model.decoder.sites(), plan, seed, &device)?,
             None => lora.init(model.decoder.sites(), &targets, seed, &device)?,
         };
-        let (bank, report) =
-            fit_lora(&model.decoder, &[], bank, &config, &data, terminal, global.resume)?;
+        let (bank, report) = fit_lora(&model.decoder, &[], bank, &config, &data, terminal, global.resume)?;
         hf::save(&bank, model.decoder.sites(), &model.name, &self.out)?;
         std::fs::rename(work.join("log.jsonl"), self.out.join("log.jsonl"))?;
         std::fs::remove_dir_all(&work)?;

@@ -93,7 +93,10 @@ impl Specialize {
             return Err(Usage("--window must be at least 2, --batch and --rank at least 1".into()).into());
         }
         if settings.drop_blocks + 2 > files.config.layers {
-            let what = format!("--drop-blocks {} leaves no layer between the first and the last", settings.drop_blocks);
+            let what = format!(
+                "--drop-blocks {} leaves no layer between the first and the last",
+                settings.drop_blocks
+            );
             return Err(Usage(what).into());
         }
         if global.dry_run {
@@ -101,7 +104,11 @@ impl Specialize {
             let names: Vec<&str> = domains.iter().map(|d| d.name.as_str()).collect();
             let facts = json!({"settings": settings, "domains": names, "tokens_to_train": tokens});
             return terminal.result(&facts, || {
-                format!("{} domains, {tokens} tokens to train, output in {}", domains.len(), self.out.display())
+                format!(
+                    "{} domains, {tokens} tokens to train, output in {}",
+                    domains.len(),
+                    self.out.display()
+                )
             });
         }
         let pipeline = Pipeline::begin(files, domains, settings, &self.out, global, terminal)?;

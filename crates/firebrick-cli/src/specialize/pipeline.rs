@@ -7,7 +7,9 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use burn::module::Module;
 use burn::tensor::Device;
-use firebrick_analysis::{Allocation, Plans, Profile, ProfileOptions, RankBudget, bit_plans, profile, rank_plans};
+use firebrick_analysis::{
+    Allocation, Plans, Profile, ProfileOptions, RankBudget, bit_plans, profile, rank_plans,
+};
 use firebrick_core::{Brick, LayerPlan, Seed};
 use firebrick_distill::{KdConfig, LogitKd, Teacher, distill_lora};
 use firebrick_elastic::{DropKind, DropPlan};
@@ -240,7 +242,8 @@ impl<'a> Pipeline<'a> {
 
     /// A mixture of all domains' training text, window by window in turn.
     fn mixture(&self) -> TextData {
-        let mut windows: Vec<_> = self.domains.iter().map(|d| d.train.windows(self.settings.window)).collect();
+        let mut windows: Vec<_> =
+            self.domains.iter().map(|d| d.train.windows(self.settings.window)).collect();
         let mut ids = Vec::new();
         while let Some(round) = windows.iter_mut().map(Iterator::next).collect::<Option<Vec<_>>>() {
             round.into_iter().for_each(|w| ids.extend_from_slice(w));
@@ -432,7 +435,11 @@ impl<'a> Pipeline<'a> {
             let scores = profile.influence();
             let plan = DropPlan::lowest(&scores, DropKind::Block, self.settings.drop_blocks, true)?;
             let student = plan.cut(self.written("merged", &self.outer)?.decoder)?;
-            let lora = LoraConfig { rank: 2 * self.settings.rank, alpha: 4.0 * self.settings.rank as f64, ..self.lora() };
+            let lora = LoraConfig {
+                rank: 2 * self.settings.rank,
+                alpha: 4.0 * self.settings.rank as f64,
+                ..self.lora()
+            };
             let targets = student.sites().block_linears();
             let bank = lora.init(student.sites(), &targets, self.seed("student"), &self.outer)?;
             let config = self.train_config(self.settings.student_steps, "distill-run");
@@ -501,8 +508,12 @@ impl<'a> Pipeline<'a> {
         let merged = self.written("merged", &self.inner)?;
         variants.push(measure("merged", Some(4 * shape(layers)), &merged.decoder, &[])?);
         let gguf = self.written("model.gguf", &self.inner)?;
-        let packed: BTreeMap<_, _> =
-            ModelFiles::open(&self.out.join("model.gguf"))?.checkpoint.tensors().iter().map(|t| (t.name.clone(), t.len)).collect();
+        let packed: BTreeMap<_, _> = ModelFiles::open(&self.out.join("model.gguf"))?
+            .checkpoint
+            .tensors()
+            .iter()
+            .map(|t| (t.name.clone(), t.len))
+            .collect();
         let bytes = packed.iter().filter(|(n, _)| n.starts_with("blk.")).map(|(_, len)| *len as u64).sum();
         variants.push(measure("quantized (GGUF)", Some(bytes), &gguf.decoder, &[])?);
         let student = self.written("student", &self.inner)?;

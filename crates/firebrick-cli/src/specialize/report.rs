@@ -37,9 +37,8 @@ fn change(from: f64, to: f64) -> f64 {
 fn summary(results: &Results) -> String {
     let Some(base) = find(results, "base") else { return String::new() };
     let own = |i: usize| find(results, &format!("adapter {}", results.domains[i]))?.perplexity[i];
-    let gains: Vec<f64> = (0..results.domains.len())
-        .filter_map(|i| Some(change(base.perplexity[i]?, own(i)?)))
-        .collect();
+    let gains: Vec<f64> =
+        (0..results.domains.len()).filter_map(|i| Some(change(base.perplexity[i]?, own(i)?))).collect();
     let mean = gains.iter().sum::<f64>() / gains.len().max(1) as f64;
     let gap = |name: &str| {
         let variant = find(results, name)?;
@@ -80,15 +79,15 @@ fn variants(results: &Results) -> Section {
 }
 
 fn learning(results: &Results) -> Section {
-    let mut lines = Lines::new("Training loss", "step", "nats per token");
+    let steps = results.learned.iter().map(|l| l.losses.len()).max().unwrap_or(0);
+    let mut lines = Lines::new("Training loss", "step", "nats per token", numbers(steps));
     let mut table = Table::new("Adapters")
         .text_column("domain")
         .number_column("first loss")
         .number_column("final loss")
         .number_column("parameters");
     for (domain, learned) in results.domains.iter().zip(&results.learned) {
-        let points = learned.losses.iter().enumerate().map(|(i, l)| ((i + 1) as f64, *l));
-        lines = lines.series(domain, points);
+        lines = lines.series(domain, learned.losses.iter().copied());
         table = table.row([
             Cell::Text(domain.clone()),
             Cell::Number(learned.first_loss),
@@ -96,7 +95,10 @@ fn learning(results: &Results) -> Section {
             Cell::Number(learned.parameters as f64),
         ]);
     }
-    Section::new("Adapters").text("LoRA on every linear layer, ranks as planned below.").lines(lines).table(table)
+    Section::new("Adapters")
+        .text("LoRA on every linear layer, ranks as planned below.")
+        .lines(lines)
+        .table(table)
 }
 
 fn merging(results: &Results) -> Section {
@@ -127,7 +129,8 @@ fn bit_plans(results: &Results, settings: &Settings) -> Section {
             bars = bars.highlighted();
         }
         let cells = plan.perplexity.iter().map(|p| Cell::Number(*p));
-        table = table.row([Cell::Text(plan.name.clone()), Cell::Number(plan.mean_bits)].into_iter().chain(cells));
+        table =
+            table.row([Cell::Text(plan.name.clone()), Cell::Number(plan.mean_bits)].into_iter().chain(cells));
     }
     Section::new("Does the plan pay?")
         .text(format!(
@@ -140,11 +143,19 @@ fn bit_plans(results: &Results, settings: &Settings) -> Section {
 }
 
 fn student(results: &Results) -> Section {
-    let points = results.student.losses.iter().enumerate().map(|(i, l)| ((i + 1) as f64, *l));
+    let losses = &results.student.losses;
     Section::new("Student")
         .text(format!(
             "A copy of the merged model without {}, taught by the merged model (forward KL and text).",
             results.student.dropped.join(", ")
         ))
-        .lines(Lines::new("Distillation loss", "step", "loss").series("student", points))
+        .lines(
+            Lines::new("Distillation loss", "step", "loss", numbers(losses.len()))
+                .series("student", losses.iter().copied()),
+        )
+}
+
+/// 1, 2, ... up to `count`.
+fn numbers(count: usize) -> impl Iterator<Item = f64> {
+    (1..=count).map(|i| i as f64)
 }

@@ -25,7 +25,8 @@ impl Stages {
                 (true, ..) => clear(out)?,
                 (_, true, Some(true)) => return Ok(Stages { folder }),
                 (_, true, Some(false)) => {
-                    let what = "was begun with another model, text, seed or setting; say --overwrite to start anew";
+                    let what =
+                        "was begun with another model, text, seed or setting; say --overwrite to start anew";
                     return Err(Usage(format!("{} {what}", out.display())).into());
                 }
                 (_, true, None) => {
@@ -94,7 +95,9 @@ fn clear(out: &Path) -> Result<()> {
         let name = entry.file_name().to_string_lossy().into_owned();
         let staging = name.starts_with('.') && name.ends_with(".partial");
         if !OURS.contains(&name.as_str()) && !staging {
-            return Err(Usage(format!("{} holds `{name}`, which is not ours to delete", out.display())).into());
+            return Err(
+                Usage(format!("{} holds `{name}`, which is not ours to delete", out.display())).into()
+            );
         }
         ours.push(entry.path());
     }

@@ -23,7 +23,11 @@ fn eval_generate_inspect() {
     assert_eq!(greedy, generate(&["--temperature", "0", "--no-cache"]), "the cache changes nothing");
     let sampled = generate(&["--temperature", "1.5", "--seed", "1"]);
     assert_eq!(sampled, generate(&["--temperature", "1.5", "--seed", "1"]));
-    assert_ne!(sampled["ids"], generate(&["--temperature", "1.5", "--seed", "2"])["ids"], "control: seeds differ");
+    assert_ne!(
+        sampled["ids"],
+        generate(&["--temperature", "1.5", "--seed", "2"])["ids"],
+        "control: seeds differ"
+    );
 
     let inspect = json(dir.path(), &["inspect", "embedded"]);
     assert_eq!(inspect["config"]["model_type"], "llama");
@@ -71,19 +75,25 @@ fn train_prune_quantize_profile() {
     let base = eval(&[]);
     assert!(eval(&["--adapter", "adapter"]) < base, "the adapter learned its text");
     train("again", &["--plan", "profile/ranks.toml"]);
-    let weights = |name: &str| std::fs::read(dir.path().join(name).join("adapter_model.safetensors")).unwrap();
+    let weights =
+        |name: &str| std::fs::read(dir.path().join(name).join("adapter_model.safetensors")).unwrap();
     assert_eq!(weights("adapter"), weights("again"), "same seed, same bytes");
 
     let quantize = |out: &str, bits: &str| {
         let args = ["quantize", "--bits", bits, "--group", "64", "--windows", "4", "--out", out];
         json(dir.path(), &[&args[..], &common[..]].concat());
-        json(dir.path(), &["eval", "--model", out, "--data", file, "--window", "64"])["mean_nll"].as_f64().unwrap()
+        json(dir.path(), &["eval", "--model", out, "--data", file, "--window", "64"])["mean_nll"]
+            .as_f64()
+            .unwrap()
     };
     let (eight, two) = (quantize("q8.gguf", "8"), quantize("q2.gguf", "2"));
     assert!((eight - base).abs() < 0.02, "{eight} against {base}");
     assert!(two > eight, "control: two bits hurt");
 
-    json(dir.path(), &[&["prune", "--drop", "block", "--count", "2", "--out", "pruned"], &common[..4]].concat());
+    json(
+        dir.path(),
+        &[&["prune", "--drop", "block", "--count", "2", "--out", "pruned"], &common[..4]].concat(),
+    );
     let before = json(dir.path(), &["inspect", "embedded"])["config"]["layers"].as_u64().unwrap();
     let after = json(dir.path(), &["inspect", "pruned"])["config"]["layers"].as_u64().unwrap();
     assert_eq!(after + 2, before);
@@ -101,7 +111,11 @@ fn merge_writes_what_was_asked() {
     json(dir.path(), &["merge", "m.yml", "out", "--max-memory", "64MiB"]);
     let bytes = |p: &str| std::fs::read(dir.path().join(p).join("model.safetensors")).unwrap();
     assert_eq!(bytes("out"), bytes("a"), "weights (1, 0) are the first model bit for bit");
-    std::fs::write(dir.path().join("m.yml"), yaml.replace("1.0", "0.0").replace("0.0}\ndtype", "1.0}\ndtype")).unwrap();
+    std::fs::write(
+        dir.path().join("m.yml"),
+        yaml.replace("1.0", "0.0").replace("0.0}\ndtype", "1.0}\ndtype"),
+    )
+    .unwrap();
     json(dir.path(), &["merge", "m.yml", "out2"]);
     assert_ne!(bytes("out2"), bytes("a"), "control");
 }
@@ -111,7 +125,8 @@ fn wrong_calls_say_what_to_do_and_leave_nothing() {
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("short.txt"), "too short").unwrap();
     std::fs::write(dir.path().join("binary"), [0xff, 0xfe, 0x00]).unwrap();
-    std::fs::write(dir.path().join("broken.gguf"), b"GGUF\x03\0\0\0\xff\xff\xff\xff\xff\xff\xff\xff").unwrap();
+    std::fs::write(dir.path().join("broken.gguf"), b"GGUF\x03\0\0\0\xff\xff\xff\xff\xff\xff\xff\xff")
+        .unwrap();
     std::fs::write(dir.path().join("m.yml"), "merge_method: linear\nmodles: []\n").unwrap();
     let cases: &[(&[&str], i32, &str)] = &[
         (&["eval", "--model", "nowhere", "--data", "short.txt"], 2, "nowhere"),
@@ -125,8 +140,28 @@ fn wrong_calls_say_what_to_do_and_leave_nothing() {
         (&["convert", "embedded", "out", "--type", "q4_0"], 1, ".gguf"),
         (&["inspect", "embedded", "--device", "tpu"], 2, "tpu"),
         (&["train", "--model", "embedded", "--data", "short.txt", "--out", "out"], 1, "window"),
-        (&["quantize", "--model", "embedded", "--data", "short.txt", "--bits", "5", "--out", "out"], 2, "2, 3, 4 or 8"),
-        (&["prune", "--model", "embedded", "--data", "short.txt", "--drop", "attn", "--count", "1", "--out", "o"], 2, ".toml"),
+        (
+            &["quantize", "--model", "embedded", "--data", "short.txt", "--bits", "5", "--out", "out"],
+            2,
+            "2, 3, 4 or 8",
+        ),
+        (
+            &[
+                "prune",
+                "--model",
+                "embedded",
+                "--data",
+                "short.txt",
+                "--drop",
+                "attn",
+                "--count",
+                "1",
+                "--out",
+                "o",
+            ],
+            2,
+            ".toml",
+        ),
         (&["specialize", "--data", "../up=short.txt"], 2, "name"),
     ];
     for (arguments, code, part) in cases {

@@ -19,8 +19,9 @@ fn json(dir: &Path, arguments: &[&str]) -> Value {
     let output = run(dir, &[arguments, &["--json", "--device", "flex"]].concat());
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{arguments:?}: {stderr}");
-    serde_json::from_slice(&output.stdout)
-        .unwrap_or_else(|e| panic!("{arguments:?}: stdout is not JSON ({e}): {}", String::from_utf8_lossy(&output.stdout)))
+    serde_json::from_slice(&output.stdout).unwrap_or_else(|e| {
+        panic!("{arguments:?}: stdout is not JSON ({e}): {}", String::from_utf8_lossy(&output.stdout))
+    })
 }
 
 /// A text of `kilobytes` that a small model can learn something from.

@@ -13,7 +13,9 @@ fn python() -> Option<PathBuf> {
     #[allow(clippy::disallowed_methods, reason = "tests are told where Python is by the environment")]
     let path = std::env::var_os("FIREBRICK_PYTHON").map(PathBuf::from);
     if path.is_none() {
-        eprintln!("skipped: FIREBRICK_PYTHON does not name a Python with transformers, peft, gguf and mergekit");
+        eprintln!(
+            "skipped: FIREBRICK_PYTHON does not name a Python with transformers, peft, gguf and mergekit"
+        );
     }
     path
 }
@@ -74,7 +76,8 @@ fn adapters_go_both_ways() {
     let dir = tempfile::tempdir().unwrap();
     text(dir.path(), "t.txt", "violin", 12);
     json(dir.path(), &["convert", "embedded", "folder"]);
-    let train = ["train", "--model", "folder", "--data", "t.txt", "--steps", "5", "--window", "64", "--out", "ours"];
+    let train =
+        ["train", "--model", "folder", "--data", "t.txt", "--steps", "5", "--window", "64", "--out", "ours"];
     json(dir.path(), &train);
     let base = nll(dir.path(), "folder", "t.txt", None);
     let ours = nll(dir.path(), "folder", "t.txt", Some("ours"));

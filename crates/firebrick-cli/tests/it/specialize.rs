@@ -36,7 +36,8 @@ fn repeats_and_resumes_bit_for_bit() {
     let data = ["--data", "a=a.txt", "b=b.txt"];
     let arguments = |out: &'static str| [SMALL, &data, &["--out", out]].concat();
     let summary = json(dir.path(), &arguments("one"));
-    let names: Vec<&str> = summary["variants"].as_array().unwrap().iter().map(|v| v["name"].as_str().unwrap()).collect();
+    let names: Vec<&str> =
+        summary["variants"].as_array().unwrap().iter().map(|v| v["name"].as_str().unwrap()).collect();
     assert_eq!(
         names,
         ["base", "adapter a", "adapter b", "routed adapters", "merged", "quantized (GGUF)", "student"]

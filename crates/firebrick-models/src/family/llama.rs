@@ -17,9 +17,21 @@ pub(super) const LLAMA: Family = Family {
             hf: "model.layers.{}.input_layernorm.weight",
             gguf: "blk.{}.attn_norm.weight",
         },
-        Row { part: Part::AttnQ, hf: "model.layers.{}.self_attn.q_proj.weight", gguf: "blk.{}.attn_q.weight" },
-        Row { part: Part::AttnK, hf: "model.layers.{}.self_attn.k_proj.weight", gguf: "blk.{}.attn_k.weight" },
-        Row { part: Part::AttnV, hf: "model.layers.{}.self_attn.v_proj.weight", gguf: "blk.{}.attn_v.weight" },
+        Row {
+            part: Part::AttnQ,
+            hf: "model.layers.{}.self_attn.q_proj.weight",
+            gguf: "blk.{}.attn_q.weight",
+        },
+        Row {
+            part: Part::AttnK,
+            hf: "model.layers.{}.self_attn.k_proj.weight",
+            gguf: "blk.{}.attn_k.weight",
+        },
+        Row {
+            part: Part::AttnV,
+            hf: "model.layers.{}.self_attn.v_proj.weight",
+            gguf: "blk.{}.attn_v.weight",
+        },
         Row {
             part: Part::AttnO,
             hf: "model.layers.{}.self_attn.o_proj.weight",
@@ -35,9 +47,17 @@ pub(super) const LLAMA: Family = Family {
             hf: "model.layers.{}.post_attention_layernorm.weight",
             gguf: "blk.{}.ffn_norm.weight",
         },
-        Row { part: Part::MlpGate, hf: "model.layers.{}.mlp.gate_proj.weight", gguf: "blk.{}.ffn_gate.weight" },
+        Row {
+            part: Part::MlpGate,
+            hf: "model.layers.{}.mlp.gate_proj.weight",
+            gguf: "blk.{}.ffn_gate.weight",
+        },
         Row { part: Part::MlpUp, hf: "model.layers.{}.mlp.up_proj.weight", gguf: "blk.{}.ffn_up.weight" },
-        Row { part: Part::MlpDown, hf: "model.layers.{}.mlp.down_proj.weight", gguf: "blk.{}.ffn_down.weight" },
+        Row {
+            part: Part::MlpDown,
+            hf: "model.layers.{}.mlp.down_proj.weight",
+            gguf: "blk.{}.ffn_down.weight",
+        },
         Row {
             part: Part::MlpPostNorm,
             hf: "model.layers.{}.mlp_output_layernorm.weight",

@@ -111,9 +111,6 @@ fn fill(pattern: &str, layer: Option<usize>) -> String {
 fn find(name: &str, key: impl Fn(&Family) -> &'static str) -> Result<&'static Family, ModelError> {
     FAMILIES.iter().find(|f| key(f) == name).copied().ok_or_else(|| {
         let known: Vec<_> = FAMILIES.iter().map(|f| key(f)).collect();
-        ModelError::Unsupported(format!(
-            "architecture `{name}`; these can be loaded: {}",
-            known.join(", ")
-        ))
+        ModelError::Unsupported(format!("architecture `{name}`; these can be loaded: {}", known.join(", ")))
     })
 }

@@ -31,7 +31,10 @@ fn cached_steps_equal_one_pass() {
             start += length;
         }
         let alone = decoder.forward(tokens(9).narrow(1, 4, 5), &mut Run::default());
-        assert!(largest(alone, whole.narrow(1, 4, 5)) > 1e-3, "control: without the cache the past is missing");
+        assert!(
+            largest(alone, whole.narrow(1, 4, 5)) > 1e-3,
+            "control: without the cache the past is missing"
+        );
     }
 }
 
@@ -57,7 +60,10 @@ fn nll_is_the_cross_entropy_of_the_logits() {
         let lse = z.iter().map(|v| v.exp()).sum::<f64>().ln();
         let expected = lse - z[ids[row * 6 + t + 1] as usize];
         assert!((found - expected).abs() < 1e-5, "{found} against {expected}");
-        assert!((found - (lse - z[ids[row * 6 + t] as usize])).abs() > 1e-9, "control: the next token is predicted");
+        assert!(
+            (found - (lse - z[ids[row * 6 + t] as usize])).abs() > 1e-9,
+            "control: the next token is predicted"
+        );
     }
 }
 

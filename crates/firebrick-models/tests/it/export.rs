@@ -16,13 +16,8 @@ fn tokenizer() -> Tokenizer {
 
 fn decoder(tokenizer: &Tokenizer, tied_head: bool) -> Decoder {
     let vocab = tokenizer.vocab_size();
-    let config = DecoderConfig {
-        d_model: 32,
-        d_ff: 64,
-        head_dim: 8,
-        tied_head,
-        ..DecoderConfig::tiny(vocab)
-    };
+    let config =
+        DecoderConfig { d_model: 32, d_ff: 64, head_dim: 8, tied_head, ..DecoderConfig::tiny(vocab) };
     Decoder::random(config, Seed(9), &Device::flex()).unwrap()
 }
 
@@ -107,14 +102,19 @@ fn damaged_models_are_refused_with_every_reason() {
     let tokenizer = tokenizer();
     let decoder = decoder(&tokenizer, true);
     let path = dir.path().join("m");
-    Export::decoder("test", &decoder, &tokenizer, ExportType::F32).write(&path, &Executor::default()).unwrap();
+    Export::decoder("test", &decoder, &tokenizer, ExportType::F32)
+        .write(&path, &Executor::default())
+        .unwrap();
     let config = path.join("config.json");
     let text = std::fs::read_to_string(&config).unwrap();
     std::fs::write(&config, text.replace("\"hidden_size\": 32", "\"hidden_size\": 64")).unwrap();
     let error = Model::open(&path, &Device::flex()).unwrap_err().to_string();
     assert!(error.contains("embed_tokens") && error.contains("model.norm"), "{error}");
-    std::fs::write(&config, text.replace("silu", "gelu").replace("\"attention_bias\": false", "\"attention_bias\": true"))
-        .unwrap();
+    std::fs::write(
+        &config,
+        text.replace("silu", "gelu").replace("\"attention_bias\": false", "\"attention_bias\": true"),
+    )
+    .unwrap();
     let error = Model::open(&path, &Device::flex()).unwrap_err().to_string();
     assert!(error.contains("gelu") && error.contains("attention_bias"), "{error}");
 }

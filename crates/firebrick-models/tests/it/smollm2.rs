@@ -76,7 +76,9 @@ fn equals_transformers() {
         let nll = f64::from(decoder.nll(tensor(&tokens), &mut Run::default()).mean().into_scalar::<f32>());
         worst_nll = worst_nll.max((nll - case["mean_nll"].as_f64().unwrap()).abs());
     }
-    eprintln!("largest difference: logits {worst_logit:.2e}, nll {worst_nll:.2e}, rms {worst_rms:.2e} relative");
+    eprintln!(
+        "largest difference: logits {worst_logit:.2e}, nll {worst_nll:.2e}, rms {worst_rms:.2e} relative"
+    );
     assert!(worst_logit < 5e-3, "logits differ by {worst_logit}");
     assert!(worst_nll < 1e-4, "mean nll differs by {worst_nll}");
     assert!(worst_rms < 1e-3, "rms differs by {worst_rms} relative");

@@ -94,8 +94,9 @@ fn what_cannot_be_upcycled_is_refused() {
         upcycle(&decoder, layers, 4, top_k, &config, Seed(2), &Device::flex()).unwrap_err()
     };
     let config = UpcycleConfig::default;
-    assert_eq!(make(&[0, 2, 5], 2, config()), MoeError::NoSuchLayer { missing: vec![2, 5], layers: 2 });
-    assert_eq!(make(&[0], 1, config()), MoeError::NoRouterGradient);
+    let missing = make(&[0, 2, 5], 2, config());
+    assert!(matches!(&missing, MoeError::NoSuchLayer { missing, layers: 2 } if missing == &[2, 5]), "{missing}");
+    assert!(matches!(make(&[0], 1, config()), MoeError::NoRouterGradient));
     assert!(matches!(make(&[0, 0], 2, config()), MoeError::Shapes { .. }));
     assert!(matches!(make(&[0], 5, config()), MoeError::Settings { .. }));
     assert!(matches!(make(&[0], 2, UpcycleConfig { noise: -1.0, ..config() }), MoeError::Settings { .. }));

@@ -41,7 +41,8 @@ fn what_does_not_fit_is_refused_with_every_reason() {
     };
     let error = refused(text.replace("\"use_dora\": false", "\"use_dora\": true").replace("LORA", "IA3"));
     assert!(error.contains("use_dora") && error.contains("IA3"), "{error}");
-    let error = refused(text.replace("\"rank_pattern\": {", "\"rank_pattern\": {\"layers.0.self_attn.q_proj\": 9,"));
+    let error =
+        refused(text.replace("\"rank_pattern\": {", "\"rank_pattern\": {\"layers.0.self_attn.q_proj\": 9,"));
     assert!(error.contains("rank 9"), "{error}");
     let error = refused("{".into());
     assert!(error.contains(hf::CONFIG_FILE), "{error}");
@@ -52,5 +53,8 @@ fn what_does_not_fit_is_refused_with_every_reason() {
     let error = hf::load(dir.path(), other.sites(), &device).unwrap_err().to_string();
     assert!(error.contains("layers.0.attn.q") && error.contains("layers.1.mlp.down"), "{error}");
     let fine = hf::load(dir.path(), decoder.sites(), &device).unwrap().0;
-    assert!(largest(logits(&decoder, &[&fine]), logits(&decoder, &[])) > 1e-3, "control: the sound folder loads");
+    assert!(
+        largest(logits(&decoder, &[&fine]), logits(&decoder, &[])) > 1e-3,
+        "control: the sound folder loads"
+    );
 }

@@ -96,8 +96,14 @@ fn plans_decide_where_and_how_much() {
     let plan = LayerPlan::from_toml(text).unwrap().resolve(decoder.sites()).unwrap();
     let bank = LoraConfig::default().init_plan(decoder.sites(), &plan, Seed(1), &device).unwrap();
     let names: Vec<String> = bank.sites().iter().map(|s| s.to_string()).collect();
-    let expected =
-        ["layers.0.attn.q", "layers.0.attn.v", "layers.1.attn.q", "layers.1.attn.v", "layers.1.mlp.gate", "layers.1.mlp.down"];
+    let expected = [
+        "layers.0.attn.q",
+        "layers.0.attn.v",
+        "layers.1.attn.q",
+        "layers.1.attn.v",
+        "layers.1.mlp.gate",
+        "layers.1.mlp.down",
+    ];
     assert_eq!(names, expected);
     let site: Site = "layers.1.mlp.down".parse().unwrap();
     assert_eq!((bank.get(site).unwrap().0.rank, bank.get(site).unwrap().0.alpha), (4, 3.0));
@@ -140,7 +146,10 @@ fn gradients_are_those_of_the_composed_weight() {
         f64::from(inner.nll(tokens(&inner.device()), &mut Run::new(&bricks)).mean().into_scalar::<f32>())
     };
     let numeric = (nudged(0.02) - nudged(-0.02)) / 0.04;
-    assert!((f64::from(analytic) - numeric).abs() < 2e-3 * (1.0 + numeric.abs()), "{analytic} against {numeric}");
+    assert!(
+        (f64::from(analytic) - numeric).abs() < 2e-3 * (1.0 + numeric.abs()),
+        "{analytic} against {numeric}"
+    );
     assert!(numeric.abs() > 1e-5, "control: the gradient is not just zero");
 }
 

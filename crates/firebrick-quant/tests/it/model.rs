@@ -26,7 +26,8 @@ fn gptq_beats_rounding_on_the_embedded_model() {
         perplexity(d, &[], &held.ids[..4096], 0, 64, 8, &Silent).unwrap().mean_nll
     };
     let run = |method, bits| {
-        let quantized = quantize(model.decoder.clone(), &train.ids[..2048], &config(method, bits), &Silent).unwrap();
+        let quantized =
+            quantize(model.decoder.clone(), &train.ids[..2048], &config(method, bits), &Silent).unwrap();
         (nll(&quantized.decoder), quantized)
     };
     let base = nll(&model.decoder);
@@ -52,6 +53,7 @@ fn plans_choose_bits_and_text_is_needed() {
         assert_eq!(matrix.grid.bits, expected, "{site}");
         assert_ne!(site.layer, Some(1), "16 bits mean untouched");
     }
-    let error = quantize(decoder, &[1, 2, 3], &config(Method::Gptq(GptqConfig::default()), 4), &Silent).unwrap_err();
+    let error =
+        quantize(decoder, &[1, 2, 3], &config(Method::Gptq(GptqConfig::default()), 4), &Silent).unwrap_err();
     assert!(matches!(error, QuantError::NoCalibration { tokens: 3, window: 64 }), "{error}");
 }

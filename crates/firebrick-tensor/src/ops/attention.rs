@@ -46,7 +46,10 @@ pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, options: AttentionOpt
     let [_, kv_heads, s, value_dim] = v.dims();
     assert_eq!(k.dims(), [batch, kv_heads, s, head_dim], "attention: shape of k");
     assert_eq!(v.dims(), [batch, kv_heads, s, value_dim], "attention: shape of v");
-    assert!(kv_heads > 0 && heads.is_multiple_of(kv_heads), "attention: {heads} heads on {kv_heads} key heads");
+    assert!(
+        kv_heads > 0 && heads.is_multiple_of(kv_heads),
+        "attention: {heads} heads on {kv_heads} key heads"
+    );
     assert!(s >= t, "attention: {t} queries on {s} keys");
     assert!(options.window != Some(0), "attention: window of 0 hides every key");
     let (q, k, v) = (q.into_dispatch(), k.into_dispatch(), v.into_dispatch());
@@ -96,9 +99,7 @@ fn probabilities<B: Backend>(
     let scores = B::float_matmul(q, B::float_swap_dims(k, 2, 3));
     let scores = B::float_mul_scalar(scores, options.scale.into());
     let capped = match options.softcap {
-        Some(cap) => {
-            B::float_mul_scalar(B::float_tanh(B::float_div_scalar(scores, cap.into())), cap.into())
-        }
+        Some(cap) => B::float_mul_scalar(B::float_tanh(B::float_div_scalar(scores, cap.into())), cap.into()),
         None => scores,
     };
     let shape = capped.shape();
@@ -177,7 +178,12 @@ fn composed_backward<B: Backend>(
 impl AttentionOps for CubeBackend {}
 
 impl AttentionOps for Flex {
-    fn grouped_attention(q: FlexTensor, k: FlexTensor, v: FlexTensor, options: AttentionOptions) -> FlexTensor {
+    fn grouped_attention(
+        q: FlexTensor,
+        k: FlexTensor,
+        v: FlexTensor,
+        options: AttentionOptions,
+    ) -> FlexTensor {
         if !cpu::all_f32(&[&q, &k, &v]) || q.shape().num_elements() == 0 {
             return composed::<Self>(q, k, v, &options);
         }

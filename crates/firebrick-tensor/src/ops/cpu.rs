@@ -214,7 +214,13 @@ pub(super) fn gemm(dst: &mut [f32], add: bool, lhs: MatRef<'_, f32>, rhs: MatRef
 }
 
 /// [`gemm`] over blocks of `rows` rows of `dst`, in parallel.
-pub(super) fn gemm_blocks(dst: &mut [f32], add: bool, lhs: MatRef<'_, f32>, rhs: MatRef<'_, f32>, rows: usize) {
+pub(super) fn gemm_blocks(
+    dst: &mut [f32],
+    add: bool,
+    lhs: MatRef<'_, f32>,
+    rhs: MatRef<'_, f32>,
+    rows: usize,
+) {
     blocks(dst, rhs.ncols(), rows, |first, dst| {
         let count = dst.len() / rhs.ncols();
         gemm(dst, add, lhs.subrows(first, count), rhs, 1.0);

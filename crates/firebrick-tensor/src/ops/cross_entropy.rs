@@ -76,10 +76,7 @@ pub(super) fn log_sum_exp<B: Backend>(logits: FloatTensor<B>) -> FloatTensor<B> 
     B::float_add(B::float_log(sum), max)
 }
 
-fn composed<B: Backend>(
-    logits: FloatTensor<B>,
-    targets: IntTensor<B>,
-) -> (FloatTensor<B>, FloatTensor<B>) {
+fn composed<B: Backend>(logits: FloatTensor<B>, targets: IntTensor<B>) -> (FloatTensor<B>, FloatTensor<B>) {
     let n = logits.shape()[0];
     let picked = B::float_gather(1, logits.clone(), B::int_reshape(targets, Shape::new([n, 1])));
     let log_sum = log_sum_exp::<B>(logits);

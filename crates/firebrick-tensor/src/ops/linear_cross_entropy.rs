@@ -38,7 +38,11 @@ const CHUNK: usize = 1 << 22;
 /// # Panics
 /// If a shape disagrees; on the CPU also if a target is out of range.
 pub fn linear_cross_entropy(hidden: Tensor<2>, weight: Tensor<2>, targets: Tensor<1, Int>) -> Tensor<1> {
-    assert_eq!(hidden.dims()[1], weight.dims()[0], "linear_cross_entropy: columns of hidden against rows of weight");
+    assert_eq!(
+        hidden.dims()[1],
+        weight.dims()[0],
+        "linear_cross_entropy: columns of hidden against rows of weight"
+    );
     assert_eq!(hidden.dims()[0], targets.dims()[0], "linear_cross_entropy: rows of hidden against targets");
     let (hidden, weight, targets) = (hidden.into_dispatch(), weight.into_dispatch(), targets.into_dispatch());
     Tensor::from_dispatch(<burn::backend::Dispatch as LinearCrossEntropyOps>::linear_cross_entropy(

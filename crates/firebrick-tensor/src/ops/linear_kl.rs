@@ -48,8 +48,16 @@ pub fn linear_kl(
     temperature: f64,
     divergence: Divergence,
 ) -> Tensor<1> {
-    assert_eq!(student.dims()[1], student_weight.dims()[0], "linear_kl: columns of student against its weight");
-    assert_eq!(teacher.dims()[1], teacher_weight.dims()[0], "linear_kl: columns of teacher against its weight");
+    assert_eq!(
+        student.dims()[1],
+        student_weight.dims()[0],
+        "linear_kl: columns of student against its weight"
+    );
+    assert_eq!(
+        teacher.dims()[1],
+        teacher_weight.dims()[0],
+        "linear_kl: columns of teacher against its weight"
+    );
     assert_eq!(student.dims()[0], teacher.dims()[0], "linear_kl: rows of student against teacher");
     assert_eq!(student_weight.dims()[1], teacher_weight.dims()[1], "linear_kl: vocabularies");
     assert!(temperature > 0.0, "linear_kl: temperature {temperature}");

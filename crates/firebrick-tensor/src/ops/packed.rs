@@ -13,8 +13,6 @@ use burn_backend::{
     Backend, DType, FloatDType, Shape, Slice, TensorMetadata,
     tensor::{FloatTensor, IntTensor},
 };
-#[cfg(feature = "cubecl-backend")]
-use burn_cubecl::CubeBackend;
 use burn_flex::{Flex, FlexTensor};
 use pulp::{Arch, Simd, WithSimd};
 
@@ -71,7 +69,10 @@ impl PackedMatrix {
             let shift = (i % per_word) * bits as usize;
             let word_row = &mut words[i / per_word * d_out..][..d_out];
             for (word, &code) in word_row.iter_mut().zip(&codes[i * d_out..]) {
-                assert!(u32::from(code) >> bits == 0, "PackedMatrix: code {code} needs more than {bits} bits");
+                assert!(
+                    u32::from(code) >> bits == 0,
+                    "PackedMatrix: code {code} needs more than {bits} bits"
+                );
                 *word |= u32::from(code) << shift;
             }
         }
@@ -122,9 +123,9 @@ pub fn packed_matmul(x: Tensor<2>, weight: &PackedMatrix) -> Tensor<2> {
 /// How codes lie in their words.
 #[derive(Debug, Clone, Copy)]
 pub struct PackedLayout {
-    bits: usize,
-    group: usize,
-    d_in: usize,
+    pub(super) bits: usize,
+    pub(super) group: usize,
+    pub(super) d_in: usize,
 }
 
 impl PackedLayout {
@@ -141,7 +142,7 @@ impl PackedLayout {
 #[backend_extension(Flex, Cube: cfg(feature = "cubecl-backend"), Autodiff, Fusion: cfg(feature = "cubecl-backend"))]
 pub trait PackedOps: Backend {
     /// The dense matrix `[d_in, d_out]`.
-    #[fusion(default)]
+    #[fusion(dtype = scale, shape = Shape::new([layout.d_in, words[1]]))]
     fn unpack(
         words: IntTensor<Self>,
         scale: FloatTensor<Self>,
@@ -152,7 +153,7 @@ pub trait PackedOps: Backend {
     }
 
     /// Product with the dense matrix, see [`packed_matmul`].
-    #[fusion(default)]
+    #[fusion(dtype = x, shape = Shape::new([x[0], words[1]]))]
     fn packed_matmul(
         x: FloatTensor<Self>,
         words: IntTensor<Self>,
@@ -164,7 +165,7 @@ pub trait PackedOps: Backend {
     }
 }
 
-fn composed_unpack<B: Backend>(
+pub(super) fn composed_unpack<B: Backend>(
     words: IntTensor<B>,
     scale: FloatTensor<B>,
     zero: FloatTensor<B>,
@@ -191,7 +192,7 @@ fn composed_unpack<B: Backend>(
     B::float_mul(B::float_sub(first_rows(codes, layout.d_in), spread(zero)), scale)
 }
 
-fn composed<B: PackedOps>(
+pub(super) fn composed<B: PackedOps>(
     x: FloatTensor<B>,
     words: IntTensor<B>,
     scale: FloatTensor<B>,
@@ -202,9 +203,6 @@ fn composed<B: PackedOps>(
     let weight = B::unpack(words, scale, zero, layout);
     B::float_matmul(x, if weight.dtype() == dtype { weight } else { B::float_cast(weight, dtype.into()) })
 }
-
-#[cfg(feature = "cubecl-backend")]
-impl PackedOps for CubeBackend {}
 
 /// Rows of `x` below which codes are multiplied as they are read, without a dense matrix.
 const DIRECT_ROWS: usize = 8;

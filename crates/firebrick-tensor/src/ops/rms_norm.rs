@@ -37,7 +37,7 @@ pub trait RmsNormOps: Backend {
     }
 
     /// Gradients for `x` and `gamma` from the gradient of the result.
-    #[fusion(meta = |x, gamma, grad, eps| (x.clone(), gamma.clone()))]
+    #[fusion(meta = |x, gamma, _grad, _eps| (x.clone(), gamma.clone()))]
     fn rms_norm_backward(
         x: FloatTensor<Self>,
         gamma: FloatTensor<Self>,

@@ -61,7 +61,8 @@ fn composed_backward<B: Backend>(
     let sigmoid = B::sigmoid(gate.clone());
     let silu = B::float_mul(gate, sigmoid.clone());
     // silu' = sigmoid + silu (1 - sigmoid)
-    let slope = B::float_add(sigmoid.clone(), B::float_sub(silu.clone(), B::float_mul(silu.clone(), sigmoid)));
+    let slope =
+        B::float_add(sigmoid.clone(), B::float_sub(silu.clone(), B::float_mul(silu.clone(), sigmoid)));
     let dgate = B::float_mul(B::float_mul(grad.clone(), up), slope);
     (dgate, B::float_mul(grad, silu))
 }

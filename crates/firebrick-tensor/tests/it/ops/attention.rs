@@ -64,7 +64,12 @@ fn check(shape: Shape, o: AttentionOptions) {
         op: &|x| {
             let [q, k, v] = x.try_into().expect("three inputs");
             let q = q.reshape([batch, heads, t, d]);
-            let y = attention(q, k.reshape([batch, kv_heads, s, d]), v.reshape([batch, kv_heads, s, dv]), o.clone());
+            let y = attention(
+                q,
+                k.reshape([batch, kv_heads, s, d]),
+                v.reshape([batch, kv_heads, s, dv]),
+                o.clone(),
+            );
             y.reshape([batch * heads * t * dv])
         },
         reference: &|x| reference(x, &shape, &o, &right),
@@ -87,7 +92,9 @@ fn check(shape: Shape, o: AttentionOptions) {
             case.refutes(&device, &|x| reference(x, &shape, &o, &Rule { sees: &wider, ..right }));
         }
         if group > 1 && kv_heads > 1 {
-            case.refutes(&device, &|x| reference(x, &shape, &o, &Rule { kv_head: &|h| h % kv_heads, ..right }));
+            case.refutes(&device, &|x| {
+                reference(x, &shape, &o, &Rule { kv_head: &|h| h % kv_heads, ..right })
+            });
         }
         if o.softcap.is_some() {
             let uncapped = AttentionOptions { softcap: None, ..o.clone() };
@@ -138,7 +145,9 @@ fn reads_transposed_heads_and_a_single_step_like_the_whole() {
     for device in devices() {
         let (b, heads, kv, t, d) = (2, 6, 2, 9, 8);
         let view = |name: &str, heads: usize| {
-            flat(&normal(name, b * t * heads * d), &device, DType::F32).reshape([b, t, heads, d]).swap_dims(1, 2)
+            flat(&normal(name, b * t * heads * d), &device, DType::F32)
+                .reshape([b, t, heads, d])
+                .swap_dims(1, 2)
         };
         let (q, k, v) = (view("q", heads), view("k", kv), view("v", kv));
         let o = options(true, None, None);

@@ -121,11 +121,8 @@ fn chunks_of_rows_join() {
             let leaf = flat(&hidden, &device, DType::F32).require_grad();
             let head = flat(&weight, &device, DType::F32).set_require_grad(tracked);
             let targets = targets(&chosen, &device);
-            let loss = linear_cross_entropy(
-                leaf.clone().reshape([n, d]),
-                head.clone().reshape([d, vocab]),
-                targets,
-            );
+            let loss =
+                linear_cross_entropy(leaf.clone().reshape([n, d]), head.clone().reshape([d, vocab]), targets);
             let e = error(&host(loss.clone().inner()), &want);
             assert!(e < 5e-6, "values are off by {e:e} on {device:?}");
             let grads = (loss * flat(&weights, &device, DType::F32)).sum().backward();

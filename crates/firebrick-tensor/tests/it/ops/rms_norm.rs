@@ -14,7 +14,9 @@ fn reference(x: &[f64], gamma: &[f64], eps: f64) -> Vec<f64> {
 
 #[test]
 fn agrees_with_the_reference() {
-    for (rows, d, eps) in [(1, 1, 0.1), (3, 7, 1e-5), (10, 33, 0.1), (5, 576, 1e-6), (67, 130, 1e-5), (700, 64, 1e-5)] {
+    for (rows, d, eps) in
+        [(1, 1, 0.1), (3, 7, 1e-5), (10, 33, 0.1), (5, 576, 1e-6), (67, 130, 1e-5), (700, 64, 1e-5)]
+    {
         let case = Case {
             name: format!("rms_norm [{rows}, {d}]"),
             inputs: vec![normal("x", rows * d), normal("gamma", d)],

@@ -4,7 +4,13 @@ use firebrick_tensor::ops::rope;
 use super::support::{Case, devices, flat, normal, wide};
 
 /// `pair(j, half)` are the two columns that turn together.
-fn reference(x: &[f64], cos: &[f64], sin: &[f64], d: usize, pair: impl Fn(usize, usize) -> [usize; 2]) -> Vec<f64> {
+fn reference(
+    x: &[f64],
+    cos: &[f64],
+    sin: &[f64],
+    d: usize,
+    pair: impl Fn(usize, usize) -> [usize; 2],
+) -> Vec<f64> {
     let (half, tokens) = (d / 2, cos.len() / (d / 2));
     let mut out = vec![0.0; x.len()];
     for (row, (out, x)) in out.chunks_mut(d).zip(x.chunks(d)).enumerate() {
@@ -24,7 +30,9 @@ fn halves(j: usize, half: usize) -> [usize; 2] {
 
 #[test]
 fn agrees_with_the_reference() {
-    for [batch, heads, tokens, d] in [[1, 1, 1, 2], [2, 3, 5, 8], [1, 2, 7, 6], [2, 3, 11, 64], [1, 9, 67, 64]] {
+    for [batch, heads, tokens, d] in
+        [[1, 1, 1, 2], [2, 3, 5, 8], [1, 2, 7, 6], [2, 3, 11, 64], [1, 9, 67, 64]]
+    {
         let angles = normal("angles", tokens * d / 2);
         let cos: Vec<f32> = angles.iter().map(|a| a.cos()).collect();
         let sin: Vec<f32> = angles.iter().map(|a| a.sin()).collect();

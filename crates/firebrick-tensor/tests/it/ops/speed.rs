@@ -55,13 +55,17 @@ fn speed() {
     }
     for [n, d] in [[512, 1536], [2048, 5632]] {
         let (x, u) = (leaf("x", [n, d]), leaf("g", [n, d]));
-        both(&format!("swiglu {n}x{d} kernel"), &[x.clone(), u.clone()], |t| swiglu(t[0].clone(), t[1].clone()));
+        both(&format!("swiglu {n}x{d} kernel"), &[x.clone(), u.clone()], |t| {
+            swiglu(t[0].clone(), t[1].clone())
+        });
         both(&format!("swiglu {n}x{d} composed"), &[x, u], |t| activation::silu(t[0].clone()) * t[1].clone());
     }
     {
         let x = leaf("x", [2, 256, 9, 64]);
         let (c, s) = (leaf("c", [256, 32]), leaf("s", [256, 32]));
-        let up = |t: &Tensor<4>, x: &Tensor<2>| if t.is_autodiff() { Tensor::from_inner(x.clone()) } else { x.clone() };
+        let up = |t: &Tensor<4>, x: &Tensor<2>| {
+            if t.is_autodiff() { Tensor::from_inner(x.clone()) } else { x.clone() }
+        };
         both("rope 2x9x256x64 kernel", &[x.clone()], |t| {
             rope(t[0].clone().swap_dims(1, 2), up(&t[0], &c), up(&t[0], &s))
         });
@@ -109,12 +113,15 @@ fn speed() {
             linear_cross_entropy(x[0].clone(), x[1].clone(), up(&x[0])).reshape([n, 1])
         });
         both(&format!("linear CE {n} composed"), &[h.clone(), w.clone()], |x| {
-            activation::log_softmax(x[0].clone().matmul(x[1].clone()), 1).gather(1, up(&x[0]).reshape([n, 1])).neg()
+            activation::log_softmax(x[0].clone().matmul(x[1].clone()), 1)
+                .gather(1, up(&x[0]).reshape([n, 1]))
+                .neg()
         });
         let w = w.clone();
         time(&format!("linear CE {n} kernel, frozen head, fwd+bwd"), || {
             let l = ad(&h);
-            let y = linear_cross_entropy(l.clone(), Tensor::from_inner(w.clone()), Tensor::from_inner(t.clone()));
+            let y =
+                linear_cross_entropy(l.clone(), Tensor::from_inner(w.clone()), Tensor::from_inner(t.clone()));
             std::hint::black_box(l.grad(&y.sum().backward()));
         });
         time(&format!("linear CE {n} composed, frozen head, fwd+bwd"), || {
