@@ -44,9 +44,11 @@ struct Bench {
     python: Option<PathBuf>,
 }
 
+type Suite = fn(&Bench) -> Result<Vec<Measured>>;
+
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
-    let all: [(&str, fn(&Bench) -> Result<Vec<Measured>>); 4] =
+    let all: [(&str, Suite); 4] =
         [("forward", forward), ("train", train), ("decode", decode), ("checkpoint", checkpoint)];
     if let Some(unknown) = arguments.suites.iter().find(|s| all.iter().all(|(name, _)| name != s)) {
         bail!("`{unknown}` is not one of forward, train, decode, checkpoint");

@@ -16,7 +16,7 @@ pub enum PeftError {
         site: Site,
     },
     /// Nothing is left to adapt.
-    #[error("no site to adapt: the plan gives every linear layer rank 0 or none")]
+    #[error("no site to adapt: the plan gives no linear layer a rank")]
     Nothing,
     /// A setting is out of range.
     #[error("`{site}`: {what}")]

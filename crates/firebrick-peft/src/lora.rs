@@ -99,7 +99,7 @@ impl LoraConfig {
     }
 
     /// Adapters as `plan` says: its `rank` and `alpha` per linear layer inside the blocks, this configuration where it is silent on alpha;
-    /// sites without a rank, or with rank 0, get no adapter.
+    /// sites without a rank get no adapter.
     pub fn init_plan(
         &self,
         sites: &SiteTable,
@@ -108,7 +108,7 @@ impl LoraConfig {
         device: &Device,
     ) -> Result<LoraBank, PeftError> {
         let of = |s: &Settings| {
-            let rank = s.rank? as usize;
+            let rank = s.rank?;
             let alpha = s.alpha.unwrap_or(self.alpha / self.rank.max(1) as f64 * rank as f64);
             (rank > 0).then_some(LoraSettings { rank, alpha, rslora: self.rslora })
         };

@@ -72,7 +72,7 @@ impl QuantConfig {
     pub fn grid_at(&self, site: Site) -> Option<Grid> {
         let settings = self.plan.as_ref().and_then(|p| p.get(site));
         let bits = settings.and_then(|s| s.bits).map_or(self.grid.bits, |b| b as u8);
-        let group = settings.and_then(|s| s.group).map_or(self.grid.group, |g| g as usize);
+        let group = settings.and_then(|s| s.group).unwrap_or(self.grid.group);
         (bits < 16).then_some(Grid { bits, group, ..self.grid })
     }
 }

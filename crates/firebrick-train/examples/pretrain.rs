@@ -1,6 +1,8 @@
 //! Makes the embedded base model: a tokenizer and a small decoder trained on a corpus of permissively licensed text.
 //!
 //! `cargo xtask pretrain` runs it; the same corpus, settings and seed give the same file.
+// A program that says how far it is.
+#![allow(clippy::print_stderr)]
 
 use std::collections::HashMap;
 use std::error::Error;

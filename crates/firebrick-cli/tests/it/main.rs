@@ -1,4 +1,6 @@
 //! The binary, run as a user runs it.
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "tests say what they measured or skipped")]
+#![allow(clippy::disallowed_methods, reason = "tests are told by the environment what is there")]
 
 mod contract;
 mod python;

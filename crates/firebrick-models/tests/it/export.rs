@@ -11,7 +11,7 @@ use firebrick_tensor::stream::Executor;
 const TEXT: &str = "the quick brown fox jumps over the lazy dog and the quick brown fox runs on";
 
 fn tokenizer() -> Tokenizer {
-    train_bpe([TEXT], 288).unwrap()
+    train_bpe([TEXT], 272).unwrap()
 }
 
 fn decoder(tokenizer: &Tokenizer, tied_head: bool) -> Decoder {

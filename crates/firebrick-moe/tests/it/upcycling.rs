@@ -95,7 +95,10 @@ fn what_cannot_be_upcycled_is_refused() {
     };
     let config = UpcycleConfig::default;
     let missing = make(&[0, 2, 5], 2, config());
-    assert!(matches!(&missing, MoeError::NoSuchLayer { missing, layers: 2 } if missing == &[2, 5]), "{missing}");
+    assert!(
+        matches!(&missing, MoeError::NoSuchLayer { missing, layers: 2 } if missing == &[2, 5]),
+        "{missing}"
+    );
     assert!(matches!(make(&[0], 1, config()), MoeError::NoRouterGradient));
     assert!(matches!(make(&[0, 0], 2, config()), MoeError::Shapes { .. }));
     assert!(matches!(make(&[0], 5, config()), MoeError::Settings { .. }));

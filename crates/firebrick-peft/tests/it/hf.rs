@@ -17,7 +17,8 @@ fn a_saved_bank_loads_as_it_was() {
     for site in bank.sites().iter() {
         assert_eq!(back.get(site).unwrap().0, bank.get(site).unwrap().0, "{site}");
     }
-    assert_eq!(logits(&decoder, &[&back]).into_data(), logits(&decoder, &[&bank]).into_data());
+    // The factors are the same numbers in another layout in memory, which changes the order of sums.
+    assert!(largest(logits(&decoder, &[&back]), logits(&decoder, &[&bank])) < 1e-6);
     let again = tempfile::tempdir().unwrap();
     hf::save(&back, decoder.sites(), "some/base", again.path()).unwrap();
     for file in [hf::CONFIG_FILE, hf::WEIGHTS_FILE] {

@@ -54,7 +54,10 @@ pub(super) fn block_rows(d: usize) -> usize {
 /// `f(first row, rows)` over blocks of `rows` rows of length `d`, in parallel.
 pub(super) fn blocks(data: &mut [f32], d: usize, rows: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
     if data.len() <= rows * d {
-        return if data.is_empty() { () } else { f(0, data) };
+        if !data.is_empty() {
+            f(0, data);
+        }
+        return;
     }
     data.par_chunks_mut(rows * d).enumerate().for_each(|(i, chunk)| f(i * rows, chunk));
 }
@@ -67,7 +70,10 @@ pub(super) fn blocks2(
     f: impl Fn(usize, &mut [f32], &mut [f32]) + Sync,
 ) {
     if a.len() <= rows * da {
-        return if a.is_empty() { () } else { f(0, a, b) };
+        if !a.is_empty() {
+            f(0, a, b);
+        }
+        return;
     }
     let pairs = a.par_chunks_mut(rows * da).zip(b.par_chunks_mut(rows * db));
     pairs.enumerate().for_each(|(i, (a, b))| f(i * rows, a, b));

@@ -1,4 +1,6 @@
 //! Integration tests of firebrick-train on tiny random decoders.
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "tests say what they measured or skipped")]
+#![allow(clippy::disallowed_methods, reason = "tests are told by the environment what is there")]
 
 mod eval;
 mod resume;

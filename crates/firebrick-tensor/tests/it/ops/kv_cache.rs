@@ -49,7 +49,8 @@ fn appends_in_place() {
     let mut cache = KvCache::new(1, 1, 2, 64, 8, &device);
     let one = || Tensor::ones([1, 2, 1, 8], &device);
     let address = |t: Tensor<4>| {
-        t.try_into_primitive::<burn_flex::Flex>().ok().expect("a CPU tensor").bytes().as_ptr() as usize
+        t.try_into_primitive::<burn_flex::Flex>().unwrap_or_else(|_| panic!("a CPU tensor")).bytes().as_ptr()
+            as usize
     };
     let first = address(cache.append(0, one(), one()).0);
     for _ in 0..3 {

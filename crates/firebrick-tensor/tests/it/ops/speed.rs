@@ -66,7 +66,7 @@ fn speed() {
         let up = |t: &Tensor<4>, x: &Tensor<2>| {
             if t.is_autodiff() { Tensor::from_inner(x.clone()) } else { x.clone() }
         };
-        both("rope 2x9x256x64 kernel", &[x.clone()], |t| {
+        both("rope 2x9x256x64 kernel", std::slice::from_ref(&x), |t| {
             rope(t[0].clone().swap_dims(1, 2), up(&t[0], &c), up(&t[0], &s))
         });
         both("rope 2x9x256x64 composed", &[x], |t| {
@@ -141,7 +141,7 @@ fn speed() {
         both("grouped composed", &[x.clone(), w.clone()], |t| {
             let parts = (0..8)
                 .map(|e| {
-                    let x = t[0].clone().slice([offsets[e]..offsets[e + 1]]);
+                    let x = t[0].clone().narrow(0, offsets[e], offsets[e + 1] - offsets[e]);
                     x.matmul(t[1].clone().slice([e * 576..(e + 1) * 576]))
                 })
                 .collect();
