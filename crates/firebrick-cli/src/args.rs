@@ -22,7 +22,7 @@ pub struct Cli {
 /// Flags that every verb takes.
 #[derive(Args, Clone)]
 pub struct Global {
-    /// Where to compute: auto, flex, wgpu[:n], cuda[:n].
+    /// Where to compute: auto, flex, wgpu or cuda; `wgpu:1` is the second such device.
     #[arg(long, global = true, default_value = "auto", value_name = "DEVICE")]
     pub device: DeviceSpec,
     /// Seed of every random draw.

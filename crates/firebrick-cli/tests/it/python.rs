@@ -97,10 +97,13 @@ fn merges_equal_mergekit() {
     let dir = tempfile::tempdir().unwrap();
     json(dir.path(), &["convert", "embedded", "base", "--type", "bf16"]);
     script(&python, dir.path(), "perturb.py", &["base", "a", "b", "c"]);
-    for (method, base) in [("linear", ""), ("task_arithmetic", "base_model: base\n")] {
+    // mergekit takes a bare name for one on the Hub.
+    let at = dir.path().to_str().unwrap();
+    for (method, base) in [("linear", String::new()), ("task_arithmetic", format!("base_model: {at}/base\n"))]
+    {
         for dtype in ["float32", "bfloat16"] {
             let yaml = format!(
-                "merge_method: {method}\n{base}models:\n  - model: a\n    parameters: {{weight: 0.5}}\n  - model: b\n    parameters: {{weight: 0.3}}\n  - model: c\n    parameters: {{weight: 0.2}}\ndtype: {dtype}\n"
+                "merge_method: {method}\n{base}models:\n  - model: {at}/a\n    parameters: {{weight: 0.5}}\n  - model: {at}/b\n    parameters: {{weight: 0.3}}\n  - model: {at}/c\n    parameters: {{weight: 0.2}}\ndtype: {dtype}\n"
             );
             std::fs::write(dir.path().join("theirs.yml"), &yaml).unwrap();
             std::fs::write(dir.path().join("ours.yml"), yaml + "numerics: mergekit\n").unwrap();

@@ -9,7 +9,7 @@ def load(path):
         folder, file = os.path.split(os.path.abspath(path))
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
         packed = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
-        return tokenizer, packed.float().eval()
+        return tokenizer, packed.eval()
     return AutoTokenizer.from_pretrained(path), AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
 
 

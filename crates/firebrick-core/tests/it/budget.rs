@@ -144,7 +144,7 @@ fn allocation_beats_every_baseline_where_layers_differ() {
 
 /// Negative control: an allocation for a table whose layers are in the wrong order loses to the right one, and even to uniform.
 #[test]
-fn a_mis_sorted_table_loses() {
+fn a_table_sorted_wrongly_loses() {
     let options = layers(30);
     let mut shifted = options.clone();
     shifted.rotate_left(1);

@@ -14,8 +14,6 @@ mod linear_cross_entropy;
 mod linear_kl;
 mod matmul_add;
 mod packed;
-#[cfg(feature = "cubecl-backend")]
-mod packed_cube;
 mod rms_norm;
 #[cfg(feature = "cubecl-backend")]
 mod rms_norm_cube;

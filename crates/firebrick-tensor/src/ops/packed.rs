@@ -13,6 +13,8 @@ use burn_backend::{
     Backend, DType, FloatDType, Shape, Slice, TensorMetadata,
     tensor::{FloatTensor, IntTensor},
 };
+#[cfg(feature = "cubecl-backend")]
+use burn_cubecl::CubeBackend;
 use burn_flex::{Flex, FlexTensor};
 use pulp::{Arch, Simd, WithSimd};
 
@@ -123,9 +125,9 @@ pub fn packed_matmul(x: Tensor<2>, weight: &PackedMatrix) -> Tensor<2> {
 /// How codes lie in their words.
 #[derive(Debug, Clone, Copy)]
 pub struct PackedLayout {
-    pub(super) bits: usize,
-    pub(super) group: usize,
-    pub(super) d_in: usize,
+    bits: usize,
+    group: usize,
+    d_in: usize,
 }
 
 impl PackedLayout {
@@ -142,7 +144,7 @@ impl PackedLayout {
 #[backend_extension(Flex, Cube: cfg(feature = "cubecl-backend"), Autodiff, Fusion: cfg(feature = "cubecl-backend"))]
 pub trait PackedOps: Backend {
     /// The dense matrix `[d_in, d_out]`.
-    #[fusion(dtype = scale, shape = Shape::new([layout.d_in, words[1]]))]
+    #[fusion(default)]
     fn unpack(
         words: IntTensor<Self>,
         scale: FloatTensor<Self>,
@@ -153,7 +155,7 @@ pub trait PackedOps: Backend {
     }
 
     /// Product with the dense matrix, see [`packed_matmul`].
-    #[fusion(dtype = x, shape = Shape::new([x[0], words[1]]))]
+    #[fusion(default)]
     fn packed_matmul(
         x: FloatTensor<Self>,
         words: IntTensor<Self>,
@@ -165,7 +167,7 @@ pub trait PackedOps: Backend {
     }
 }
 
-pub(super) fn composed_unpack<B: Backend>(
+fn composed_unpack<B: Backend>(
     words: IntTensor<B>,
     scale: FloatTensor<B>,
     zero: FloatTensor<B>,
@@ -192,7 +194,7 @@ pub(super) fn composed_unpack<B: Backend>(
     B::float_mul(B::float_sub(first_rows(codes, layout.d_in), spread(zero)), scale)
 }
 
-pub(super) fn composed<B: PackedOps>(
+fn composed<B: PackedOps>(
     x: FloatTensor<B>,
     words: IntTensor<B>,
     scale: FloatTensor<B>,
@@ -203,6 +205,9 @@ pub(super) fn composed<B: PackedOps>(
     let weight = B::unpack(words, scale, zero, layout);
     B::float_matmul(x, if weight.dtype() == dtype { weight } else { B::float_cast(weight, dtype.into()) })
 }
+
+#[cfg(feature = "cubecl-backend")]
+impl PackedOps for CubeBackend {}
 
 /// Rows of `x` below which codes are multiplied as they are read, without a dense matrix.
 const DIRECT_ROWS: usize = 8;

@@ -8,7 +8,6 @@ mod linear_kl;
 mod packed;
 mod rms_norm;
 mod rope;
-mod speed;
 mod support;
 mod swiglu;
 mod threads;
