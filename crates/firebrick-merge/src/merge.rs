@@ -218,6 +218,11 @@ impl Transform for Merge {
             Numerics::Mergekit => load,
             Numerics::F32 => |v| v,
         };
+        // mergekit's sum is a matrix product, whose terms are fused.
+        let add: fn(f32, f32, f32) -> f32 = match self.config.numerics {
+            Numerics::Mergekit => |sum, w, x| w.mul_add(x, sum),
+            Numerics::F32 => |sum, w, x| sum + w * x,
+        };
         let weights: Vec<f32> = self.weights(&name).into_iter().map(round).collect();
         let normalize = self.normalize(&name);
         let lambda = self.global(&self.config.lambda, &name).unwrap_or(1.0) as f32;
@@ -231,7 +236,7 @@ impl Transform for Merge {
                 views = rounded.iter().map(|v| &v[..]).collect();
             }
             match self.config.method {
-                MergeMethod::Linear => linear(&views, &weights, normalize, out, round),
+                MergeMethod::Linear => linear(&views, &weights, normalize, out, add, round),
                 MergeMethod::TaskArithmetic => {
                     task_arithmetic(&views, &weights, normalize, lambda, out, round)
                 }
