@@ -69,7 +69,7 @@ fn main() -> Result<ExitCode> {
         Verb::Python => println!("{}", python::environment()?.display()),
         Verb::Bench(rest) => start(&["--release", "-p", "firebrick-benches", "--bin", "bench"], &rest.args)?,
         Verb::Pretrain(rest) => {
-            start(&["--release", "-p", "firebrick-models", "--example", "pretrain"], &rest.args)?;
+            start(&["--release", "-p", "firebrick-train", "--example", "pretrain"], &rest.args)?;
         }
         Verb::Devices => start(&["--quiet", "-p", "firebrick-cli"], &["devices".into()])?,
     }
