@@ -7,7 +7,7 @@ use burn::tensor::Device;
 use firebrick_models::{Model, ModelFiles};
 use firebrick_peft::LoraBank;
 use firebrick_peft::hf;
-use firebrick_tensor::stream::Executor;
+use firebrick_tensor::stream::{Executor, StreamReport};
 
 use crate::args::{Global, Usage};
 use crate::ui::Terminal;
@@ -69,6 +69,18 @@ pub fn executor<'a>(global: &Global, terminal: &'a Terminal) -> Executor<'a> {
         progress: terminal,
         ..Executor::default()
     }
+}
+
+/// Prints what the executor wrote.
+pub fn written(report: &StreamReport, terminal: &Terminal) -> Result<()> {
+    terminal.result(report, || {
+        format!(
+            "wrote {} ({} tensors, {} bytes)",
+            report.path.display(),
+            report.tensors,
+            report.written_bytes
+        )
+    })
 }
 
 /// Refuses an output that exists unless told to go on or to replace it.

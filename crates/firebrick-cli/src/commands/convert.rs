@@ -33,13 +33,6 @@ impl Convert {
             return terminal.result(&plan, || plan.to_string());
         }
         let report = export.write(&self.output, &executor)?;
-        terminal.result(&report, || {
-            format!(
-                "wrote {} ({} tensors, {} bytes)",
-                report.path.display(),
-                report.tensors,
-                report.written_bytes
-            )
-        })
+        models::written(&report, terminal)
     }
 }

@@ -29,13 +29,6 @@ impl Merge {
             return terminal.result(&plan, || plan.to_string());
         }
         let report = executor.run(&merge, &target)?;
-        terminal.result(&report, || {
-            format!(
-                "wrote {} ({} tensors, {} bytes)",
-                report.path.display(),
-                report.tensors,
-                report.written_bytes
-            )
-        })
+        models::written(&report, terminal)
     }
 }
