@@ -31,6 +31,7 @@ enum Step {
     Doc,
     CudaCheck,
     Wgpu,
+    Extend,
     Doctest,
     Test,
 }
@@ -128,6 +129,7 @@ impl Step {
             Self::Wgpu => {
                 "RMSNorm's kernels on wgpu (Mesa's lavapipe where installed); `cargo xtask test --device wgpu` runs all"
             }
+            Self::Extend => "a brick in a crate outside the workspace builds and trains through public API",
             Self::Doctest => "the examples in the documentation",
             Self::Test => "all tests on the CPU",
         }
@@ -176,6 +178,12 @@ impl Step {
                 let mut test = test::nextest(test::Device::Wgpu);
                 // A software rasterizer takes over a minute a test to compile kernels: CI runs the op that has one of its own.
                 test.arg("ops::rms_norm");
+                test
+            }
+            Self::Extend => {
+                let manifest = ["test", "--manifest-path", "docs/guide/extend/Cargo.toml"];
+                let mut test = cmd::cargo();
+                test.args(manifest).args(["--target-dir", "target/extend"]);
                 test
             }
             Self::Doctest => cmd::cargo_with(&["test", "--workspace", "--doc"]),

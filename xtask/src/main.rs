@@ -69,9 +69,10 @@ fn main() -> Result<ExitCode> {
         Verb::Python => println!("{}", python::environment()?.display()),
         Verb::Bench(rest) => start(&["--release", "-p", "firebrick-benches", "--bin", "bench"], &rest.args)?,
         Verb::Pretrain(rest) => {
-            start(&["--release", "-p", "firebrick-train", "--example", "pretrain"], &rest.args)?;
+            // Without `-p`: for one package alone cargo picks other features of dependencies and builds burn again.
+            start(&["--release", "--example", "pretrain"], &rest.args)?;
         }
-        Verb::Devices => start(&["--quiet", "-p", "firebrick-cli"], &["devices".into()])?,
+        Verb::Devices => start(&["--quiet", "--bin", "firebrick"], &["devices".into()])?,
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -18,6 +18,10 @@ use clap::Parser;
 use crate::args::Cli;
 use crate::ui::{Terminal, interrupted};
 
+/// Keeps freed activations for the next step; the system's allocator returns them and pays page faults to get them back.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let terminal = Terminal::new(&cli.global);

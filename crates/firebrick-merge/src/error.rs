@@ -31,6 +31,9 @@ pub enum MergeError {
     /// A checkpoint could not be read.
     #[error(transparent)]
     Checkpoint(#[from] firebrick_tensor::checkpoint::CheckpointError),
+    /// The work was stopped from outside.
+    #[error(transparent)]
+    Cancelled(#[from] firebrick_core::Cancelled),
     /// The merge could not run.
     #[error(transparent)]
     Stream(#[from] firebrick_tensor::stream::StreamError),

@@ -30,11 +30,11 @@ pub struct Merge {
     config: MergeConfig,
     text: String,
     /// One per entry of `names`.
-    checkpoints: Vec<Checkpoint>,
-    names: Vec<String>,
+    pub(crate) checkpoints: Vec<Checkpoint>,
+    pub(crate) names: Vec<String>,
     folders: Vec<PathBuf>,
     /// Position of the base among them.
-    base: Option<usize>,
+    pub(crate) base: Option<usize>,
     layers: usize,
 }
 

@@ -239,7 +239,8 @@ impl Brick for LoraBank {
         };
         // Flattened, so that burn runs one product instead of one a batch row.
         let flat = x.reshape([shape[0] * shape[1], shape[2]]);
-        let update = flat.matmul(f.a.val()).matmul(f.b.val()) * settings.scale();
+        // Scaled where it is narrowest.
+        let update = (flat.matmul(f.a.val()) * settings.scale()).matmul(f.b.val());
         let update = update.reshape([shape[0], shape[1], y.dims()[2]]);
         match (self.layout.slot, run.get::<AdapterGates>()) {
             (Some(slot), Some(gates)) => y + update * gates.of(slot),

@@ -5,6 +5,7 @@
 
 use firebrick_tensor::grid::{Grid, GroupParams};
 use firebrick_tensor::linalg::{Matrix, cholesky_inverse_upper};
+use rayon::prelude::*;
 
 use crate::rtn::rows;
 use crate::{QuantError, QuantizedMatrix};
@@ -79,40 +80,46 @@ pub fn gptq(
         }
     }
     let mut codes = vec![0u8; m * n];
-    let mut loss = 0.0;
+    let mut losses = vec![0.0; m];
     // Columns in the order they are quantized, row-major, so that the updates run over contiguous memory.
     let mut w: Vec<f64> = w.chunks_exact(n).flat_map(|row| order.iter().map(|c| row[*c])).collect();
-    let block = config.block.max(1);
-    for r in 0..m {
-        let row = &mut w[r * n..(r + 1) * n];
-        for start in (0..n).step_by(block) {
-            let end = (start + block).min(n);
-            let mut errors = vec![0.0; end - start];
-            for i in start..end {
-                let column = order[i];
-                let group = column / len;
-                if !config.act_order && i % len == 0 {
-                    // Later columns of the group may lie beyond this block: bring them up to date first.
-                    let stop = (i + len).min(n);
-                    let fresh =
-                        (i..stop).map(|j| (row[j] - pending(&errors, start, i, j, end, &u, n)) as f32);
-                    params[r * groups + group] = grid.fit(fresh);
+    for start in (0..n).step_by(config.block.max(1)) {
+        let end = (start + config.block.max(1)).min(n);
+        let mut errors = vec![0.0; m * (end - start)];
+        let rows = w.par_chunks_mut(n).zip(codes.par_chunks_mut(n)).zip(params.par_chunks_mut(groups));
+        rows.zip(errors.par_chunks_mut(end - start)).zip(&mut losses).for_each(
+            |((((row, codes), params), errors), loss)| {
+                for i in start..end {
+                    let column = order[i];
+                    let group = column / len;
+                    if !config.act_order && i % len == 0 {
+                        // Later columns of the group may lie beyond this block: bring them up to date first.
+                        let stop = (i + len).min(n);
+                        let fresh =
+                            (i..stop).map(|j| (row[j] - pending(errors, start, i, j, end, &u, n)) as f32);
+                        params[group] = grid.fit(fresh);
+                    }
+                    let code = params[group].encode(row[i] as f32);
+                    let error = (row[i] - f64::from(params[group].decode(code))) / u[i * n + i];
+                    codes[column] = code;
+                    *loss += error * error / 2.0;
+                    errors[i - start] = error;
+                    let ui = &u[i * n + i + 1..i * n + end];
+                    row[i + 1..end].iter_mut().zip(ui).for_each(|(x, c)| *x -= error * c);
                 }
-                let p = params[r * groups + group];
-                let code = p.encode(row[i] as f32);
-                let error = (row[i] - f64::from(p.decode(code))) / u[i * n + i];
-                codes[r * n + column] = code;
-                loss += error * error / 2.0;
-                errors[i - start] = error;
-                let ui = &u[i * n + i + 1..i * n + end];
-                row[i + 1..end].iter_mut().zip(ui).for_each(|(x, c)| *x -= error * c);
-            }
-            for (i, error) in (start..end).zip(&errors) {
-                let ui = &u[i * n + end..(i + 1) * n];
-                row[end..].iter_mut().zip(ui).for_each(|(x, c)| *x -= error * c);
-            }
+            },
+        );
+        if end < n {
+            // What the block's errors give to all later columns: one matrix product.
+            let later = Matrix::from_fn(end - start, n - end, |i, j| u[(start + i) * n + end + j]);
+            let update = Matrix::new(m, end - start, errors).and_then(|e| e.matmul(&later));
+            let update = update.map_err(|e| QuantError::Setting(e.to_string()))?;
+            w.par_chunks_mut(n).zip(update.data().par_chunks(n - end)).for_each(|(row, update)| {
+                row[end..].iter_mut().zip(update).for_each(|(x, u)| *x -= u);
+            });
         }
     }
+    let loss = losses.iter().sum();
     Ok((QuantizedMatrix { grid, d_out: m, d_in: n, codes, params }, GptqReport { loss, damp, dead }))
 }
 

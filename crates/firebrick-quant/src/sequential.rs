@@ -8,6 +8,7 @@ use firebrick_core::{Brick, Part, Progress, ResolvedPlan, Run, Site, SiteSet, Ta
 use firebrick_models::Decoder;
 use firebrick_tensor::grid::Grid;
 use firebrick_tensor::linalg::Matrix;
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use crate::gptq::{GptqConfig, gptq};
@@ -113,13 +114,14 @@ pub fn quantize(
             for x in &streams {
                 decoder.block(layer, x.clone(), &mut Run::new(&bricks));
             }
-            for site in sites.iter() {
-                let hessian = moments.matrix(site);
-                let (matrix, report) = quantize_site(&decoder, site, hessian.as_ref(), config)?;
+            let work: Vec<Work> =
+                sites.iter().map(|site| Work::read(&decoder, site, &moments)).collect::<Result<_, _>>()?;
+            let done: Vec<_> = work.par_iter().map(|w| w.quantize(config)).collect::<Result<_, _>>()?;
+            for (matrix, report) in done {
                 let shape = [matrix.d_out, matrix.d_in];
                 let weight = Tensor::from_data(TensorData::new(matrix.dequantize(), shape), &device);
-                decoder = decoder.with_weight(site, weight);
-                matrices.insert(site, matrix);
+                decoder = decoder.with_weight(report.site, weight);
+                matrices.insert(report.site, matrix);
                 reports.push(report);
             }
         }
@@ -139,38 +141,51 @@ fn stages(layer: usize, true_sequential: bool) -> Vec<Vec<Site>> {
     if true_sequential { sites.into() } else { vec![sites.concat()] }
 }
 
-fn quantize_site(
-    decoder: &Decoder,
+/// A layer with what it is quantized by, on the host.
+struct Work {
     site: Site,
-    hessian: Option<&Matrix>,
-    config: &QuantConfig,
-) -> Result<(QuantizedMatrix, SiteReport), QuantError> {
-    let grid = config.grid_at(site).expect("sites without a grid were left out");
-    let at = |what: String| QuantError::Site { site, what };
-    let (d_in, _) = decoder.sites().linear(site).ok_or_else(|| at("is not a linear layer".into()))?;
-    let weight = decoder.weight(site).ok_or_else(|| at("has no weight".into()))?;
-    let weight: Vec<f32> = weight.into_data().try_into_vec_as::<f32>().map_err(|e| at(format!("{e:?}")))?;
-    let (matrix, damp) = match (config.method, hessian) {
-        (Method::Gptq(settings), Some(hessian)) => {
-            let (matrix, report) = gptq(&weight, hessian, grid, settings).map_err(|e| at(e.to_string()))?;
-            (matrix, Some(report.damp))
-        }
-        _ => (rtn(&weight, d_in, grid)?, None),
-    };
-    let difference: Vec<f64> =
-        weight.iter().zip(matrix.dequantize()).map(|(a, b)| f64::from(*a) - f64::from(b)).collect();
-    let original: Vec<f64> = weight.iter().map(|v| f64::from(*v)).collect();
-    let square = |v: &[f64]| v.iter().map(|x| x * x).sum::<f64>();
-    let ratio = |a: f64, b: f64| if b > 0.0 { a / b } else { 0.0 };
-    let report = SiteReport {
-        site,
-        bits: grid.bits,
-        bits_per_weight: matrix.bits_per_weight(),
-        weight_error: ratio(square(&difference), square(&original)),
-        output_error: hessian.map(|h| ratio(weighted(&difference, h), weighted(&original, h))),
-        damp,
-    };
-    Ok((matrix, report))
+    d_in: usize,
+    weight: Vec<f32>,
+    hessian: Option<Matrix>,
+}
+
+impl Work {
+    fn read(decoder: &Decoder, site: Site, moments: &SecondMoments) -> Result<Self, QuantError> {
+        let at = |what: String| QuantError::Site { site, what };
+        let (d_in, _) = decoder.sites().linear(site).ok_or_else(|| at("is not a linear layer".into()))?;
+        let weight = decoder.weight(site).ok_or_else(|| at("has no weight".into()))?;
+        let weight = weight.into_data().try_into_vec_as::<f32>().map_err(|e| at(format!("{e:?}")))?;
+        Ok(Work { site, d_in, weight, hessian: moments.matrix(site) })
+    }
+
+    fn quantize(&self, config: &QuantConfig) -> Result<(QuantizedMatrix, SiteReport), QuantError> {
+        let grid = config.grid_at(self.site).expect("sites without a grid were left out");
+        let (matrix, damp) = match (config.method, &self.hessian) {
+            (Method::Gptq(settings), Some(hessian)) => {
+                let found = gptq(&self.weight, hessian, grid, settings);
+                let (matrix, report) =
+                    found.map_err(|e| QuantError::Site { site: self.site, what: e.to_string() })?;
+                (matrix, Some(report.damp))
+            }
+            _ => (rtn(&self.weight, self.d_in, grid)?, None),
+        };
+        let rounded = matrix.dequantize();
+        let difference: Vec<f64> =
+            self.weight.iter().zip(rounded).map(|(a, b)| f64::from(*a) - f64::from(b)).collect();
+        let original: Vec<f64> = self.weight.iter().map(|v| f64::from(*v)).collect();
+        let square = |v: &[f64]| v.iter().map(|x| x * x).sum::<f64>();
+        let ratio = |a: f64, b: f64| if b > 0.0 { a / b } else { 0.0 };
+        let of_output = |h| ratio(weighted(&difference, h), weighted(&original, h));
+        let report = SiteReport {
+            site: self.site,
+            bits: grid.bits,
+            bits_per_weight: matrix.bits_per_weight(),
+            weight_error: ratio(square(&difference), square(&original)),
+            output_error: self.hessian.as_ref().map(of_output),
+            damp,
+        };
+        Ok((matrix, report))
+    }
 }
 
 /// `tr(D H D^T)` of `d: [rows, n]`.

@@ -85,7 +85,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         window: 256,
         learning_rate: number("--learning-rate", 4e-3)?,
         schedule: Schedule::Cosine { floor: 0.05 },
-        warmup: 50,
+        warmup: 100,
         weight_decay: 0.05,
         betas: [0.9, 0.95],
         seed: seed.0,

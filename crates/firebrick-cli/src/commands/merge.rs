@@ -17,11 +17,18 @@ pub struct Merge {
     /// Folder to write.
     #[arg(value_name = "OUT")]
     output: PathBuf,
+    /// Say how the models' task vectors relate (sizes, cosines, sign conflicts by tensor), and write nothing.
+    #[arg(long)]
+    analyze: bool,
 }
 
 impl Merge {
     pub fn run(&self, global: &Global, terminal: &Terminal) -> Result<()> {
         let merge = firebrick_merge::Merge::open(&self.config)?;
+        if self.analyze {
+            let analysis = merge.analyze(terminal)?;
+            return terminal.result(&analysis, || analysis.to_string());
+        }
         let target = merge.target(&self.output)?;
         let executor = models::executor(global, terminal);
         if global.dry_run {

@@ -86,7 +86,7 @@ impl Specialize {
             window: self.window.min(files.config.max_tokens),
             batch: self.batch.unwrap_or(if small { 8 } else { 4 }),
             learning_rate: self.learning_rate.unwrap_or(if small { 1e-2 } else { 1e-3 }),
-            eval_tokens: self.eval_tokens.unwrap_or(if small { 16384 } else { 4096 }),
+            eval_tokens: self.eval_tokens.unwrap_or(if small { 8192 } else { 4096 }),
             thorough: small,
         };
         if settings.window < 2 || settings.batch == 0 || settings.rank == 0 {

@@ -1,4 +1,4 @@
-//! Files that go to Python and come back: transformers, peft, gguf, mergekit.
+//! Files that go to Python and come back: transformers, peft, gguf, mergekit, llama.cpp.
 //!
 //! Runs when FIREBRICK_PYTHON names a Python that has them (`cargo xtask python` makes one).
 
@@ -14,7 +14,7 @@ fn python() -> Option<PathBuf> {
     let path = std::env::var_os("FIREBRICK_PYTHON").map(PathBuf::from);
     if path.is_none() {
         eprintln!(
-            "skipped: FIREBRICK_PYTHON does not name a Python with transformers, peft, gguf and mergekit"
+            "skipped: FIREBRICK_PYTHON does not name a Python with transformers, peft, gguf, mergekit and xllamacpp"
         );
     }
     path
@@ -67,6 +67,31 @@ fn transformers_and_gguf_load_what_we_write() {
         json(dir.path(), &["convert", &name, &back]);
         let blocks = script(&python, dir.path(), "gguf_equal.py", &[&name, &back]);
         assert_eq!(blocks["largest_difference"].as_f64(), Some(0.0), "{name}: {blocks}");
+    }
+}
+
+#[test]
+fn llama_cpp_generates_from_what_we_write() {
+    let Some(python) = python() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let prompt = "And the king said unto the people";
+    for dtype in ["f32", "q8_0", "q4_0", "q4_1"] {
+        let name = format!("{dtype}.gguf");
+        json(dir.path(), &["convert", "embedded", &name, "--type", dtype]);
+        let generate =
+            ["generate", "--model", &name, "--prompt", prompt, "--max-tokens", "12", "--temperature", "0"];
+        let ours = json(dir.path(), &generate);
+        let theirs = script(&python, dir.path(), "llama.py", &[&name, prompt, "12"]);
+        eprintln!("{dtype}: {} and {}", ours["ids"], theirs["ids"]);
+        let ids = |answer: &Value| answer["ids"].as_array().unwrap().clone();
+        assert_eq!(
+            theirs["prompt_tokens"].as_u64().unwrap() as usize,
+            ours["prompt_ids"].as_array().unwrap().len()
+        );
+        assert_eq!(ids(&theirs).len(), 12);
+        // llama.cpp rounds activations to 8 bits before it multiplies packed weights: near ties may fall the other way later on.
+        let same = ids(&ours).iter().zip(&ids(&theirs)).take_while(|(a, b)| a == b).count();
+        assert!(same >= if dtype == "f32" { 12 } else { 1 }, "{dtype}: {ours} against {theirs}");
     }
 }
 

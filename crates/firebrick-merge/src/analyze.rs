@@ -1,0 +1,213 @@
+//! What a merge has to reconcile, before a byte is written: size, direction and sign conflicts of the task vectors, tensor by tensor.
+
+use std::fmt;
+use std::ops::Range;
+
+use firebrick_core::{Progress, Task};
+use rayon::prelude::*;
+use serde::Serialize;
+
+use crate::{Merge, MergeError};
+
+/// Elements read at a time: the largest piece of every model in memory.
+const CHUNK: usize = 1 << 16;
+
+/// The task vectors of a merge (models minus the reference).
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct MergeAnalysis {
+    /// What the task vectors are measured from: the base model, or the first model where there is none.
+    pub reference: String,
+    /// The other models, in the order of every list below.
+    pub models: Vec<String>,
+    /// All tensors taken as one vector.
+    pub whole: TaskVectors,
+    /// One entry a tensor, in the order of the checkpoint.
+    pub tensors: Vec<(String, TaskVectors)>,
+}
+
+/// How the task vectors of one tensor relate.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct TaskVectors {
+    /// Elements.
+    pub elements: u64,
+    /// Euclidean norm of each task vector.
+    pub norms: Vec<f64>,
+    /// Each norm as a share of the reference's norm (0 where that is 0).
+    pub relative: Vec<f64>,
+    /// Cosine of each pair of task vectors: first with second, first with third, ..., second with third, ...; 0 where one is zero.
+    pub cosines: Vec<f64>,
+    /// Share of the elements where two task vectors point in opposite directions.
+    pub sign_conflict: f64,
+}
+
+/// Sums over some elements.
+#[derive(Clone, Default)]
+struct Sums {
+    elements: u64,
+    reference: f64,
+    squares: Vec<f64>,
+    products: Vec<f64>,
+    conflicts: u64,
+}
+
+impl Sums {
+    fn new(models: usize) -> Self {
+        let pairs = models * models.saturating_sub(1) / 2;
+        Sums { squares: vec![0.0; models], products: vec![0.0; pairs], ..Sums::default() }
+    }
+
+    /// `values`: the reference and then each model, all of one length.
+    fn over(values: &[Vec<f32>]) -> Self {
+        let (reference, models) = values.split_first().expect("there is a reference");
+        let mut sums = Sums::new(models.len());
+        sums.elements = reference.len() as u64;
+        let mut deltas = vec![0.0; models.len()];
+        for (i, &base) in reference.iter().enumerate() {
+            let (mut up, mut down) = (false, false);
+            for (delta, model) in deltas.iter_mut().zip(models) {
+                *delta = f64::from(model[i]) - f64::from(base);
+                up |= *delta > 0.0;
+                down |= *delta < 0.0;
+            }
+            sums.reference += f64::from(base) * f64::from(base);
+            sums.conflicts += u64::from(up && down);
+            let mut pair = 0;
+            for (a, &x) in deltas.iter().enumerate() {
+                sums.squares[a] += x * x;
+                for &y in &deltas[a + 1..] {
+                    sums.products[pair] += x * y;
+                    pair += 1;
+                }
+            }
+        }
+        sums
+    }
+
+    fn add(&mut self, other: &Sums) {
+        self.elements += other.elements;
+        self.reference += other.reference;
+        self.conflicts += other.conflicts;
+        self.squares.iter_mut().zip(&other.squares).for_each(|(a, b)| *a += b);
+        self.products.iter_mut().zip(&other.products).for_each(|(a, b)| *a += b);
+    }
+
+    fn finish(&self) -> TaskVectors {
+        let norms: Vec<f64> = self.squares.iter().map(|s| s.sqrt()).collect();
+        let ratio = |a: f64, b: f64| if b > 0.0 { a / b } else { 0.0 };
+        let pairs = (0..norms.len()).flat_map(|a| (a + 1..norms.len()).map(move |b| (a, b)));
+        TaskVectors {
+            elements: self.elements,
+            relative: norms.iter().map(|n| ratio(*n, self.reference.sqrt())).collect(),
+            cosines: pairs.zip(&self.products).map(|((a, b), p)| ratio(*p, norms[a] * norms[b])).collect(),
+            sign_conflict: ratio(self.conflicts as f64, self.elements as f64),
+            norms,
+        }
+    }
+}
+
+impl Merge {
+    /// Measures the task vectors of all models, in one pass over their files and in f64; nothing is written.
+    ///
+    /// Needs `4 (models + 1)` bytes for each of 65536 elements on every thread, however large the models are.
+    ///
+    /// # Errors
+    /// A tensor that cannot be read, and cancellation through `progress`.
+    pub fn analyze(&self, progress: &dyn Progress) -> Result<MergeAnalysis, MergeError> {
+        let reference = self.base.unwrap_or(0);
+        let others: Vec<usize> = (0..self.checkpoints.len()).filter(|i| *i != reference).collect();
+        let order: Vec<usize> = std::iter::once(reference).chain(others.iter().copied()).collect();
+        let infos = self.checkpoints[reference].tensors();
+        let mut task = Task::begin(progress, "analyze", Some(infos.len() as u64), "tensors");
+        let mut whole = Sums::new(others.len());
+        let mut tensors = Vec::with_capacity(infos.len());
+        for info in infos {
+            let n = info.elements();
+            let chunk = |range: Range<usize>| -> Result<Sums, MergeError> {
+                let read = |i: &usize| {
+                    let mut values = vec![0.0; range.len()];
+                    self.checkpoints[*i]
+                        .read_f32_into(&info.name, range.clone(), &mut values)
+                        .map(|()| values)
+                };
+                Ok(Sums::over(&order.iter().map(read).collect::<Result<Vec<_>, _>>()?))
+            };
+            let starts: Vec<usize> = (0..n).step_by(CHUNK).collect();
+            let parts: Vec<Sums> = starts
+                .par_iter()
+                .map(|start| chunk(*start..n.min(start + CHUNK)))
+                .collect::<Result<_, _>>()?;
+            // Added up in order, so that the number of threads does not show.
+            let mut sums = Sums::new(others.len());
+            parts.iter().for_each(|part| sums.add(part));
+            whole.add(&sums);
+            tensors.push((info.name.clone(), sums.finish()));
+            task.advance(1, "")?;
+        }
+        let name = |i: &usize| self.names[*i].clone();
+        Ok(MergeAnalysis {
+            reference: name(&reference),
+            models: others.iter().map(name).collect(),
+            whole: whole.finish(),
+            tensors,
+        })
+    }
+}
+
+impl fmt::Display for MergeAnalysis {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "task vectors from {}:", self.reference)?;
+        for (i, model) in self.models.iter().enumerate() {
+            writeln!(
+                f,
+                "  {model}: norm {:.4}, {:.3} % of the reference's",
+                self.whole.norms[i],
+                100.0 * self.whole.relative[i]
+            )?;
+        }
+        let mut pair = 0;
+        for (a, first) in self.models.iter().enumerate() {
+            for second in &self.models[a + 1..] {
+                writeln!(f, "  cosine of {first} and {second}: {:.4}", self.whole.cosines[pair])?;
+                pair += 1;
+            }
+        }
+        writeln!(f, "  opposite signs in {:.2} % of the elements", 100.0 * self.whole.sign_conflict)?;
+        let mut worst: Vec<&(String, TaskVectors)> = self.tensors.iter().collect();
+        worst.sort_by(|a, b| b.1.sign_conflict.total_cmp(&a.1.sign_conflict));
+        writeln!(f, "most conflicts:")?;
+        for (name, t) in worst.into_iter().take(10) {
+            writeln!(f, "  {:6.2} %  {name}", 100.0 * t.sign_conflict)?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sums_follow_their_definitions() {
+        let base = vec![1.0, -2.0, 0.0, 2.0];
+        let a = vec![2.0, -2.0, 1.0, 2.0];
+        let b = vec![0.0, -2.0, 2.0, 5.0];
+        let same = Sums::over(&[base.clone(), a.clone(), a.clone()]).finish();
+        assert!((same.cosines[0] - 1.0).abs() < 1e-15 && same.sign_conflict == 0.0, "{same:?}");
+        let found = Sums::over(&[base.clone(), a.clone(), b.clone()]).finish();
+        assert_eq!(found.elements, 4);
+        assert!(
+            (found.norms[0] - 2f64.sqrt()).abs() < 1e-15 && (found.norms[1] - 14f64.sqrt()).abs() < 1e-15
+        );
+        assert!((found.relative[0] - 2f64.sqrt() / 3.0).abs() < 1e-15);
+        // (1, 0, 1, 0) and (-1, 0, 2, 3): product 1, opposite at the first element only.
+        assert!((found.cosines[0] - 1.0 / 28f64.sqrt()).abs() < 1e-15);
+        assert_eq!(found.sign_conflict, 0.25);
+        let mut parts = Sums::new(2);
+        for i in 0..4 {
+            parts.add(&Sums::over(&[vec![base[i]], vec![a[i]], vec![b[i]]]));
+        }
+        assert_eq!(parts.finish(), found, "in pieces or whole");
+        let unmoved = Sums::over(&[base.clone(), base.clone(), a]).finish();
+        assert_eq!((unmoved.norms[0], unmoved.cosines[0]), (0.0, 0.0));
+    }
+}
