@@ -146,6 +146,11 @@ impl Step {
     }
 
     fn run(self) -> Result<()> {
+        if self == Self::Extend {
+            // The versions of the workspace, so that this crate is built with what everything else is tested with.
+            let lock = cmd::root().join("Cargo.lock");
+            std::fs::copy(lock, cmd::root().join("docs/guide/extend/Cargo.lock"))?;
+        }
         match self.command() {
             Some(mut command) => cmd::run(&mut command),
             None => tidy::run(),

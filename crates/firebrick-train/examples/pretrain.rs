@@ -80,10 +80,10 @@ fn main() -> Result<(), Box<dyn Error>> {
     let decoder = Decoder::random(config, seed, &device)?.trainable();
     eprintln!("{} parameters", decoder.num_params());
     let settings = TrainConfig {
-        steps: number("--steps", 900.0)? as usize,
-        batch: number("--batch", 16.0)? as usize,
+        steps: number("--steps", 3000.0)? as usize,
+        batch: number("--batch", 8.0)? as usize,
         window: 256,
-        learning_rate: number("--learning-rate", 4e-3)?,
+        learning_rate: number("--learning-rate", 2e-3)?,
         schedule: Schedule::Cosine { floor: 0.05 },
         warmup: 100,
         weight_decay: 0.05,
