@@ -1,7 +1,7 @@
 //! Weighted mean of models (model soups, arXiv 2203.05482): `y = sum w_m x_m`, divided by `sum w_m` when normalized.
 
 /// One chunk of the mean: `inputs[m]` and `out` have the same length; `add(sum, w, x)` is `sum + w x`, fused or not, and `round` is applied
-/// to the sum and to the quotient.
+/// once, to the result.
 ///
 /// A sum of weights of 0 gives infinities or NaN, as mergekit does; the caller refuses it beforehand.
 pub fn linear(
@@ -12,10 +12,10 @@ pub fn linear(
     add: impl Fn(f32, f32, f32) -> f32,
     round: impl Fn(f32) -> f32,
 ) {
-    let total = round(weights.iter().sum());
+    let total: f32 = weights.iter().sum();
     for (i, y) in out.iter_mut().enumerate() {
-        let sum = round(inputs.iter().zip(weights).fold(0.0, |sum, (x, w)| add(sum, *w, x[i])));
-        *y = if normalize { round(sum / total) } else { sum };
+        let sum = inputs.iter().zip(weights).fold(0.0, |sum, (x, w)| add(sum, *w, x[i]));
+        *y = round(if normalize { sum / total } else { sum });
     }
 }
 

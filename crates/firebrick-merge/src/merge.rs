@@ -218,12 +218,15 @@ impl Transform for Merge {
             Numerics::Mergekit => load,
             Numerics::F32 => |v| v,
         };
-        // mergekit's sum is a matrix product, whose terms are fused.
+        // mergekit's linear sums in f32, each term fused, and rounds once; its task vectors are in the type of the models.
         let add: fn(f32, f32, f32) -> f32 = match self.config.numerics {
             Numerics::Mergekit => |sum, w, x| w.mul_add(x, sum),
             Numerics::F32 => |sum, w, x| sum + w * x,
         };
-        let weights: Vec<f32> = self.weights(&name).into_iter().map(round).collect();
+        let mut weights = self.weights(&name);
+        if self.config.method == MergeMethod::TaskArithmetic {
+            weights.iter_mut().for_each(|w| *w = round(*w));
+        }
         let normalize = self.normalize(&name);
         let lambda = self.global(&self.config.lambda, &name).unwrap_or(1.0) as f32;
         // Inputs in another type than `dtype` are rounded to it first, as mergekit loads them.

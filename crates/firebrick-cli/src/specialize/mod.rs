@@ -78,8 +78,8 @@ impl Specialize {
         let small = parameters < 20_000_000;
         let settings = Settings {
             seed: global.seed,
-            steps: self.steps.unwrap_or(if small { 60 } else { 24 }),
-            student_steps: self.steps.unwrap_or(if small { 60 } else { 12 }),
+            steps: self.steps.unwrap_or(if small { 40 } else { 24 }),
+            student_steps: self.steps.unwrap_or(if small { 40 } else { 12 }),
             rank: self.rank,
             bits: self.bits,
             drop_blocks: self.drop_blocks.unwrap_or(files.config.layers / 4),
