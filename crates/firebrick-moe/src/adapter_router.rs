@@ -182,8 +182,8 @@ const HELD: usize = 8;
 /// adapter is that of their text.
 ///
 /// Batches of `batch` windows of `window` tokens take the texts in turn, so that all count alike whatever their
-/// lengths. The optimizer is AdamW without weight decay at a constant learning rate. `router` must be on a device that
-/// records gradients.
+/// lengths. The optimizer is AdamW without weight decay at a learning rate that falls linearly to 0 (a constant one leaves the gates
+/// noisy). `router` must be on a device that records gradients.
 ///
 /// # Errors
 /// Settings that cannot work (every problem is listed), a text shorter than a window, a router without gradients, a
@@ -240,7 +240,8 @@ pub fn fit_adapter_router(
         if !value.is_finite() {
             return Err(TrainError::NotFinite { step: step + 1, what: "loss", value });
         }
-        trained = optimizer.step(learning_rate, trained, gradients);
+        let left = 1.0 - step as f64 / steps as f64;
+        trained = optimizer.step(learning_rate * left, trained, gradients);
         task.advance(1, &format!("loss {value:.4}"))?;
     }
     let fixed = trained.clone().valid();

@@ -370,7 +370,7 @@ impl<'a> Pipeline<'a> {
                 &decoder.valid(),
                 router,
                 &texts,
-                600,
+                400,
                 texts.len() * 2,
                 self.settings.window,
                 5e-2,
