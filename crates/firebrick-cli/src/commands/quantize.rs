@@ -51,7 +51,7 @@ pub struct Quantize {
     /// Tokens per calibration window.
     #[arg(long, default_value_t = 256, value_name = "N")]
     window: usize,
-    /// At most this many calibration windows.
+    /// At most this many calibration windows, spread over the text.
     #[arg(long, default_value_t = 16, value_name = "N")]
     windows: usize,
     /// A path that ends in .gguf gets packed weights, any other path a folder with what they stand for.
@@ -85,8 +85,14 @@ impl Quantize {
             true_sequential: false,
             window: self.window,
         };
-        let text = &data.ids[..data.ids.len().min(self.window * self.windows)];
-        let quantized = quantize(model.decoder, text, &config, terminal)?;
+        // Spread over the whole text: its beginning may be of one kind, and GPTQ fits what it is shown.
+        let all: Vec<&[u32]> = data.ids.chunks_exact(self.window.max(2)).collect();
+        let count = self.windows.min(all.len());
+        let text: Vec<u32> = match count {
+            0 => data.ids.clone(),
+            _ => (0..count).flat_map(|i| all[i * all.len() / count]).copied().collect(),
+        };
+        let quantized = quantize(model.decoder, &text, &config, terminal)?;
         let gguf = self.out.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf"));
         let encoded = if gguf { encode(&quantized.matrices) } else { BTreeMap::new() };
         let missing = if gguf { quantized.matrices.len() - encoded.len() } else { 0 };
