@@ -86,7 +86,7 @@ impl Quantize {
             window: self.window,
         };
         // Spread over the whole text: its beginning may be of one kind, and GPTQ fits what it is shown.
-        let all: Vec<&[u32]> = data.ids.chunks_exact(self.window.max(2)).collect();
+        let all: Vec<&[u32]> = data.windows(self.window.max(2)).collect();
         let count = self.windows.min(all.len());
         let text: Vec<u32> = match count {
             0 => data.ids.clone(),
