@@ -93,7 +93,7 @@ mod tests {
             (4, GridKind::Asym, DType::Q4_1),
             (8, GridKind::SymHalf, DType::Q8_0),
         ] {
-            let q = rtn(&weight, d_in, Grid { bits, group: 64, kind }).unwrap();
+            let q = rtn(&weight, d_in, Grid { bits, group: 64, kind, clip: false }).unwrap();
             let blocks = blocks(&q).unwrap();
             assert_eq!(blocks.dtype, dtype);
             let mut values = vec![0.0; weight.len()];
@@ -111,7 +111,9 @@ mod tests {
     #[test]
     fn what_no_block_type_holds_is_refused() {
         let weight = Seed(5).normal("blocks", 96, 1.0);
-        let of = |bits, group, kind, d_in| blocks(&rtn(&weight, d_in, Grid { bits, group, kind }).unwrap());
+        let of = |bits, group, kind, d_in| {
+            blocks(&rtn(&weight, d_in, Grid { bits, group, kind, clip: false }).unwrap())
+        };
         assert!(of(4, 16, GridKind::SymHalf, 96).is_none());
         assert!(of(4, 32, GridKind::SymHalf, 48).is_none());
         assert!(of(6, 32, GridKind::SymHalf, 96).is_none());

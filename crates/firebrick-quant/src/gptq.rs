@@ -75,7 +75,8 @@ pub fn gptq(
         // The columns of a group are no longer neighbours, so its parameters come from the original weight.
         for (r, row) in w.chunks_exact(n).enumerate() {
             for (g, group) in row.chunks(len).enumerate() {
-                params[r * groups + g] = grid.fit(group.iter().map(|v| *v as f32));
+                let group: Vec<f32> = group.iter().map(|v| *v as f32).collect();
+                params[r * groups + g] = grid.fit(&group);
             }
         }
     }
@@ -95,9 +96,8 @@ pub fn gptq(
                     if !config.act_order && i % len == 0 {
                         // Later columns of the group may lie beyond this block: bring them up to date first.
                         let stop = (i + len).min(n);
-                        let fresh =
-                            (i..stop).map(|j| (row[j] - pending(errors, start, i, j, end, &u, n)) as f32);
-                        params[group] = grid.fit(fresh);
+                        let fresh = |j| (row[j] - pending(errors, start, i, j, end, &u, n)) as f32;
+                        params[group] = grid.fit(&(i..stop).map(fresh).collect::<Vec<_>>());
                     }
                     let code = params[group].encode(row[i] as f32);
                     let error = (row[i] - f64::from(params[group].decode(code))) / u[i * n + i];
@@ -202,7 +202,7 @@ mod tests {
     }
 
     fn grid(bits: u8, group: usize) -> Grid {
-        Grid { bits, group, kind: GridKind::SymHalf }
+        Grid { bits, group, kind: GridKind::SymHalf, clip: false }
     }
 
     #[test]

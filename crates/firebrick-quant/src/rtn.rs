@@ -13,7 +13,7 @@ pub fn rtn(weight: &[f32], d_in: usize, grid: Grid) -> Result<QuantizedMatrix, Q
     let mut codes = Vec::with_capacity(weight.len());
     let mut params = Vec::new();
     for group in weight.chunks_exact(d_in).flat_map(|row| row.chunks(grid.group_len(d_in))) {
-        let p = grid.fit(group.iter().copied());
+        let p = grid.fit(group);
         codes.extend(group.iter().map(|v| p.encode(*v)));
         params.push(p);
     }
@@ -42,7 +42,7 @@ mod tests {
         let (d_out, d_in) = (7, 53);
         let weight = Seed(1).normal("rtn", d_out * d_in, 0.5);
         for kind in [GridKind::SymHalf, GridKind::Asym] {
-            let grid = Grid { bits: 3, group: 16, kind };
+            let grid = Grid { bits: 3, group: 16, kind, clip: false };
             let mut rounded = weight.clone();
             grid.round(&mut rounded, d_in);
             let q = rtn(&weight, d_in, grid).unwrap();
@@ -50,7 +50,7 @@ mod tests {
             assert_eq!(q.params.len(), d_out * 4, "the last group of a row is shorter");
             assert_ne!(q.dequantize(), weight, "control: 3 bits change something");
         }
-        assert!(rtn(&weight, 52, Grid { bits: 3, group: 16, kind: GridKind::Asym }).is_err());
-        assert!(rtn(&weight, 53, Grid { bits: 1, group: 16, kind: GridKind::Asym }).is_err());
+        assert!(rtn(&weight, 52, Grid { bits: 3, group: 16, kind: GridKind::Asym, clip: false }).is_err());
+        assert!(rtn(&weight, 53, Grid { bits: 1, group: 16, kind: GridKind::Asym, clip: false }).is_err());
     }
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use firebrick_core::{Site, SiteSet};
 use firebrick_models::Decoder;
-use firebrick_tensor::grid::{Grid, GridKind};
+use firebrick_tensor::grid::Grid;
 use firebrick_tensor::linalg::{
     LinalgError, Matrix, effective_rank, participation_ratio, qr, stable_rank, symmetric_eigenvalues,
 };
@@ -102,7 +102,7 @@ impl Weight {
         };
         let mut bits = Vec::with_capacity(options.bits.len());
         for &b in &options.bits {
-            let grid = Grid { bits: b, group: options.group, kind: GridKind::SymHalf };
+            let grid = Grid { bits: b, group: options.group, kind: options.kind, clip: options.clip };
             let errors = quadratic(&self.rounding_difference(grid)?, h)?;
             let (error, rise): (f64, f64) = (errors.iter().sum(), 0.5 * dot(curvature, &errors));
             let size = (grid.bits_per_weight(d_in) * (d_in * d_out) as f64).round() as u64;
@@ -158,6 +158,7 @@ fn spectrum(h: &Matrix) -> Result<Vec<f64>, LinalgError> {
 mod tests {
     use super::*;
     use firebrick_core::{Part, Seed};
+    use firebrick_tensor::grid::GridKind;
     use firebrick_tensor::linalg::{svd, symmetric_eigen};
 
     fn moments(n: usize) -> Matrix {
@@ -174,7 +175,13 @@ mod tests {
     }
 
     fn options() -> ProfileOptions {
-        ProfileOptions { group: 8, ranks: vec![0, 1, 2, 3, 5, 16, 99], ..ProfileOptions::default() }
+        ProfileOptions {
+            group: 8,
+            kind: GridKind::SymHalf,
+            clip: false,
+            ranks: vec![0, 1, 2, 3, 5, 16, 99],
+            ..ProfileOptions::default()
+        }
     }
 
     #[test]
@@ -230,7 +237,7 @@ mod tests {
         let found = w.measure(&h, &curvature, &options()).unwrap();
         let mut last = f64::INFINITY;
         for loss in &found.bits {
-            let grid = Grid { bits: loss.bits, group: 8, kind: GridKind::SymHalf };
+            let grid = Grid { bits: loss.bits, group: 8, kind: GridKind::SymHalf, clip: false };
             let mut rounded = w.values.clone();
             grid.round(&mut rounded, d_in);
             let output = |o: usize, row: &[f64]| -> f64 {

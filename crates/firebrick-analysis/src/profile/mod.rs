@@ -7,6 +7,7 @@ use std::path::Path;
 use burn::tensor::{Int, Tensor, TensorData};
 use firebrick_core::{Brick, Event, Part, Progress, Run, Seed, Site, SiteSet, Task};
 use firebrick_models::Decoder;
+use firebrick_tensor::grid::GridKind;
 use serde::{Deserialize, Serialize};
 
 use crate::residual_flow::{ResidualFlow, TokenFlow};
@@ -40,6 +41,10 @@ pub struct ProfileOptions {
     pub bits: Vec<u8>,
     /// Weights that share a scale when rounding; 0 for a whole row.
     pub group: usize,
+    /// How scales and zero points are chosen when rounding.
+    pub kind: GridKind,
+    /// Whether rounding clips, see [`Grid::clip`](firebrick_tensor::grid::Grid::clip).
+    pub clip: bool,
     /// Ranks whose truncation error is measured; those above a layer's full rank are left out.
     pub ranks: Vec<usize>,
     /// Seed of the choice of windows.
@@ -57,6 +62,8 @@ impl Default for ProfileOptions {
             skip_first_token: true,
             bits: vec![2, 3, 4, 8],
             group: 64,
+            kind: GridKind::Asym,
+            clip: true,
             ranks: vec![0, 2, 4, 8, 16, 32, 64, 128, 256, 512],
             seed: Seed(0),
         }
@@ -133,7 +140,7 @@ pub struct LinearProfile {
     pub ranks: Vec<RankLoss>,
 }
 
-/// What rounding a weight to the nearest codes of `bits` bits costs (groups with a symmetric grid).
+/// What rounding a weight to the nearest codes of `bits` bits costs.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct BitLoss {
     /// Bits per code.

@@ -46,7 +46,7 @@ fn rounded(decoder: &Decoder, allocation: &Allocation) -> Decoder {
         let weight = decoder.weight(*site).unwrap();
         let [d_out, d_in] = weight.dims();
         let mut values = weight.into_data().try_into_vec_as::<f32>().unwrap();
-        Grid { bits: *bits as u8, group: 64, kind: GridKind::SymHalf }.round(&mut values, d_in);
+        Grid { bits: *bits as u8, group: 64, kind: GridKind::SymHalf, clip: false }.round(&mut values, d_in);
         let data = TensorData::new(values, [d_out, d_in]);
         let weight = Tensor::from_data(data, &decoder.device());
         decoder.with_weight(*site, weight)

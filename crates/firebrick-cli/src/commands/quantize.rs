@@ -80,6 +80,7 @@ impl Quantize {
                 bits: self.bits,
                 group: self.group,
                 kind: if self.asymmetric { GridKind::Asym } else { GridKind::SymHalf },
+                clip: false,
             },
             plan,
             true_sequential: false,

@@ -386,7 +386,7 @@ impl<'a> Pipeline<'a> {
     fn quant_config(&self, plan: &LayerPlan) -> Result<QuantConfig> {
         Ok(QuantConfig {
             method: Method::Gptq(GptqConfig { act_order: true, ..Default::default() }),
-            grid: Grid { bits: 3, group: 64, kind: GridKind::SymHalf },
+            grid: Grid { bits: 3, group: 64, kind: GridKind::SymHalf, clip: false },
             plan: Some(plan.resolve(self.files.sites())?),
             true_sequential: false,
             window: self.settings.window,

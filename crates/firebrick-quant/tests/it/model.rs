@@ -8,7 +8,7 @@ use firebrick_train::{TextData, domain, perplexity};
 fn config(method: Method, bits: u8) -> QuantConfig {
     QuantConfig {
         method,
-        grid: Grid { bits, group: 64, kind: GridKind::SymHalf },
+        grid: Grid { bits, group: 64, kind: GridKind::SymHalf, clip: false },
         plan: None,
         true_sequential: false,
         window: 64,

@@ -44,14 +44,15 @@ fn packed_equals_dequantized() {
     let base = logits(&decoder, &[]);
     for bits in [2, 3, 4, 8] {
         for kind in [GridKind::SymHalf, GridKind::Asym] {
-            let (packed, dense) = both(&decoder, Grid { bits, group: 16, kind });
+            let (packed, dense) = both(&decoder, Grid { bits, group: 16, kind, clip: false });
             let found = largest(logits(&decoder, &[&packed]), logits(&dense, &[]));
             assert!(found < 1e-5, "{bits} bits {kind:?}: {found}");
             let lossy = largest(logits(&dense, &[]), base.clone());
             assert!(lossy > 1e-6, "control: {bits} bits {kind:?} lose something");
         }
     }
-    let bytes = |bits| both(&decoder, Grid { bits, group: 16, kind: GridKind::SymHalf }).0.bytes();
+    let bytes =
+        |bits| both(&decoder, Grid { bits, group: 16, kind: GridKind::SymHalf, clip: false }).0.bytes();
     assert!(bytes(2) < bytes(4) && bytes(4) < bytes(8));
 }
 
@@ -60,7 +61,7 @@ fn adapters_train_above_packed_weights() {
     // QLoRA, by construction.
     let device = Device::flex().autodiff();
     let decoder = decoder(&device);
-    let (packed, dense) = both(&decoder, Grid { bits: 4, group: 16, kind: GridKind::SymHalf });
+    let (packed, dense) = both(&decoder, Grid { bits: 4, group: 16, kind: GridKind::SymHalf, clip: false });
     let bank = LoraConfig::default()
         .init(decoder.sites(), &decoder.sites().block_linears(), Seed(2), &device)
         .unwrap();
