@@ -1,17 +1,14 @@
 //! Text files that appear whole or not at all.
 
-use std::io::Write;
 use std::path::Path;
 
-use firebrick_tensor::checkpoint::AtomicFile;
+use firebrick_core::write_atomic;
 
 use crate::AnalysisError;
 
 /// Writes `text` to `path`, over an older file once it is complete.
 pub(crate) fn write(path: &Path, text: &str) -> Result<(), AnalysisError> {
-    let mut file = AtomicFile::create(path)?;
-    file.write_all(text.as_bytes()).map_err(|error| AnalysisError::Io { path: path.into(), error })?;
-    Ok(file.commit()?)
+    write_atomic(path, text.as_bytes()).map_err(|error| AnalysisError::Io { path: path.into(), error })
 }
 
 /// Reads a text file.

@@ -13,6 +13,7 @@
 //! ```
 #![forbid(unsafe_code)]
 
+mod atomic;
 mod brick;
 mod budget;
 mod device;
@@ -23,6 +24,7 @@ mod seed;
 mod selector;
 mod site;
 
+pub use atomic::{AtomicFile, folder, sync_folder, write_atomic};
 pub use brick::{Base, Brick, Skip, Tap, Taps};
 pub use budget::{
     Baseline, BudgetError, Choice, allocate, allocate_baseline, allocate_exact, allocate_greedy,

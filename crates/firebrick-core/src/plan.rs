@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::{Selector, Site, SiteSet, SiteTable};
+use crate::{Selector, Site, SiteSet, SiteTable, write_atomic};
 
 mod read;
 
@@ -336,13 +336,7 @@ impl LayerPlan {
             Format::Toml => self.to_toml()?,
             Format::Json => self.to_json()?,
         };
-        let mut partial = path.as_os_str().to_owned();
-        partial.push(format!(".{}.partial", std::process::id()));
-        let written = fs::write(&partial, text).and_then(|()| fs::rename(&partial, path));
-        written.map_err(|error| {
-            let _ = fs::remove_file(&partial);
-            PlanError::Io { path: path.into(), error }
-        })
+        write_atomic(path, text.as_bytes()).map_err(|error| PlanError::Io { path: path.into(), error })
     }
 
     /// The settings of each site of a model, and which rule did what.

@@ -3,19 +3,18 @@
 //! The router looks at the embedded tokens only and never ahead: the features of a token are the normalized mean of the
 //! embeddings up to and including it, so that gates are causal and the same with and without a key-value cache.
 
-use std::io::Write;
 use std::path::Path;
 
 use burn::module::{Module, Param};
 use burn::optim::GradientsParams;
 use burn::tensor::activation::{log_softmax, softmax};
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use firebrick_core::{Base, Brick, Part, Progress, Run, Seed, Site, SiteSet, Task};
+use firebrick_core::{Base, Brick, Part, Progress, Run, Seed, Site, SiteSet, Task, write_atomic};
 use firebrick_models::Decoder;
 use firebrick_tensor::block::DType;
-use firebrick_tensor::checkpoint::{AtomicFile, Checkpoint, Metadata, TensorSpec, write_safetensors};
+use firebrick_tensor::checkpoint::{Checkpoint, Metadata, TensorSpec, write_safetensors};
 use firebrick_tensor::ops::rms_norm;
-use firebrick_train::{AdamW, Sampler, TextData, TrainError, token_tensor};
+use firebrick_train::{AdamW, Batches, TextData, TrainError, token_tensor};
 
 use crate::{AdapterGates, MoeError};
 
@@ -118,9 +117,7 @@ impl AdapterRouter {
         write_safetensors(dir.join("router.safetensors"), &Metadata::default(), &tensors)?;
         let json = serde_json::json!({"adapters": adapters, "top_k": self.top_k});
         let text = serde_json::to_string_pretty(&json).expect("names and a number") + "\n";
-        let mut file = AtomicFile::create(dir.join("router.json"))?;
-        file.write_all(text.as_bytes()).map_err(io)?;
-        Ok(file.commit()?)
+        write_atomic(&dir.join("router.json"), text.as_bytes()).map_err(io)
     }
 
     /// Reads what [`AdapterRouter::save`] wrote.
@@ -215,7 +212,7 @@ pub fn fit_adapter_router(
     if !problems.is_empty() {
         return Err(TrainError::Config { problems });
     }
-    let sampler = |(i, text)| Sampler::new(text, window, 1, seed.derive(&format!("adapter_router/{i}")));
+    let sampler = |(i, text)| Batches::new(text, window, 1, seed.derive(&format!("adapter_router/{i}")));
     let mut samplers = data.iter().enumerate().map(sampler).collect::<Result<Vec<_>, _>>()?;
     let mut embedded = |step: usize| {
         let (windows, labels): (Vec<&[u32]>, Vec<usize>) = (step * batch..(step + 1) * batch)

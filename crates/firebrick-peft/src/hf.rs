@@ -7,9 +7,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use burn::tensor::{Device, Tensor, TensorData};
-use firebrick_core::{Site, SiteTable};
+use firebrick_core::{Site, SiteTable, write_atomic};
 use firebrick_tensor::block::DType;
-use firebrick_tensor::checkpoint::{AtomicFile, Checkpoint, Metadata, TensorSpec, write_safetensors};
+use firebrick_tensor::checkpoint::{Checkpoint, Metadata, TensorSpec, write_safetensors};
 use regex::Regex;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -96,10 +96,7 @@ pub fn save(bank: &LoraBank, sites: &SiteTable, base: &str, dir: &Path) -> Resul
 }
 
 fn write_text(path: &Path, text: &str) -> Result<(), PeftError> {
-    use std::io::Write;
-    let mut file = AtomicFile::create(path)?;
-    file.write_all(text.as_bytes()).map_err(|source| PeftError::Io { path: path.into(), source })?;
-    Ok(file.commit()?)
+    write_atomic(path, text.as_bytes()).map_err(|source| PeftError::Io { path: path.into(), source })
 }
 
 /// The module path of `site`, such as `model.layers.3.self_attn.q_proj`.

@@ -5,11 +5,11 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use burn::module::Module;
 use burn::tensor::{DType, Device, Tensor, TensorData};
+use firebrick_core::write_atomic;
 use firebrick_tensor::block;
 use firebrick_tensor::checkpoint::{AtomicFile, Checkpoint, Layout, TensorSpec, TensorWriter};
 use serde::{Deserialize, Serialize};
@@ -35,6 +35,9 @@ pub(crate) struct State {
     pub config: serde_json::Value,
     /// Digest of the training text.
     pub data: String,
+    /// What the caller says it trains over.
+    #[serde(default)]
+    pub identity: Option<String>,
     /// How many gradients each parameter has seen.
     pub updates: BTreeMap<String, u64>,
     /// The loss of every step.
@@ -186,13 +189,14 @@ fn write_tensors(path: &Path, tensors: Vec<(String, Vec<usize>, Tensor<1>)>) -> 
     let values: BTreeMap<&str, &Tensor<1>> = tensors.iter().map(|(n, _, v)| (n.as_str(), v)).collect();
     let layout = Layout::safetensors(&Default::default(), &specs)?;
     let order: Vec<String> = layout.tensors().iter().map(|t| t.name.clone()).collect();
-    let mut writer = TensorWriter::new(AtomicFile::create(path)?, layout)?;
+    let io = |e| TrainError::io(path, e);
+    let mut writer = TensorWriter::new(AtomicFile::create(path).map_err(io)?, layout)?;
     for name in order {
         let data =
             values[name.as_str()].clone().try_into_data().map_err(|e| TrainError::Device(e.to_string()))?;
         writer.write(&name, data.as_bytes())?;
     }
-    Ok(writer.finish()?.commit()?)
+    writer.finish()?.commit().map_err(io)
 }
 
 fn read(checkpoint: &Checkpoint, name: &str, dtype: DType, device: &Device) -> Result<Tensor<1>, TrainError> {
@@ -222,9 +226,7 @@ fn stored(dtype: DType) -> Option<block::DType> {
 
 /// Writes a small file atomically.
 pub(crate) fn write_file(path: &Path, bytes: &[u8]) -> Result<(), TrainError> {
-    let mut file = AtomicFile::create(path)?;
-    file.write_all(bytes).map_err(|e| TrainError::io(path, e))?;
-    Ok(file.commit()?)
+    write_atomic(path, bytes).map_err(|e| TrainError::io(path, e))
 }
 
 #[cfg(test)]
@@ -266,6 +268,7 @@ mod tests {
             tokens: 0,
             config: serde_json::json!({}),
             data: String::new(),
+            identity: None,
             updates: optimizer.moments.iter().map(|(p, m)| (p.clone(), m.updates)).collect(),
             losses: vec![0.1],
         };

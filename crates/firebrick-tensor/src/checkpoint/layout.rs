@@ -1,10 +1,11 @@
 //! Where each tensor of a file goes, and the stream that writes it there.
 
 use super::error::{CheckpointError, Result};
-use super::{TensorInfo, gguf, safetensors};
+use super::{AtomicFile, TensorInfo, gguf, safetensors};
 use crate::block::DType;
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::io::{Read, Write};
+use std::path::Path;
 
 /// A tensor to be written.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -122,8 +123,6 @@ pub struct TensorWriter<W: Write> {
 impl<W: Write> TensorWriter<W> {
     /// Writes the header of `layout`. Many small writes follow: `out` should be buffered, as [`AtomicFile`] is.
     ///
-    /// [`AtomicFile`]: super::AtomicFile
-    ///
     /// # Errors
     /// When `out` fails.
     pub fn new(mut out: W, layout: Layout) -> Result<Self> {
@@ -201,4 +200,20 @@ impl<W: Write> TensorWriter<W> {
         self.out.flush()?;
         Ok(self.out)
     }
+}
+
+/// Writes the tensors of `layout` to `path`, atomically; `tensors` may be in another order.
+pub(super) fn write_whole(
+    path: &Path,
+    layout: Layout,
+    tensors: &[(TensorSpec, impl AsRef<[u8]>)],
+) -> Result<()> {
+    let data: HashMap<&str, &[u8]> = tensors.iter().map(|(s, b)| (s.name.as_str(), b.as_ref())).collect();
+    let order: Vec<String> = layout.tensors().iter().map(|t| t.name.clone()).collect();
+    let io = |e| CheckpointError::io(path, e);
+    let mut writer = TensorWriter::new(AtomicFile::create(path).map_err(io)?, layout)?;
+    for name in order {
+        writer.write(&name, data[name.as_str()])?;
+    }
+    writer.finish()?.commit().map_err(io)
 }

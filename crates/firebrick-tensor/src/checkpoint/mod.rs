@@ -16,15 +16,14 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
-mod atomic;
 mod error;
 pub mod gguf;
 mod layout;
 mod safetensors;
 mod sharded;
 
-pub use atomic::AtomicFile;
 pub use error::{CheckpointError, Result};
+pub use firebrick_core::AtomicFile;
 pub use gguf::{Gguf, Value, write_gguf};
 pub use layout::{Layout, TensorSpec, TensorWriter};
 pub use safetensors::{Metadata, write_safetensors};

@@ -2,9 +2,9 @@
 //!
 //! Format: <https://github.com/huggingface/safetensors#format>.
 
+use super::TensorInfo;
 use super::error::{CheckpointError, Result};
-use super::layout::{self, Layout, TensorSpec, TensorWriter};
-use super::{AtomicFile, TensorInfo};
+use super::layout::{self, Layout, TensorSpec, write_whole};
 use crate::block::DType;
 use indexmap::IndexMap;
 use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, Visitor};
@@ -171,10 +171,11 @@ fn json(value: &impl serde::Serialize) -> serde_json::Value {
     serde_json::to_value(value).expect("strings and numbers are JSON")
 }
 
-/// Writes a whole safetensors file at once, atomically; for files larger than memory use a [`TensorWriter`].
+/// Writes a whole safetensors file at once, atomically; for files larger than memory use a
+/// [`TensorWriter`](super::TensorWriter).
 ///
 /// # Errors
-/// As [`Layout::safetensors`] and [`TensorWriter::write`], and when the file can't be written.
+/// As [`Layout::safetensors`] and [`TensorWriter::write`](super::TensorWriter::write), and when the file can't be written.
 pub fn write_safetensors(
     path: impl AsRef<Path>,
     metadata: &Metadata,
@@ -182,11 +183,5 @@ pub fn write_safetensors(
 ) -> Result<()> {
     let specs: Vec<TensorSpec> = tensors.iter().map(|(spec, _)| spec.clone()).collect();
     let layout = Layout::safetensors(metadata, &specs)?;
-    let data: IndexMap<&str, &[u8]> = tensors.iter().map(|(s, b)| (s.name.as_str(), b.as_ref())).collect();
-    let order: Vec<String> = layout.tensors().iter().map(|t| t.name.clone()).collect();
-    let mut writer = TensorWriter::new(AtomicFile::create(path.as_ref())?, layout)?;
-    for name in order {
-        writer.write(&name, data[name.as_str()])?;
-    }
-    writer.finish()?.commit()
+    write_whole(path.as_ref(), layout, tensors)
 }

@@ -364,7 +364,7 @@ impl<F: Fn(&mut Job<'_>) -> Result<(), StreamError> + Sync> Transform for Odd<'_
     }
 
     fn sources(&self) -> Vec<Source<'_>> {
-        vec![Source { name: "/home/somebody/a".into(), checkpoint: self.source }]
+        vec![Source { name: "/data/somebody/a".into(), checkpoint: self.source }]
     }
 
     fn outputs(&self) -> Result<Vec<OutputSpec>, StreamError> {

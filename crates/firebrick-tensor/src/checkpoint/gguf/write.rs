@@ -1,8 +1,8 @@
-//! The GGUF header; the tensors after it go through [`TensorWriter`].
+//! The GGUF header; the tensors after it go through [`TensorWriter`](crate::checkpoint::TensorWriter).
 
 use super::*;
-use crate::checkpoint::layout::{self, Layout, TensorSpec, TensorWriter};
-use crate::checkpoint::{AtomicFile, TensorInfo};
+use crate::checkpoint::TensorInfo;
+use crate::checkpoint::layout::{self, Layout, TensorSpec, write_whole};
 use std::path::Path;
 
 // ggml keeps names in 64 bytes with a final zero.
@@ -133,10 +133,11 @@ fn put_array(out: &mut Vec<u8>, array: &Array) {
     }
 }
 
-/// Writes a whole GGUF file at once, atomically; for files larger than memory use a [`TensorWriter`].
+/// Writes a whole GGUF file at once, atomically; for files larger than memory use a
+/// [`TensorWriter`](crate::checkpoint::TensorWriter).
 ///
 /// # Errors
-/// As [`Layout::gguf`] and [`TensorWriter::write`], and when the file can't be written.
+/// As [`Layout::gguf`] and [`TensorWriter::write`](crate::checkpoint::TensorWriter::write), and when the file can't be written.
 pub fn write_gguf(
     path: impl AsRef<Path>,
     metadata: &Metadata,
@@ -144,9 +145,5 @@ pub fn write_gguf(
 ) -> Result<()> {
     let specs: Vec<TensorSpec> = tensors.iter().map(|(spec, _)| spec.clone()).collect();
     let layout = Layout::gguf(metadata, &specs)?;
-    let mut writer = TensorWriter::new(AtomicFile::create(path.as_ref())?, layout)?;
-    for (spec, bytes) in tensors {
-        writer.write(&spec.name, bytes.as_ref())?;
-    }
-    writer.finish()?.commit()
+    write_whole(path.as_ref(), layout, tensors)
 }

@@ -1,9 +1,9 @@
 //! Files that appear whole or not at all.
 
-use super::error::{CheckpointError, Result};
 use std::fs::File;
-use std::io::{BufWriter, Write};
+use std::io::{BufWriter, Result, Write};
 use std::path::{Path, PathBuf};
+
 use tempfile::NamedTempFile;
 
 /// A file written beside its target and renamed over it on [`commit`](AtomicFile::commit).
@@ -28,13 +28,8 @@ impl AtomicFile {
         // Temporary files are private by default; an output gets what the umask says.
         #[cfg(unix)]
         builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-        let file = builder.tempfile_in(folder(&path)).map_err(|e| CheckpointError::io(&path, e))?;
+        let file = builder.tempfile_in(folder(&path))?;
         Ok(AtomicFile { out: BufWriter::with_capacity(1 << 20, file), path })
-    }
-
-    /// The path the file will have.
-    pub fn path(&self) -> &Path {
-        &self.path
     }
 
     /// Flushes to disk and puts the file in place, over an older one.
@@ -42,49 +37,49 @@ impl AtomicFile {
     /// # Errors
     /// When writing or renaming fails; the old file is then untouched.
     pub fn commit(self) -> Result<()> {
-        self.finish(|temporary, path| temporary.persist(path))
-    }
-
-    /// Like [`commit`](AtomicFile::commit), but refuses to replace a file that exists.
-    ///
-    /// # Errors
-    /// Also when `path` exists.
-    pub fn commit_new(self) -> Result<()> {
-        self.finish(|temporary, path| temporary.persist_noclobber(path))
-    }
-
-    fn finish(
-        self,
-        persist: impl FnOnce(NamedTempFile, &Path) -> std::result::Result<File, tempfile::PersistError>,
-    ) -> Result<()> {
         let AtomicFile { out, path } = self;
-        let fail = |e| CheckpointError::io(&path, e);
-        let temporary = out.into_inner().map_err(|e| fail(e.into_error()))?;
-        temporary.as_file().sync_all().map_err(fail)?;
-        persist(temporary, &path).map_err(|e| fail(e.error))?;
-        // The rename itself must reach the disk too; where folders can't be synced there is nothing to do.
-        if let Ok(folder) = File::open(folder(&path)) {
-            let _ = folder.sync_all();
-        }
+        let temporary = out.into_inner().map_err(std::io::IntoInnerError::into_error)?;
+        temporary.as_file().sync_all()?;
+        temporary.persist(&path).map_err(|e| e.error)?;
+        // The rename itself must reach the disk too.
+        sync_folder(folder(&path));
         Ok(())
     }
 }
 
 impl Write for AtomicFile {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+    fn write(&mut self, bytes: &[u8]) -> Result<usize> {
         self.out.write(bytes)
     }
 
-    fn write_all(&mut self, bytes: &[u8]) -> std::io::Result<()> {
+    fn write_all(&mut self, bytes: &[u8]) -> Result<()> {
         self.out.write_all(bytes)
     }
 
-    fn flush(&mut self) -> std::io::Result<()> {
+    fn flush(&mut self) -> Result<()> {
         self.out.flush()
     }
 }
 
-fn folder(path: &Path) -> &Path {
+/// Writes a whole file: readers see the old one or the new one, also after a crash.
+///
+/// # Errors
+/// When writing or renaming fails; the old file is then untouched.
+pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
+    let mut file = AtomicFile::create(path)?;
+    file.write_all(bytes)?;
+    file.commit()
+}
+
+/// Makes the renames in a folder reach the disk; where folders can't be synced there is nothing to do.
+pub fn sync_folder(folder: &Path) {
+    if let Ok(folder) = File::open(folder) {
+        let _ = folder.sync_all();
+    }
+}
+
+/// The folder that holds `path`; `.` for a bare name.
+pub fn folder(path: &Path) -> &Path {
     path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
@@ -111,19 +106,13 @@ mod tests {
     }
 
     #[test]
-    fn commit_replaces_and_commit_new_does_not() {
+    fn a_commit_replaces_the_whole_file() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a");
-        for bytes in [b"one", b"two"] {
-            let mut file = AtomicFile::create(&path).unwrap();
-            file.write_all(bytes).unwrap();
-            file.commit().unwrap();
+        for bytes in [&b"longer"[..], b"two"] {
+            write_atomic(&path, bytes).unwrap();
             assert_eq!(std::fs::read(&path).unwrap(), bytes);
         }
-        let file = AtomicFile::create(&path).unwrap();
-        let error = file.commit_new().unwrap_err();
-        assert!(error.to_string().contains(&path.display().to_string()), "{error}");
-        assert_eq!(std::fs::read(&path).unwrap(), b"two");
         assert_eq!(names(folder.path()), ["a"]);
     }
 
@@ -140,9 +129,9 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_folder_is_an_error_that_names_the_path() {
+    fn a_missing_folder_is_an_error() {
         let folder = tempfile::tempdir().unwrap();
-        let error = AtomicFile::create(folder.path().join("none/a")).unwrap_err();
-        assert!(error.to_string().contains("none"), "{error}");
+        assert!(write_atomic(&folder.path().join("none/a"), b"").is_err());
+        assert!(names(folder.path()).is_empty());
     }
 }
