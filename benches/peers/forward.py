@@ -1,9 +1,9 @@
-"""torch on the same forward pass. Usage: forward.py FOLDER REPEATS; prints `torch TOKENS_PER_SECOND`"""
+"""torch on the same forward pass. Usage: forward.py FOLDER REPEATS THREADS; prints `torch TOKENS_PER_SECOND`"""
 import sys, time, statistics
 import torch
 from transformers import AutoModelForCausalLM
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(sys.argv[3]))
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
 ids = torch.tensor([(i * 7919) % model.config.vocab_size for i in range(512)]).reshape(2, 256)
 times = []

@@ -140,7 +140,7 @@ impl Step {
         match self {
             Self::Typos => Some(("typos", "`cargo xtask python`, or `cargo install typos-cli --locked`")),
             Self::Deny => Some(("cargo-deny", "`cargo install cargo-deny --locked`")),
-            Self::Wgpu | Self::Test => Some(("cargo-nextest", "`cargo install cargo-nextest --locked`")),
+            Self::Wgpu | Self::Test => Some(test::NEXTEST),
             _ => None,
         }
     }
@@ -163,18 +163,19 @@ impl Step {
             Self::Tidy => return None,
             Self::Fmt => cmd::cargo_with(&["fmt", "--all", "--check"]),
             Self::Typos => cmd::command(find("typos").unwrap_or_else(|| "typos".into())),
-            Self::Deny => cmd::cargo_with(&["deny", "check", "licenses", "bans", "sources"]),
+            Self::Deny => cmd::cargo_with(&["deny", "--locked", "check", "licenses", "bans", "sources"]),
             Self::Clippy => {
-                cmd::cargo_with(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"])
+                let clippy = ["clippy", "--locked", "--workspace", "--all-targets", "--", "-D", "warnings"];
+                cmd::cargo_with(&clippy)
             }
             Self::Doc => {
-                let mut doc = cmd::cargo_with(&["doc", "--workspace", "--no-deps"]);
+                let mut doc = cmd::cargo_with(&["doc", "--locked", "--workspace", "--no-deps"]);
                 doc.env("RUSTDOCFLAGS", "-Dwarnings");
                 doc
             }
             Self::CudaCheck => {
-                let mut check = cmd::cargo_with(&["check", "-p", "firebrick-cli", "--features", "cuda"]);
-                check.args(["--profile", "quick", "--target-dir", "target/cuda"]);
+                let mut check = cmd::cargo_with(&["check", "--locked", "-p", "firebrick-cli"]);
+                check.args(["--features", "cuda", "--profile", "quick", "--target-dir", "target/cuda"]);
                 // The build scripts of cubecl's LLVM then download nothing, and a check links nothing.
                 check.env("DOCS_RS", "1");
                 check
@@ -182,7 +183,7 @@ impl Step {
             Self::Wgpu => {
                 let mut test = test::nextest(test::Device::Wgpu);
                 // A software rasterizer takes over a minute a test to compile kernels: CI runs the op that has one of its own.
-                test.arg("ops::rms_norm");
+                test.args(["--locked", "ops::rms_norm"]);
                 test
             }
             Self::Extend => {
@@ -191,10 +192,10 @@ impl Step {
                 test.args(manifest).args(["--target-dir", "target/extend"]);
                 test
             }
-            Self::Doctest => cmd::cargo_with(&["test", "--workspace", "--doc"]),
+            Self::Doctest => cmd::cargo_with(&["test", "--locked", "--workspace", "--doc"]),
             Self::Test => {
                 let mut test = test::nextest(test::Device::Flex);
-                test.args(["--profile", "ci"]);
+                test.args(["--locked", "--profile", "ci"]);
                 test
             }
         })
@@ -218,6 +219,17 @@ mod tests {
         for step in Step::value_variants() {
             assert_eq!(step.command().is_none(), *step == Step::Tidy, "{step:?}");
         }
+    }
+
+    #[test]
+    fn the_workflow_runs_every_step() {
+        let workflow = std::fs::read_to_string(cmd::root().join(".github/workflows/ci.yml")).unwrap();
+        let runs = workflow.lines().filter_map(|line| line.split_once("cargo xtask ci "));
+        let named: Vec<&str> = runs.flat_map(|(_, steps)| steps.split_whitespace()).collect();
+        for step in Step::value_variants() {
+            assert!(named.contains(&step.name().as_str()), "{step:?}");
+        }
+        assert!(!named.contains(&"no-such-step"), "control");
     }
 
     #[test]

@@ -42,7 +42,7 @@ const LONG_LINE: usize = 64;
 /// A missing tool, package or crate, a package whose licence text is not the expected one, an unreadable or
 /// unwritable file; with `check`, the list of all files that differ.
 pub fn run(args: &DataArgs) -> Result<()> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("xtask lies in the workspace")?;
+    let root = &crate::cmd::root();
     let tmp = TempDir::new()?;
     let count = if args.corpus.is_some() { PACKAGES.len() } else { DOMAIN_PACKAGES };
     for package in &PACKAGES[..count] {

@@ -6,6 +6,7 @@
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a command-line tool talks to its user")]
 #![allow(clippy::disallowed_methods, reason = "the environment is read here and handed on as arguments")]
 
+mod bench;
 mod ci;
 mod cmd;
 mod data;
@@ -18,6 +19,7 @@ use anyhow::Result;
 use clap::{Parser, Subcommand};
 use std::ffi::OsString;
 use std::process::ExitCode;
+use test::Device;
 
 #[derive(Parser)]
 #[command(
@@ -49,7 +51,7 @@ enum Verb {
     /// Check the rules of this repository that no other tool checks.
     Tidy,
     /// List the devices that the `firebrick` binary sees.
-    Devices,
+    Devices(DevicesArgs),
 }
 
 #[derive(clap::Args)]
@@ -57,6 +59,13 @@ struct Passthrough {
     /// Handed to the program as they are.
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     args: Vec<OsString>,
+}
+
+#[derive(clap::Args)]
+struct DevicesArgs {
+    /// Look for these devices too: the binary is built for them.
+    #[arg(long, value_enum, value_delimiter = ',')]
+    device: Vec<Device>,
 }
 
 fn main() -> Result<ExitCode> {
@@ -67,19 +76,19 @@ fn main() -> Result<ExitCode> {
         Verb::Model(args) => model::run(&args)?,
         Verb::Data(args) => data::run(&args)?,
         Verb::Python => println!("{}", python::environment()?.display()),
-        Verb::Bench(rest) => start(&["--release", "-p", "firebrick-benches", "--bin", "bench"], &rest.args)?,
+        Verb::Bench(rest) => bench::run(&rest.args)?,
+        // Without `-p`: for one package alone cargo picks other features of dependencies and builds burn again.
         Verb::Pretrain(rest) => {
-            // Without `-p`: for one package alone cargo picks other features of dependencies and builds burn again.
-            start(&["--release", "--example", "pretrain"], &rest.args)?;
+            let mut cargo = cmd::cargo_with(&["run", "--release", "--example", "pretrain", "--"]);
+            cmd::run(cargo.args(&rest.args))?;
         }
-        Verb::Devices => start(&["--quiet", "--bin", "firebrick"], &["devices".into()])?,
+        Verb::Devices(args) => {
+            let mut cargo = cmd::cargo_with(&["run", "--release", "--quiet", "--bin", "firebrick"]);
+            cargo.args(Device::build_arguments(&args.device, "firebrick-cli"));
+            cmd::run(cargo.args(["--", "devices"]))?;
+        }
     }
     Ok(ExitCode::SUCCESS)
-}
-
-/// `cargo run TARGET -- ARGS`.
-fn start(target: &[&str], args: &[OsString]) -> Result<()> {
-    cmd::run(cmd::cargo().arg("run").args(target).arg("--").args(args))
 }
 
 #[cfg(test)]

@@ -103,8 +103,18 @@ const MODELS: &[Model] = &[
     },
 ];
 
+/// The path of a model that has been fetched.
+pub fn fetched(name: &str) -> Option<PathBuf> {
+    let store = store();
+    MODELS.iter().find(|model| model.name == name && model.cached(&store)).map(|model| model.path(&store))
+}
+
+fn store() -> PathBuf {
+    cmd::root().join("target/models")
+}
+
 pub fn run(args: &ModelArgs) -> Result<()> {
-    let store = cmd::root().join("target/models");
+    let store = store();
     if args.name == "list" {
         for model in MODELS {
             let megabytes = model.files.iter().map(|pin| pin.bytes).sum::<u64>() as f64 / 1e6;

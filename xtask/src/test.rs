@@ -1,7 +1,7 @@
 //! `cargo xtask test`: nextest with the features and variables that each device needs.
 
 use crate::{cmd, python};
-use anyhow::Result;
+use anyhow::{Result, bail};
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -23,7 +23,29 @@ pub enum Device {
     Cuda,
 }
 
+/// The program that runs the tests, and how to get it.
+pub const NEXTEST: (&str, &str) = ("cargo-nextest", "`cargo install cargo-nextest --locked`");
+
+impl Device {
+    /// Arguments with which cargo builds `package` for these devices: a feature for each GPU backend, and a target
+    /// directory of its own for each set of features, so that one build does not replace another.
+    pub fn build_arguments(devices: &[Self], package: &str) -> Vec<String> {
+        let has = |device| devices.contains(&device);
+        let (dir, features) = match (has(Self::Wgpu), has(Self::Cuda)) {
+            (false, false) => return vec!["--target-dir".into(), "target".into()],
+            (true, false) => ("target/wgpu", format!("{package}/wgpu")),
+            (false, true) => ("target/cuda-test", format!("{package}/cuda")),
+            (true, true) => ("target/wgpu-cuda", format!("{package}/wgpu,{package}/cuda")),
+        };
+        vec!["--target-dir".into(), dir.into(), "--features".into(), features]
+    }
+}
+
 pub fn run(args: &TestArgs) -> Result<()> {
+    let (program, hint) = NEXTEST;
+    if cmd::find_program(program).is_none() {
+        bail!("{program} is missing: {hint}");
+    }
     cmd::run(nextest(args.device).args(&args.args))
 }
 
@@ -35,16 +57,16 @@ pub fn nextest(device: Device) -> Command {
             command.arg("--workspace");
         }
         Device::Wgpu => {
-            command.args(["--profile", "gpu", "--cargo-profile", "gpu-test", "--target-dir", "target/wgpu"]);
-            command.args(["-p", "firebrick-tensor", "--features", "wgpu"]);
+            command.args(["--profile", "gpu", "--cargo-profile", "gpu-test", "-p", "firebrick-tensor"]);
+            command.args(Device::build_arguments(&[device], "firebrick-tensor"));
             command.env("FIREBRICK_REQUIRE_DEVICE", "wgpu").env("CUBECL_AUTOTUNE_LEVEL", "minimal");
             if let Some(driver) = software_vulkan() {
                 command.env("VK_ICD_FILENAMES", driver).env("CUBECL_WGPU_DEFAULT_DEVICE", "Cpu");
             }
         }
         Device::Cuda => {
-            command.args(["--profile", "gpu", "--target-dir", "target/cuda-test"]);
-            command.args(["-p", "firebrick-tensor", "--features", "cuda"]);
+            command.args(["--profile", "gpu", "-p", "firebrick-tensor"]);
+            command.args(Device::build_arguments(&[device], "firebrick-tensor"));
             command.env("FIREBRICK_REQUIRE_DEVICE", "cuda").env("CUBECL_AUTOTUNE_LEVEL", "minimal");
         }
     }

@@ -24,6 +24,7 @@ const RULES: &[fn(&Tree) -> Vec<Violation>] = &[
     files::sizes,
     files::forbidden_strings,
     files::methods_page,
+    files::guide_snippets,
 ];
 
 /// A file of the repository. Text is kept for what is UTF-8 and of moderate size.

@@ -25,9 +25,12 @@ struct Arguments {
     /// Devices, separated by commas.
     #[arg(long, default_value = "flex", value_delimiter = ',')]
     device: Vec<DeviceSpec>,
-    /// Run the Python peer of each case too (FIREBRICK_PYTHON names the Python).
+    /// Run the Python peer of each case on flex too, on as many threads (FIREBRICK_PYTHON names the Python).
     #[arg(long)]
     peer: bool,
+    /// SmolLM2 as GGUF, measured beside the embedded model (`cargo xtask bench` names the fetched one).
+    #[arg(long, value_name = "FILE")]
+    smollm2: Option<PathBuf>,
     /// One JSON object a line.
     #[arg(long)]
     json: bool,
@@ -59,12 +62,17 @@ fn main() -> Result<()> {
         bail!("--peer needs FIREBRICK_PYTHON; `cargo xtask python` makes one");
     }
     for spec in &arguments.device {
+        let device = spec.open()?;
+        let on_cpu = device == Device::flex();
+        if arguments.peer && !on_cpu {
+            eprintln!("no peers on {spec}: they compute on the CPU");
+        }
         let bench = Bench {
-            device: spec.open()?,
+            device,
             name: spec.to_string(),
-            models: models()?,
+            models: models(arguments.smollm2.as_deref())?,
             repeats: arguments.repeats.max(1),
-            python: python.clone().filter(|_| arguments.peer),
+            python: python.clone().filter(|_| arguments.peer && on_cpu),
         };
         for (name, suite) in all {
             if !arguments.suites.is_empty() && !arguments.suites.iter().any(|s| s == name) {
@@ -94,13 +102,11 @@ fn print(m: &Measured, json: bool) -> Result<()> {
     Ok(())
 }
 
-fn models() -> Result<Vec<(&'static str, ModelFiles)>> {
+fn models(smollm2: Option<&Path>) -> Result<Vec<(&'static str, ModelFiles)>> {
     let mut models = vec![("embedded", ModelFiles::embedded()?)];
-    let path = Path::new("target/models/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf");
-    if path.exists() {
-        models.push(("smollm2", ModelFiles::open(path)?));
-    } else {
-        eprintln!("without SmolLM2: `cargo xtask model smollm2` fetches it");
+    match smollm2 {
+        Some(path) => models.push(("smollm2", ModelFiles::open(path)?)),
+        None => eprintln!("without SmolLM2: `cargo xtask model smollm2` fetches it"),
     }
     Ok(models)
 }
@@ -124,7 +130,8 @@ impl Bench {
         Export::files(files, ExportType::F32)
             .write(&folder, &Executor { overwrite: true, ..Executor::default() })?;
         let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("peers").join(script);
-        let output = Command::new(python).arg(file).arg(&folder).arg(self.repeats.to_string()).output()?;
+        let numbers = [self.repeats, rayon::current_num_threads()].map(|n| n.to_string());
+        let output = Command::new(python).arg(file).arg(&folder).args(numbers).output()?;
         let removed = std::fs::remove_dir_all(&dir);
         let text = String::from_utf8_lossy(&output.stdout);
         let line = text.lines().last().unwrap_or_default();

@@ -19,6 +19,8 @@ const FORBIDDEN: &[&str] = &[
     concat!("proxy.", "golang.org"),
     concat!("/wo", "rk/"),
     concat!("/ro", "ot/"),
+    concat!("/tm", "p/"),
+    concat!("/ho", "me/"),
 ];
 
 fn is_written(file: &File) -> bool {
@@ -109,6 +111,9 @@ pub fn methods_page(tree: &Tree) -> Vec<Violation> {
             names_test = true;
             match tree.get(path) {
                 None => violations.push(page.at(line, format!("no file {path}"))),
+                Some(file) if !file.code_lines(true).any(|(_, code)| code.contains("#[test]")) => {
+                    violations.push(page.at(line, format!("{path} has no test")));
+                }
                 Some(file) if !test.is_empty() && !defines(file, test) => {
                     violations.push(page.at(line, format!("{path} has no function {test}")));
                 }
@@ -129,6 +134,31 @@ fn test_paths(line: &str) -> impl Iterator<Item = (&str, &str)> {
         let (path, test) = span.split_once("::").unwrap_or((span, ""));
         (path.ends_with(".rs") && path.contains('/')).then_some((path, test))
     })
+}
+
+/// What a guide shows of the external crate, in blocks marked `rust,ignore`, is in that crate, but for blanks and line ends.
+pub fn guide_snippets(tree: &Tree) -> Vec<Violation> {
+    let dense = |text: &str| text.split_whitespace().collect::<String>();
+    let source = tree.get("docs/guide/extend/src/lib.rs").and_then(|file| file.text.as_deref());
+    let source = dense(source.unwrap_or_default());
+    let mut violations = Vec::new();
+    for page in tree.files.iter().filter(|f| f.path.starts_with("docs/") && f.extension() == "md") {
+        let mut block: Option<(usize, String)> = None;
+        for (line, text) in page.text_lines() {
+            match (&mut block, text.trim()) {
+                (None, "```rust,ignore") => block = Some((line, String::new())),
+                (Some((start, code)), "```") => {
+                    if !source.contains(code.as_str()) {
+                        violations.push(page.at(*start, "not in docs/guide/extend/src/lib.rs"));
+                    }
+                    block = None;
+                }
+                (Some((_, code)), text) => *code += &dense(text),
+                (None, _) => {}
+            }
+        }
+    }
+    violations
 }
 
 fn defines(file: &File, path: &str) -> bool {
@@ -188,9 +218,21 @@ mod tests {
     #[test]
     fn the_methods_page_names_tests_that_exist() {
         let page = "Intro with `not/checked.txt`.\n\n| method | test |\n|---|---|\n| A | `t/a.rs` |\n| B | `t/a.rs::works` |\n\
-                    | C | `t/gone.rs` |\n| D | `t/a.rs::work` |\n| E | none |\n\nEnd, `t/gone.rs`.\n";
+                    | C | `t/gone.rs` |\n| D | `t/a.rs::work` |\n| E | none |\n| F | `t/b.rs` |\n\nEnd, `t/gone.rs`.\n";
         let test = ("t/a.rs", "#[test]\nfn works() {}\n// fn work()\n");
-        assert_eq!(lines(&methods_page(&Tree::of(&[("docs/methods.md", page), test]))), [7, 8, 9, 11]);
+        let none = ("t/b.rs", "// #[test]\nfn works() {}\n");
+        assert_eq!(
+            lines(&methods_page(&Tree::of(&[("docs/methods.md", page), test, none]))),
+            [7, 8, 9, 10, 12]
+        );
         assert_eq!(methods_page(&Tree::of(&[test])).len(), 1);
+    }
+
+    #[test]
+    fn guides_show_code_that_is_compiled() {
+        let page = "```rust,ignore\nfn a() {\n    b()\n}\n```\n```rust,ignore\nfn a() { c() }\n```\n```sh\nfn a() { c() }\n```\n";
+        let source = ("docs/guide/extend/src/lib.rs", "mod m {\n    fn a() { b() }\n}\n");
+        assert_eq!(lines(&guide_snippets(&Tree::of(&[("docs/guide/a.md", page), source]))), [6]);
+        assert_eq!(lines(&guide_snippets(&Tree::of(&[("docs/guide/a.md", page)]))), [1, 6]);
     }
 }
