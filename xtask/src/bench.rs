@@ -14,8 +14,10 @@ pub fn run(args: &[OsString]) -> Result<()> {
 }
 
 fn build(devices: &[Device]) -> Command {
-    // The whole workspace: for one package alone cargo picks other features of dependencies and builds burn again.
-    let mut cargo = cmd::cargo_with(&["build", "--release", "--workspace", "--bin", "bench"]);
+    // What `cargo build` builds, and the benches: for other packages cargo picks other features of dependencies and builds
+    // burn again.
+    let mut cargo =
+        cmd::cargo_with(&["build", "--release", "--workspace", "--exclude", "xtask", "--bin", "bench"]);
     cargo.args(Device::build_arguments(devices, "firebrick-benches"));
     cargo
 }
