@@ -126,9 +126,7 @@ impl Step {
             Self::Clippy => "lints, in tests and benches too",
             Self::Doc => "the documentation builds without a warning",
             Self::CudaCheck => "everything type-checks with the cuda feature",
-            Self::Wgpu => {
-                "RMSNorm's kernels on wgpu (Mesa's lavapipe where installed); `cargo xtask test --device wgpu` runs all"
-            }
+            Self::Wgpu => "the ops on wgpu (Mesa's lavapipe where installed), forward and backward",
             Self::Extend => "a brick in a crate outside the workspace builds and trains through public API",
             Self::Doctest => "the examples in the documentation",
             Self::Test => "all tests on the CPU",
@@ -140,7 +138,7 @@ impl Step {
         match self {
             Self::Typos => Some(("typos", "`cargo xtask python`, or `cargo install typos-cli --locked`")),
             Self::Deny => Some(("cargo-deny", "`cargo install cargo-deny --locked`")),
-            Self::Wgpu | Self::Test => Some(test::NEXTEST),
+            Self::Test => Some(test::NEXTEST),
             _ => None,
         }
     }
@@ -181,9 +179,8 @@ impl Step {
                 check
             }
             Self::Wgpu => {
-                let mut test = test::nextest(test::Device::Wgpu);
-                // A software rasterizer takes over a minute a test to compile kernels: CI runs the op that has one of its own.
-                test.args(["--locked", "ops::rms_norm"]);
+                let mut test = test::command(test::Device::Wgpu);
+                test.arg("ops::");
                 test
             }
             Self::Extend => {
@@ -194,7 +191,7 @@ impl Step {
             }
             Self::Doctest => cmd::cargo_with(&["test", "--locked", "--workspace", "--doc"]),
             Self::Test => {
-                let mut test = test::nextest(test::Device::Flex);
+                let mut test = test::command(test::Device::Flex);
                 test.args(["--locked", "--profile", "ci"]);
                 test
             }

@@ -1,4 +1,4 @@
-//! `cargo xtask test`: nextest with the features and variables that each device needs.
+//! `cargo xtask test`: the tests, with the features and variables that each device needs.
 
 use crate::{cmd, python};
 use anyhow::{Result, bail};
@@ -11,7 +11,7 @@ pub struct TestArgs {
     /// The backend under test: every test on flex, those of firebrick-tensor on the others.
     #[arg(long, value_enum, default_value_t = Device::Flex)]
     device: Device,
-    /// Handed to nextest.
+    /// Handed to nextest, or to the test program of a GPU run.
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     args: Vec<OsString>,
 }
@@ -43,36 +43,38 @@ impl Device {
 
 pub fn run(args: &TestArgs) -> Result<()> {
     let (program, hint) = NEXTEST;
-    if cmd::find_program(program).is_none() {
+    if args.device == Device::Flex && cmd::find_program(program).is_none() {
         bail!("{program} is missing: {hint}");
     }
-    cmd::run(nextest(args.device).args(&args.args))
+    cmd::run(command(args.device).args(&args.args))
 }
 
-/// The nextest run for `device`. A device that is asked for and missing fails the tests instead of skipping them.
-pub fn nextest(device: Device) -> Command {
-    let mut command = cmd::cargo_with(&["nextest", "run"]);
-    match device {
-        Device::Flex => {
-            command.arg("--workspace");
-        }
-        Device::Wgpu => {
-            command.args(["--profile", "gpu", "--cargo-profile", "gpu-test", "-p", "firebrick-tensor"]);
-            command.args(Device::build_arguments(&[device], "firebrick-tensor"));
-            command.env("FIREBRICK_REQUIRE_DEVICE", "wgpu").env("CUBECL_AUTOTUNE_LEVEL", "minimal");
-            if let Some(driver) = software_vulkan() {
-                command.env("VK_ICD_FILENAMES", driver).env("CUBECL_WGPU_DEFAULT_DEVICE", "Cpu");
-            }
-        }
-        Device::Cuda => {
-            command.args(["--profile", "gpu", "-p", "firebrick-tensor"]);
-            command.args(Device::build_arguments(&[device], "firebrick-tensor"));
-            command.env("FIREBRICK_REQUIRE_DEVICE", "cuda").env("CUBECL_AUTOTUNE_LEVEL", "minimal");
-        }
-    }
+/// The test run for `device`. A device that is asked for and missing fails the tests instead of skipping them.
+pub fn command(device: Device) -> Command {
+    let mut command = match device {
+        Device::Flex => cmd::cargo_with(&["nextest", "run", "--workspace"]),
+        Device::Wgpu | Device::Cuda => gpu(device),
+    };
     if let Some(python) = python::existing() {
         command.env("FIREBRICK_PYTHON", python);
     }
+    command
+}
+
+/// All tests of firebrick-tensor in one process, one after the other: a process for each, as nextest has it, compiles the
+/// same kernels again and again, which takes a software rasterizer over a minute a test.
+fn gpu(device: Device) -> Command {
+    let mut command = cmd::cargo_with(&["test", "-p", "firebrick-tensor", "--test", "it"]);
+    command.args(Device::build_arguments(&[device], "firebrick-tensor"));
+    let name = if device == Device::Wgpu { "wgpu" } else { "cuda" };
+    command.env("FIREBRICK_REQUIRE_DEVICE", name).env("CUBECL_AUTOTUNE_LEVEL", "minimal");
+    if device == Device::Wgpu {
+        command.args(["--profile", "gpu-test"]);
+        if let Some(driver) = software_vulkan() {
+            command.env("VK_ICD_FILENAMES", driver).env("CUBECL_WGPU_DEFAULT_DEVICE", "Cpu");
+        }
+    }
+    command.args(["--", "--test-threads", "1"]);
     command
 }
 
@@ -108,8 +110,8 @@ mod tests {
 
     #[test]
     fn a_gpu_run_requires_its_device() {
-        assert!(cmd::show(&nextest(Device::Wgpu)).contains("FIREBRICK_REQUIRE_DEVICE=wgpu"));
-        assert!(cmd::show(&nextest(Device::Cuda)).contains("FIREBRICK_REQUIRE_DEVICE=cuda"));
-        assert!(!cmd::show(&nextest(Device::Flex)).contains("FIREBRICK_REQUIRE_DEVICE"));
+        assert!(cmd::show(&command(Device::Wgpu)).contains("FIREBRICK_REQUIRE_DEVICE=wgpu"));
+        assert!(cmd::show(&command(Device::Cuda)).contains("FIREBRICK_REQUIRE_DEVICE=cuda"));
+        assert!(!cmd::show(&command(Device::Flex)).contains("FIREBRICK_REQUIRE_DEVICE"));
     }
 }
