@@ -1,8 +1,11 @@
 //! Chat templates: Jinja with the conventions of Hugging Face's `apply_chat_template`, without its clock.
 
 use std::io::{self, Write};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
 
-use minijinja::value::{Kwargs, Value, ValueKind};
+use minijinja::value::{ArgType, Kwargs, Value, ValueKind};
 use minijinja::{Environment, Error, ErrorKind, Output, State, escape_formatter};
 use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
@@ -66,8 +69,9 @@ impl ChatOptions {
 /// A compiled chat template.
 ///
 /// Templates come from downloaded files: a rendering is cut off after a number of steps and characters that grow with
-/// the messages, and a template reaches nothing but its variables. What it builds in between (a string that doubles in
-/// every step) is bounded by the steps alone, so a hostile template can still exhaust memory.
+/// the messages (those of `tojson` and `indent` count), and a template reaches nothing but its variables. What else it
+/// builds in between (a string that doubles in every step) is bounded by the steps alone, so a hostile template can
+/// still exhaust memory.
 ///
 /// ```
 /// use firebrick_models::chat::{CHATML, ChatOptions, ChatTemplate, Message};
@@ -84,7 +88,10 @@ pub struct ChatTemplate {
 }
 
 const NAME: &str = "chat_template";
-const MAX_SOURCE: usize = 1 << 20;
+const MAX_SOURCE: usize = 1 << 16;
+const STACK: usize = 64 << 20; // a chain of operators nests as deep as it is long
+const MAX_DEPTH: usize = 128; // of JSON, as in serde_json
+const MAX_INDENT: usize = 64;
 const FUEL: (u64, u64) = (100_000, 5_000); // once, and per message
 const OUTPUT: (usize, usize) = (1 << 20, 4); // once, and per byte of input
 
@@ -92,7 +99,7 @@ impl ChatTemplate {
     /// Compiles `source`; `bos` and `eos` are the texts of the tokens, as the variables `bos_token` and `eos_token`.
     ///
     /// # Errors
-    /// [`ModelError::ChatTemplate`] with the line when the source does not parse.
+    /// [`ModelError::ChatTemplate`] with the line when the source does not parse, or when it is longer than 64 KiB.
     pub fn new(source: &str, bos: Option<&str>, eos: Option<&str>) -> Result<ChatTemplate, ModelError> {
         if source.len() > MAX_SOURCE {
             return Err(ModelError::ChatTemplate(format!(
@@ -106,10 +113,9 @@ impl ChatTemplate {
         env.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         env.set_formatter(python_format);
         env.add_function("raise_exception", raise_exception);
-        env.add_filter("tojson", tojson);
         // Jinja reads every line end as a newline.
         let source = source.replace("\r\n", "\n").replace('\r', "\n");
-        env.add_template_owned(NAME, plain_generation_tags(&source)).map_err(|e| failed(&e))?;
+        deep(|| env.add_template_owned(NAME, plain_generation_tags(&source)).map_err(|e| failed(&e)))?;
         Ok(ChatTemplate { env, bos: bos.map(String::from), eos: eos.map(String::from) })
     }
 
@@ -157,9 +163,18 @@ impl ChatTemplate {
         let given = said + options.variables.values().map(|v| v.to_string().len()).sum::<usize>();
         let mut env = self.env.clone();
         env.set_fuel(Some(FUEL.0 + FUEL.1 * messages.len() as u64));
-        let mut out = Limited { bytes: Vec::with_capacity(2 * said), limit: OUTPUT.0 + OUTPUT.1 * given };
-        let template = env.get_template(NAME).map_err(|e| failed(&e))?;
-        template.render_captured_to(Value::from_iter(variables), &mut out).map_err(|e| failed(&e))?;
+        let limit = OUTPUT.0 + OUTPUT.1 * given;
+        let left = Budget(Arc::new(AtomicUsize::new(limit)));
+        let of = left.clone();
+        env.add_filter("tojson", move |value: Value, options: Kwargs| tojson(&value, &options, &of));
+        env.add_filter("indent", move |text: String, width, first, blank, options: Kwargs| {
+            indent(&text, width, first, blank, &options, &left)
+        });
+        let mut out = Limited { bytes: Vec::with_capacity(2 * said), limit };
+        deep(|| {
+            let template = env.get_template(NAME).map_err(|e| failed(&e))?;
+            template.render_captured_to(Value::from_iter(variables), &mut out).map_err(|e| failed(&e))
+        })?;
         String::from_utf8(out.bytes).map_err(|e| ModelError::ChatTemplate(e.to_string()))
     }
 
@@ -175,6 +190,15 @@ impl ChatTemplate {
     ) -> Result<Vec<u32>, ModelError> {
         tokenizer.encode(&self.render(messages, options)?, false)
     }
+}
+
+/// Runs `work` on a stack that holds what the parser and the compiler nest.
+fn deep<T: Send>(work: impl FnOnce() -> Result<T, ModelError> + Send) -> Result<T, ModelError> {
+    thread::scope(|scope| {
+        let thread = thread::Builder::new().stack_size(STACK).spawn_scoped(scope, work);
+        let thread = thread.map_err(|e| ModelError::ChatTemplate(format!("no thread to run it on: {e}")))?;
+        thread.join().unwrap_or_else(|_| Err(ModelError::ChatTemplate("the template engine panicked".into())))
+    })
 }
 
 fn failed(error: &Error) -> ModelError {
@@ -239,14 +263,67 @@ fn python_format(out: &mut Output, state: &State, value: &Value) -> Result<(), E
     }
 }
 
+/// How many more bytes the filters of one rendering may make.
+#[derive(Clone)]
+struct Budget(Arc<AtomicUsize>);
+
+impl Budget {
+    fn left(&self) -> usize {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    fn spend(&self, bytes: usize) -> Result<(), Error> {
+        match self.left().checked_sub(bytes) {
+            Some(left) => {
+                self.0.store(left, Ordering::Relaxed);
+                Ok(())
+            }
+            None => Err(too_much()),
+        }
+    }
+}
+
+fn too_much() -> Error {
+    Error::new(ErrorKind::InvalidOperation, "the template makes too much text")
+}
+
+/// Jinja's filter of this name, within limits: a newline at the end goes, empty lines stay empty unless `blank`.
+fn indent(
+    text: &str,
+    width: Option<usize>,
+    first: Option<bool>,
+    blank: Option<bool>,
+    options: &Kwargs,
+    budget: &Budget,
+) -> Result<Value, Error> {
+    fn or<'a, T>(given: Option<T>, options: &'a Kwargs, name: &'a str, default: T) -> Result<T, Error>
+    where
+        Option<T>: ArgType<'a, Output = Option<T>>,
+    {
+        Ok(given.map_or_else(|| options.get::<Option<T>>(name), |v| Ok(Some(v)))?.unwrap_or(default))
+    }
+    let width = or(width, options, "width", 4)?;
+    let (first, blank) = (or(first, options, "first", false)?, or(blank, options, "blank", false)?);
+    options.assert_all_used()?;
+    if width > MAX_INDENT {
+        let what = format!("indent: a width of {width}, {MAX_INDENT} allowed");
+        return Err(Error::new(ErrorKind::InvalidOperation, what));
+    }
+    let text = text.strip_suffix('\n').unwrap_or(text);
+    budget.spend(text.len() + (text.matches('\n').count() + 1) * width)?;
+    let line = |(i, line): (usize, &str)| {
+        let wide = if (i > 0 || first) && (blank || !line.is_empty()) { width } else { 0 };
+        format!("{:wide$}{line}", "")
+    };
+    Ok(text.split('\n').enumerate().map(line).collect::<Vec<_>>().join("\n").into())
+}
+
 /// Python's `json.dumps` with `ensure_ascii` off, as Hugging Face's filter of this name.
-fn tojson(value: Value, options: Kwargs) -> Result<Value, Error> {
-    let json =
-        serde_json::to_value(&value).map_err(|e| Error::new(ErrorKind::BadSerialization, e.to_string()))?;
+fn tojson(value: &Value, options: &Kwargs, budget: &Budget) -> Result<Value, Error> {
     let indent: Option<usize> = options.get("indent")?;
     let separators: Option<Vec<String>> = options.get("separators")?;
     let style = JsonStyle {
-        indent: indent.map(|n| n.min(64)),
+        indent: indent.map(|n| n.min(MAX_INDENT)),
         item: separators
             .as_ref()
             .and_then(|s| s.first().cloned())
@@ -254,10 +331,12 @@ fn tojson(value: Value, options: Kwargs) -> Result<Value, Error> {
         key: separators.as_ref().and_then(|s| s.get(1).cloned()).unwrap_or(": ".into()),
         sorted: options.get::<Option<bool>>("sort_keys")?.unwrap_or(false),
         ascii: options.get::<Option<bool>>("ensure_ascii")?.unwrap_or(false),
+        limit: budget.left(),
     };
     options.assert_all_used()?;
     let mut out = String::new();
-    style.write(&mut out, &json, 0);
+    style.write(&mut out, value, 0)?;
+    budget.spend(out.len())?;
     Ok(Value::from_safe_string(out))
 }
 
@@ -267,27 +346,39 @@ struct JsonStyle {
     key: String,
     sorted: bool,
     ascii: bool,
+    /// Longest output in bytes.
+    limit: usize,
 }
 
 impl JsonStyle {
-    fn write(&self, out: &mut String, json: &Json, depth: usize) {
-        match json {
-            Json::Array(items) => {
-                self.block(out, ('[', ']'), items, depth, |out, item| self.write(out, item, depth + 1))
+    // Values are walked as they are: two lines of a template make one whose JSON is exponentially larger.
+    fn write(&self, out: &mut String, value: &Value, depth: usize) -> Result<(), Error> {
+        if depth > MAX_DEPTH {
+            let what = format!("tojson: nested deeper than {MAX_DEPTH}");
+            return Err(Error::new(ErrorKind::BadSerialization, what));
+        }
+        match value.kind() {
+            ValueKind::Seq | ValueKind::Iterable => {
+                self.block(out, ('[', ']'), value.try_iter()?, depth, |out, item| {
+                    self.write(out, &item, depth + 1)
+                })
             }
-            Json::Object(map) => {
-                let mut entries: Vec<(&String, &Json)> = map.iter().collect();
+            ValueKind::Map => {
+                let mut keys: Vec<(String, Value)> =
+                    value.try_iter()?.map(|key| Ok((key_text(&key)?, key))).collect::<Result<_, Error>>()?;
                 if self.sorted {
-                    entries.sort_by_key(|e| e.0);
+                    keys.sort_by(|a, b| a.0.cmp(&b.0));
                 }
-                self.block(out, ('{', '}'), &entries, depth, |out, (name, value)| {
-                    self.text(out, name);
-                    *out += &self.key;
-                    self.write(out, value, depth + 1);
-                });
+                self.block(out, ('{', '}'), keys.into_iter(), depth, |out, (name, key)| {
+                    self.text(out, &name)?;
+                    self.push(out, &self.key)?;
+                    self.write(out, &value.get_item(&key)?, depth + 1)
+                })
             }
-            Json::String(text) => self.text(out, text),
-            plain => *out += &plain.to_string(),
+            _ => match json(value)? {
+                Json::String(text) => self.text(out, &text),
+                plain => self.push(out, &plain.to_string()),
+            },
         }
     }
 
@@ -295,41 +386,68 @@ impl JsonStyle {
         &self,
         out: &mut String,
         ends: (char, char),
-        items: &[T],
+        items: impl Iterator<Item = T>,
         depth: usize,
-        mut each: impl FnMut(&mut String, &T),
-    ) {
-        let line = |out: &mut String, depth: usize| {
-            if let Some(width) = self.indent {
-                out.push('\n');
-                out.extend(std::iter::repeat_n(' ', width * depth));
-            }
+        mut each: impl FnMut(&mut String, T) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let line = |out: &mut String, depth: usize| match self.indent {
+            Some(width) => self.push(out, &format!("\n{:1$}", "", width * depth)),
+            None => Ok(()),
         };
         out.push(ends.0);
-        for (i, item) in items.iter().enumerate() {
-            if i > 0 {
-                *out += &self.item;
+        let mut any = false;
+        for item in items {
+            if any {
+                self.push(out, &self.item)?;
             }
-            line(out, depth + 1);
-            each(out, item);
+            any = true;
+            line(out, depth + 1)?;
+            each(out, item)?;
         }
-        if !items.is_empty() {
-            line(out, depth);
+        if any {
+            line(out, depth)?;
         }
-        out.push(ends.1);
+        self.push(out, ends.1.encode_utf8(&mut [0; 4]))
     }
 
-    fn text(&self, out: &mut String, text: &str) {
+    fn text(&self, out: &mut String, text: &str) -> Result<(), Error> {
         let quoted = Json::from(text).to_string();
+        if !self.ascii {
+            return self.push(out, &quoted);
+        }
         for c in quoted.chars() {
-            if self.ascii && !c.is_ascii() {
-                for unit in c.encode_utf16(&mut [0; 2]) {
-                    *out += &format!("\\u{unit:04x}");
-                }
-            } else {
+            if c.is_ascii() {
                 out.push(c);
+            } else {
+                for unit in c.encode_utf16(&mut [0; 2]) {
+                    self.push(out, &format!("\\u{unit:04x}"))?;
+                }
             }
         }
+        Ok(())
+    }
+
+    fn push(&self, out: &mut String, text: &str) -> Result<(), Error> {
+        if out.len() + text.len() > self.limit {
+            return Err(too_much());
+        }
+        *out += text;
+        Ok(())
+    }
+}
+
+fn json(value: &Value) -> Result<Json, Error> {
+    serde_json::to_value(value).map_err(|e| Error::new(ErrorKind::BadSerialization, e.to_string()))
+}
+
+/// The text of a map's key, as Python writes it in JSON.
+fn key_text(key: &Value) -> Result<String, Error> {
+    match json(key)? {
+        Json::String(text) => Ok(text),
+        Json::Array(_) | Json::Object(_) => {
+            Err(Error::new(ErrorKind::BadSerialization, "tojson: a key that is no text"))
+        }
+        plain => Ok(plain.to_string()),
     }
 }
 
@@ -502,6 +620,8 @@ mod tests {
         );
         assert_eq!(render("{{ [1, 2] | tojson(separators=(',', ':')) }}", variables()).unwrap(), "[1,2]");
         assert!(render("{{ x | tojson(colour=1) }}", variables()).is_err());
+        check("{{ {1: none, true: missing} | tojson }}", r#"{"1": null, "true": null}"#);
+        check("{{ messages | tojson }}", r#"[{"role": "user", "content": "hi"}]"#);
     }
 
     #[test]
@@ -549,13 +669,57 @@ mod tests {
             "{% set big = 'x' * 1000000 %}{% for i in range(1000) %}{{ big }}{% endfor %}",
             "{{ 'x' * 99999999999 }}",
             "{% set ns = namespace(x=[]) %}{% for i in range(99999) %}{% set ns.x = [ns.x] %}{% endfor %}",
+            "{% set ns = namespace(x=[]) %}{% for i in range(999) %}{% set ns.x = [ns.x] %}{% endfor %}{{ ns.x | tojson }}",
+            "{% set ns = namespace(x=[1]) %}{% for i in range(99) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x | tojson }}",
+            "{% set n = ['x' * 9999] * 2 %}{{ ([1] * 9999) | tojson(separators=n) }}",
+            "{% for i in range(9999) %}{% set big = messages | tojson(indent=64, separators=['x' * 999, '']) %}{% endfor %}",
+            "{{ 'x' | indent(99999999999, true) }}",
+            "{% for i in range(9999) %}{% set big = ('x\n' * 999) | indent(64) %}{% endfor %}",
         ];
         for source in hostile {
             let error = render(source, serde_json::json!({})).unwrap_err();
             assert!(matches!(error, ModelError::ChatTemplate(_)), "{source}: {error}");
         }
         assert!(ChatTemplate::new(&"{".repeat(MAX_SOURCE + 1), None, None).is_err());
-        assert!(ChatTemplate::new(&"{{ (".repeat(50_000), None, None).is_err());
+        assert!(ChatTemplate::new(&"{{ (".repeat(MAX_SOURCE / 4), None, None).is_err());
+    }
+
+    #[test]
+    fn long_chains_of_operators_do_not_overflow_the_stack() {
+        let chain = |head: &str, link: &str, tail: &str| {
+            let links = link.repeat((MAX_SOURCE - head.len() - tail.len()) / link.len());
+            render(&format!("{head}{links}{tail}"), serde_json::json!({}))
+        };
+        let sum = chain("{{ 1", "+1", " }}").unwrap();
+        assert_eq!(sum, ((MAX_SOURCE - 7) / 2 + 1).to_string());
+        assert_eq!(chain("{{ true", " and 1", " }}").unwrap(), "1");
+        // Errors or not: none of these may take the process down.
+        let others = [
+            ("{{ ", "not ", "true }}"),
+            ("{{ ", "-", "1 }}"),
+            ("{{ 1", "~1", " }}"),
+            ("{{ x", ".x", " }}"),
+            ("{{ x", "[0]", " }}"),
+            ("{{ x", "()", " }}"),
+            ("{{ 'x'", "|upper", " }}"),
+            ("{{ 1", " if 1 else 1", " }}"),
+            ("{{ ", "[", "1 }}"),
+            ("{% if 0 %}", "{% elif 0 %}", "{% endif %}"),
+            ("", "{% if 1 %}", ""),
+            ("{{ 1", "<1", " }}"),
+            ("{{ 2", "**1", " }}"),
+        ];
+        for (head, link, tail) in others {
+            drop(chain(head, link, tail));
+        }
+    }
+
+    #[test]
+    fn indent_is_jinjas() {
+        check("{{ 'a\nb' | indent }}", "a\n    b");
+        check("{{ 'a\nb' | indent(2, true) }}", "  a\n  b");
+        check("{{ 'a\n\nb' | indent(width=1, blank=true) }}", "a\n \n b");
+        assert!(render("{{ 'a' | indent(wide=1) }}", serde_json::json!({})).is_err());
     }
 
     #[test]

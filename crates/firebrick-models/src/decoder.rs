@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use burn::module::{Module, Param};
+use burn::module::{Module, ModuleMapper, Param, ParamId};
 use burn::nn::Linear;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use firebrick_core::{Part, Run, Seed, Site, SiteTable};
@@ -10,7 +10,7 @@ use firebrick_tensor::ops::{self, AttentionOptions, KvCache};
 
 use crate::config::DecoderConfig;
 use crate::error::ModelError;
-use crate::weights::TensorSource;
+use crate::weights::{TensorSource, weight_shape};
 
 /// A decoder-only transformer of the Llama family: grouped-query attention, rotary positions, SwiGLU, RMSNorm.
 ///
@@ -72,9 +72,8 @@ struct Layer {
     mlp_post_norm: Option<Param<Tensor<1>>>,
 }
 
-/// How many tokens of the sequence went through the wiring before this pass; kept in the [`Run`] beside a [`KvCache`].
-#[derive(Clone, Copy, Debug, Default)]
-struct Position(usize);
+/// The flat values of a weight, by site and shape.
+type Values<'a> = dyn FnMut(Site, &[usize]) -> Result<Tensor<1>, ModelError> + 'a;
 
 /// Cosines and sines of the rotary positions of one pass, each `[tokens, head_dim / 2]`.
 struct Rotary {
@@ -86,33 +85,39 @@ impl Decoder {
     /// Loads the weights of `config` from `source` onto `device`, as constants (see [`Decoder::trainable`]).
     ///
     /// # Errors
-    /// Lists every missing tensor and every tensor of the wrong shape.
+    /// If `config` is impossible, or a weight cannot be read. Every missing tensor and every tensor of the wrong shape is
+    /// listed, before anything is read.
     pub fn load(
         config: DecoderConfig,
         source: &dyn TensorSource,
         device: &Device,
     ) -> Result<Self, ModelError> {
-        let mut problems = Vec::new();
-        let decoder = Self::build(config, &mut |site, shape| {
-            let n: usize = shape.iter().product();
-            match source.read_site(site, shape) {
-                Ok(values) => Tensor::from_data(TensorData::new(values, [n]), device),
-                Err(e) => {
-                    problems.push(e.to_string());
-                    // A stand-in that takes no memory, so that one pass finds every problem.
-                    Tensor::<1>::zeros([1], device).expand([n])
-                }
-            }
-        });
-        match problems.is_empty() {
-            true => Ok(decoder?.no_grad()),
-            false => Err(ModelError::Weights { problems }),
+        possible(&config)?;
+        // Sizes that only the configuration claims are not to be allocated.
+        let sites = config.family().site_table(&config);
+        let weights = sites.entries().iter().filter_map(|e| Some((e.site, weight_shape(&sites, e.site)?)));
+        let problems: Vec<String> = weights
+            .filter_map(|(site, shape)| source.check_site(site, &shape).err())
+            .map(|e| e.to_string())
+            .collect();
+        if !problems.is_empty() {
+            return Err(ModelError::Weights { problems });
         }
+        Self::build(config, &mut |site, shape| {
+            let values = source.read_site(site, shape)?;
+            let n = values.len();
+            Ok(Tensor::from_data(TensorData::new(values, [n]), device))
+        })
+        .map(|d| d.no_grad())
     }
 
     /// A decoder with random weights: normal with standard deviation 0.02, residual projections scaled by
     /// `1 / sqrt(2 layers)` (GPT-2), norms 1.
+    ///
+    /// # Errors
+    /// If `config` is impossible; every reason is listed.
     pub fn random(config: DecoderConfig, seed: Seed, device: &Device) -> Result<Self, ModelError> {
+        possible(&config)?;
         let depth = (2.0 * config.layers as f64).sqrt();
         Self::build(config, &mut |site, shape| {
             let n: usize = shape.iter().product();
@@ -124,52 +129,50 @@ impl Decoder {
                     seed.normal(&format!("decoder.init/{site}"), n, std)
                 }
             };
-            Tensor::<1>::from_data(TensorData::new(values, [n]), device)
+            Ok(Tensor::from_data(TensorData::new(values, [n]), device))
         })
         .map(|d| d.no_grad())
     }
 
     /// Builds the modules; `weight` gives the flat values of a site in Hugging Face's layout (`[d_out, d_in]`).
-    fn build(
-        config: DecoderConfig,
-        weight: &mut dyn FnMut(Site, &[usize]) -> Tensor<1>,
-    ) -> Result<Self, ModelError> {
-        let problems = config.problems();
-        if !problems.is_empty() {
-            return Err(ModelError::Invalid { path: "config.json".into(), problems });
-        }
+    fn build(config: DecoderConfig, weight: &mut Values<'_>) -> Result<Self, ModelError> {
         let shape = Shape::new(config);
         let (c, sites) = (shape.config.clone(), shape.sites.clone());
-        let mut matrix =
-            |site: Site, rows: usize, cols: usize| weight(site, &[rows, cols]).reshape([rows, cols]);
-        let embed = Param::from_tensor(matrix(Site::global(Part::Embed), c.vocab, c.d_model));
+        let mut matrix = |site: Site, rows: usize, cols: usize| {
+            Ok::<_, ModelError>(weight(site, &[rows, cols])?.reshape([rows, cols]))
+        };
+        let embed = Param::from_tensor(matrix(Site::global(Part::Embed), c.vocab, c.d_model)?);
         let mut linear = |site: Site| {
             let (d_in, d_out) = sites.linear(site).expect("the family's table has this linear layer");
-            Linear { weight: Param::from_tensor(matrix(site, d_out, d_in).transpose()), bias: None }
+            let weight = Param::from_tensor(matrix(site, d_out, d_in)?.transpose());
+            Ok::<_, ModelError>(Linear { weight, bias: None })
         };
-        let head = (!c.tied_head).then(|| linear(Site::global(Part::Head)));
-        let linears: Vec<[Linear; 7]> =
-            (0..c.layers).map(|l| Layer::LINEARS.map(|part| linear(Site::layer(l, part)))).collect();
-        let mut norm = |site: Site| Param::from_tensor(weight(site, &[c.d_model]));
+        let head = (!c.tied_head).then(|| linear(Site::global(Part::Head))).transpose()?;
+        let mut linears = Vec::with_capacity(c.layers);
+        for l in 0..c.layers {
+            let mut at = |part| linear(Site::layer(l, part));
+            let (q, k, v, o) = (at(Part::AttnQ)?, at(Part::AttnK)?, at(Part::AttnV)?, at(Part::AttnO)?);
+            linears.push((q, k, v, o, at(Part::MlpGate)?, at(Part::MlpUp)?, at(Part::MlpDown)?));
+        }
+        let mut norm = |site: Site| Ok::<_, ModelError>(Param::from_tensor(weight(site, &[c.d_model])?));
         let post = c.norm_placement.has_post_norm();
-        let layers = linears
-            .into_iter()
-            .enumerate()
-            .map(|(l, [q, k, v, o, gate, up, down])| Layer {
-                attn_norm: norm(Site::layer(l, Part::AttnNorm)),
+        let mut layers = Vec::with_capacity(c.layers);
+        for (l, (q, k, v, o, gate, up, down)) in linears.into_iter().enumerate() {
+            layers.push(Layer {
+                attn_norm: norm(Site::layer(l, Part::AttnNorm))?,
                 q,
                 k,
                 v,
                 o,
-                attn_post_norm: post.then(|| norm(Site::layer(l, Part::AttnPostNorm))),
-                mlp_norm: norm(Site::layer(l, Part::MlpNorm)),
+                attn_post_norm: post.then(|| norm(Site::layer(l, Part::AttnPostNorm))).transpose()?,
+                mlp_norm: norm(Site::layer(l, Part::MlpNorm))?,
                 gate,
                 up,
                 down,
-                mlp_post_norm: post.then(|| norm(Site::layer(l, Part::MlpPostNorm))),
-            })
-            .collect();
-        Ok(Decoder { embed, layers, norm: norm(Site::global(Part::Norm)), head, shape })
+                mlp_post_norm: post.then(|| norm(Site::layer(l, Part::MlpPostNorm))).transpose()?,
+            });
+        }
+        Ok(Decoder { embed, layers, norm: norm(Site::global(Part::Norm))?, head, shape })
     }
 
     /// The same decoder with all weights trainable (for full fine-tuning), on a device that records gradients.
@@ -221,7 +224,7 @@ impl Decoder {
         }
     }
 
-    /// The same decoder with the weight of the linear layer at `site` replaced by `weight: [d_out, d_in]`.
+    /// The same decoder with the weight of the linear layer at `site` replaced by `weight: [d_out, d_in]`, a constant.
     ///
     /// # Panics
     /// If `site` is not a linear layer inside a block.
@@ -233,13 +236,19 @@ impl Decoder {
         self
     }
 
-    /// The same decoder with only these layers, in this order; a layer may appear more than once.
+    /// The same decoder with only these layers, in this order; a layer may appear more than once, and its repeats are
+    /// parameters of their own.
     ///
     /// # Panics
     /// If there is no such layer.
     pub fn with_layers(mut self, layers: &[usize]) -> Self {
         let config = DecoderConfig { layers: layers.len(), ..self.config().clone() };
-        self.layers = layers.iter().map(|l| self.layers[*l].clone()).collect();
+        let copy = |(i, l): (usize, &usize)| {
+            let layer = self.layers[*l].clone();
+            // Gradients are filed under ids: with one id the repeats would share them.
+            if layers[..i].contains(l) { layer.map(&mut FreshIds) } else { layer }
+        };
+        self.layers = layers.iter().enumerate().map(copy).collect();
         self.shape = Shape::new(config);
         self
     }
@@ -250,20 +259,17 @@ impl Decoder {
         self.logits(hidden, run)
     }
 
-    /// The residual stream after the last norm, `[batch, tokens, d_model]`.
+    /// The residual stream after the last norm, `[batch, tokens, d_model]`. With a [`KvCache`] in `run` the tokens come
+    /// after those it holds.
     pub fn hidden(&self, tokens: Tensor<2, Int>, run: &mut Run<'_>) -> Tensor<3> {
         let length = tokens.dims()[1];
-        let start = match run.get::<KvCache>() {
-            Some(_) => run.state::<Position>().0,
-            None => 0,
-        };
+        // A layer that a brick skips holds nothing: the fullest one knows the position.
+        let held = |cache: &KvCache| (0..self.layers.len()).map(|l| cache.len(l)).max();
+        let start = run.get::<KvCache>().and_then(held).unwrap_or(0);
         let rotary = self.rotary(start, length);
         let mut x = self.embed(tokens, run);
         for layer in 0..self.layers.len() {
             x = self.block_at(layer, x, &rotary, run);
-        }
-        if run.get::<KvCache>().is_some() {
-            run.state::<Position>().0 += length;
         }
         self.norm_at(Site::global(Part::Norm), &self.norm, x, run)
     }
@@ -302,7 +308,11 @@ impl Decoder {
         })
     }
 
-    /// Negative log-likelihood in nats of each next token, `[batch, tokens - 1]`, without materialising the logits.
+    /// Negative log-likelihood in nats of each next token of `tokens: [batch, tokens]`, `[batch, tokens - 1]`, without
+    /// materialising the logits where the head is bare.
+    ///
+    /// # Panics
+    /// If there are no tokens.
     pub fn nll(&self, tokens: Tensor<2, Int>, run: &mut Run<'_>) -> Tensor<2> {
         let [batch, length] = tokens.dims();
         let hidden = self.hidden(tokens.clone(), run);
@@ -319,7 +329,8 @@ impl Decoder {
         nll.reshape([batch, length - 1])
     }
 
-    /// An empty key-value cache for sequences of up to `capacity` tokens; put it into a [`Run`] to decode step by step.
+    /// An empty key-value cache for `batch` sequences of up to `capacity` tokens; put it into a [`Run`] to decode step by
+    /// step.
     pub fn kv_cache(&self, batch: usize, capacity: usize) -> KvCache {
         let c = self.config();
         KvCache::new(c.layers, batch, c.kv_heads, capacity, c.head_dim, &self.device())
@@ -407,11 +418,25 @@ impl Decoder {
     }
 }
 
-impl Layer {
-    /// The linear layers, in the order of the fields.
-    const LINEARS: [Part; 7] =
-        [Part::AttnQ, Part::AttnK, Part::AttnV, Part::AttnO, Part::MlpGate, Part::MlpUp, Part::MlpDown];
+/// Fails with every reason why there is no such decoder.
+fn possible(config: &DecoderConfig) -> Result<(), ModelError> {
+    match config.problems() {
+        problems if problems.is_empty() => Ok(()),
+        problems => Err(ModelError::Invalid { path: "config.json".into(), problems }),
+    }
+}
 
+/// Gives every parameter an id of its own.
+struct FreshIds;
+
+impl ModuleMapper for FreshIds {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        let (_, value, mapper) = param.consume();
+        Param::from_mapped_value(ParamId::new(), value, mapper)
+    }
+}
+
+impl Layer {
     fn linear(&self, part: Part) -> Option<&Linear> {
         match part {
             Part::AttnQ => Some(&self.q),

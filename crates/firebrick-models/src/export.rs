@@ -1,11 +1,10 @@
 //! Writing models: Hugging Face folders and GGUF files, from checkpoints or from weights on a device.
 
-use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::str::FromStr;
 
-use firebrick_core::{Site, SiteKind, SiteTable};
+use firebrick_core::{Site, SiteTable};
 use firebrick_tensor::block::DType;
 use firebrick_tensor::checkpoint::gguf::Value;
 use firebrick_tensor::checkpoint::{Format, TensorSpec};
@@ -54,6 +53,8 @@ pub struct Export<'a> {
     /// Layer `i` of the output is layer `layers[i]` of the source.
     layers: Vec<usize>,
     settings: serde_json::Value,
+    /// Hash of the weights that no source file of the executor holds.
+    content: Option<String>,
 }
 
 /// The storage types a model can be written in.
@@ -119,16 +120,20 @@ impl<'a> Export<'a> {
             encoded: BTreeMap::new(),
             layers,
             settings: serde_json::Value::Null,
+            content: None,
         }
     }
 
-    /// Takes these weights instead of the source's; in GGUF as they are, in a folder they must not be packed.
+    /// Takes these weights instead of the source's, by site of the source; in GGUF as they are, in a folder they must not be packed.
     pub fn with_encoded(mut self, encoded: BTreeMap<Site, EncodedWeight>) -> Self {
         self.encoded = encoded;
         self
     }
 
-    /// Writes only these layers of the source, in this order.
+    /// Writes only these layers of the source, in this order; a layer may appear more than once.
+    ///
+    /// # Panics
+    /// In [`Export::plan`] and [`Export::write`], if there is no such layer.
     pub fn with_layers(mut self, layers: Vec<usize>) -> Self {
         self.config.layers = layers.len();
         self.sites = self.config.family().site_table(&self.config);
@@ -143,14 +148,23 @@ impl<'a> Export<'a> {
     }
 
     /// What [`Export::write`] would read, write and need.
+    ///
+    /// # Errors
+    /// As [`Export::write`], but for what only the writing itself finds.
     pub fn plan(mut self, path: &Path, executor: &Executor<'_>) -> Result<StreamPlan, ModelError> {
         let target = self.target(path)?;
         Ok(executor.plan(&self, &target)?)
     }
 
-    /// Writes the model to `path`.
+    /// Writes the model to `path`. Weights that are not read from files are hashed first, so that an interrupted export
+    /// of other weights is not taken up.
+    ///
+    /// # Errors
+    /// If a packed type is asked for in a folder, a weight is missing, the tokenizer has no equal in the format, or
+    /// reading or writing fails.
     pub fn write(mut self, path: &Path, executor: &Executor<'_>) -> Result<StreamReport, ModelError> {
         let target = self.target(path)?;
+        self.content = self.hash_content()?;
         Ok(executor.run(&self, &target)?)
     }
 
@@ -167,6 +181,25 @@ impl<'a> Export<'a> {
             )));
         }
         Ok(Target::Folder { path: path.into(), stem: "model".into(), side_files: self.side_files()? })
+    }
+
+    /// BLAKE3 of the weights that come from a decoder or are encoded already; none where there are none.
+    fn hash_content(&self) -> Result<Option<String>, ModelError> {
+        if self.encoded.is_empty() && matches!(self.weights, Weights::Files(_)) {
+            return Ok(None);
+        }
+        let mut hasher = blake3::Hasher::new();
+        for (site, shape) in self.weights() {
+            let from = self.source_site(site);
+            if let Some(encoded) = self.encoded.get(&from) {
+                hasher.update(&encoded.bytes);
+            } else if let Weights::Decoder(decoder) = self.weights {
+                for chunk in decoder.read_site(from, &shape)?.chunks(1 << 14) {
+                    hasher.update(&chunk.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>());
+                }
+            }
+        }
+        Ok(Some(hasher.finalize().to_hex().to_string()))
     }
 
     /// `config.json` and the tokenizer's files.
@@ -199,13 +232,15 @@ impl<'a> Export<'a> {
     fn gguf_metadata(&self) -> Result<IndexMap<String, Value>, ModelError> {
         let mut map = self.config.to_gguf(&self.name);
         map.extend(self.tokenizer.gguf_metadata_padded(self.config.vocab)?);
-        // A GGUF source keeps its own keys and their order; ours replace what the export changes.
+        // A GGUF source keeps its own keys and their order; what the export says replaces what the source said.
         if let Weights::Files(files) = self.weights
             && let Some(source) = files.checkpoint.gguf()
         {
             let mut kept = source.metadata.clone();
+            kept.retain(|key, _| !key.starts_with("tokenizer.") || map.contains_key(key));
             let blocks = format!("{}.block_count", self.config.family().gguf);
-            kept.insert(blocks.clone(), map[&blocks].clone());
+            let ours = |key: &str| key.starts_with("tokenizer.") || key == "general.name" || key == blocks;
+            kept.extend(map.into_iter().filter(|(key, _)| ours(key)));
             map = kept;
         }
         let file_type = match self.dtype {
@@ -240,9 +275,7 @@ impl<'a> Export<'a> {
         match shape {
             [_] if gguf => DType::F32,
             [_, columns] if self.dtype.is_packed() => {
-                let kind = self.sites.get(site).map(|e| e.kind);
-                let outer = site.layer.is_none() && !matches!(kind, Some(SiteKind::Norm { .. }));
-                let dtype = if outer { DType::Q8_0 } else { self.dtype };
+                let dtype = if site.layer.is_none() { DType::Q8_0 } else { self.dtype };
                 if columns.is_multiple_of(dtype.block_len()) { dtype } else { DType::F16 }
             }
             _ => self.dtype,
@@ -310,6 +343,7 @@ impl Transform for Export<'_> {
             "type": self.dtype.name(),
             "layers": self.layers,
             "encoded": self.encoded.iter().map(|(s, e)| (s.to_string(), e.dtype.name())).collect::<Vec<_>>(),
+            "content": self.content,
             "how": self.settings,
         })
     }
@@ -349,7 +383,6 @@ impl Transform for Export<'_> {
                 }
             }
         };
-        let values: Cow<'_, [f32]> = values.into();
         job.write_f32(&values)
     }
 }

@@ -2,12 +2,12 @@
 
 use std::ops::ControlFlow;
 
-use burn::tensor::{Int, Tensor, TensorData};
 use firebrick_core::{Brick, Run};
 
 use crate::decoder::Decoder;
 use crate::error::ModelError;
 use crate::sampling::Sampler;
+use crate::tokens::token_tensor;
 
 /// When to stop, and whether to keep keys and values.
 #[derive(Clone, Debug)]
@@ -29,7 +29,8 @@ impl Default for GenerateOptions {
 /// Continues `prompt` and returns the new tokens; `on_token` sees each one as it comes and can break off.
 ///
 /// # Errors
-/// If the prompt is empty, prompt and new tokens exceed the model's context, or the logits are not finite.
+/// If the prompt is empty or has an id that the embedding has no row for, prompt and new tokens exceed the model's
+/// context, or the logits are not finite.
 pub fn generate(
     decoder: &Decoder,
     bricks: &[&dyn Brick],
@@ -38,25 +39,25 @@ pub fn generate(
     options: &GenerateOptions,
     on_token: &mut dyn FnMut(u32) -> ControlFlow<()>,
 ) -> Result<Vec<u32>, ModelError> {
-    let limit = decoder.config().max_tokens;
+    let (limit, vocab) = (decoder.config().max_tokens, decoder.config().vocab);
     if prompt.is_empty() {
         return Err(ModelError::Generate("the prompt has no tokens".into()));
     }
-    if prompt.len() + options.max_tokens > limit {
+    if let Some(id) = prompt.iter().find(|id| **id as usize >= vocab) {
+        return Err(ModelError::Generate(format!("the prompt has token {id}, the model knows {vocab}")));
+    }
+    let capacity = prompt.len().checked_add(options.max_tokens).filter(|n| *n <= limit);
+    let Some(capacity) = capacity else {
         return Err(ModelError::Generate(format!(
             "{} prompt tokens and {} new ones exceed the model's context of {limit}",
             prompt.len(),
             options.max_tokens
         )));
-    }
-    let device = decoder.device();
-    let tensor = |ids: &[u32]| {
-        let ids: Vec<i32> = ids.iter().map(|id| *id as i32).collect();
-        Tensor::<2, Int>::from_data(TensorData::new(ids.clone(), [1, ids.len()]), &device)
     };
+    let device = decoder.device();
     let mut run = Run::new(bricks);
     if options.use_cache {
-        run.insert(decoder.kv_cache(1, prompt.len() + options.max_tokens));
+        run.insert(decoder.kv_cache(1, capacity));
     }
     let mut ids = prompt.to_vec();
     let mut next = prompt.to_vec();
@@ -65,7 +66,7 @@ pub fn generate(
             run = Run::new(bricks);
             next.clone_from(&ids);
         }
-        let hidden = decoder.hidden(tensor(&next), &mut run);
+        let hidden = decoder.hidden(token_tensor(&[&next], &device), &mut run);
         let length = hidden.dims()[1];
         let logits = decoder.logits(hidden.narrow(1, length - 1, 1), &mut run);
         let logits: Vec<f32> =

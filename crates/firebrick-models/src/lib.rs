@@ -14,13 +14,15 @@ mod generate;
 mod model;
 pub mod sampling;
 pub mod tokenizer;
+mod tokens;
 mod weights;
 
 pub use config::{DecoderConfig, NormPlacement};
 pub use decoder::Decoder;
 pub use error::ModelError;
 pub use export::{EncodedWeight, Export, ExportType};
-pub use family::{FAMILIES, Family, Row};
+pub use family::Family;
 pub use generate::{GenerateOptions, generate};
 pub use model::{Model, ModelFiles};
-pub use weights::{CheckpointWeights, TensorSource, deinterleave_rows, interleave_rows, weight_shape};
+pub use tokens::token_tensor;
+pub use weights::{CheckpointWeights, TensorSource, deinterleave_rows};

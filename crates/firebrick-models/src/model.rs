@@ -1,9 +1,10 @@
 //! A model on disk, and a model on a device.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
-use firebrick_core::{Site, SiteTable};
+use firebrick_core::{Part, Site, SiteTable};
 use firebrick_tensor::checkpoint::{Checkpoint, Format};
 
 use crate::config::DecoderConfig;
@@ -14,6 +15,9 @@ use crate::weights::CheckpointWeights;
 
 /// The model trained by this project and built into this crate; see `docs/guide/start.md`.
 static EMBEDDED: &[u8] = include_bytes!("../data/embedded.gguf");
+
+/// The embedding's name in GGUF.
+const EMBEDDING: &str = "token_embd.weight";
 
 /// A model as it lies on disk: checkpoint, configuration and tokenizer, nothing on a device.
 #[derive(Debug)]
@@ -44,13 +48,14 @@ impl ModelFiles {
     /// Opens a Hugging Face folder (`config.json`, `tokenizer.json`, safetensors) or a GGUF file.
     ///
     /// # Errors
-    /// If a file is missing, damaged, or describes an architecture that is not supported.
+    /// If a file is missing, damaged, or describes an architecture that is not supported; if the checkpoint has a tensor
+    /// that the architecture has no place for, or the tokenizer more ids than the embedding has rows.
     pub fn open(path: &Path) -> Result<Self, ModelError> {
         if path.is_dir() {
             let config = DecoderConfig::from_hf_file(&path.join("config.json"))?;
             let tokenizer = Tokenizer::from_folder(path)?;
             let name = path.file_name().map_or("model".into(), |n| n.to_string_lossy().into_owned());
-            return Ok(Self::new(name, Checkpoint::open(path)?, config, tokenizer));
+            return Self::new(name, Checkpoint::open(path)?, config, tokenizer);
         }
         let checkpoint = Checkpoint::open(path)?;
         if checkpoint.format() != Format::Gguf {
@@ -63,6 +68,9 @@ impl ModelFiles {
     }
 
     /// The model built into this crate.
+    ///
+    /// # Errors
+    /// If the bytes in this crate are damaged.
     pub fn embedded() -> Result<Self, ModelError> {
         let path = PathBuf::from("embedded.gguf");
         let mut files = Self::from_gguf(Checkpoint::from_static(EMBEDDED, &path)?, &path)?;
@@ -72,19 +80,85 @@ impl ModelFiles {
 
     fn from_gguf(checkpoint: Checkpoint, path: &Path) -> Result<Self, ModelError> {
         let gguf = checkpoint.gguf().expect("the format was checked");
-        let vocab = checkpoint.get("token_embd.weight").map(|t| t.shape[0]);
-        let missing = || ModelError::MissingTensor { name: "token_embd.weight".into(), path: path.into() };
+        let missing = || ModelError::MissingTensor { name: EMBEDDING.into(), path: path.into() };
+        let [vocab, _] = checkpoint.get(EMBEDDING).ok_or_else(missing)?.shape[..] else {
+            let problems = vec![format!("tensor `{EMBEDDING}` is not a matrix")];
+            return Err(ModelError::Invalid { path: path.into(), problems });
+        };
         let tied = checkpoint.get("output.weight").is_none();
-        let config = DecoderConfig::from_gguf(gguf, vocab.ok_or_else(missing)?, tied, path)?;
+        let config = DecoderConfig::from_gguf(gguf, vocab, tied, path)?;
         let tokenizer = Tokenizer::from_gguf(gguf)?;
         let stem = path.file_stem().map_or("model".into(), |n| n.to_string_lossy().into_owned());
         let name = gguf.str("general.name").map_or(stem, String::from);
-        Ok(Self::new(name, checkpoint, config, tokenizer))
+        Self::new(name, checkpoint, config, tokenizer)
     }
 
-    fn new(name: String, checkpoint: Checkpoint, config: DecoderConfig, tokenizer: Tokenizer) -> Self {
+    fn new(
+        name: String,
+        checkpoint: Checkpoint,
+        config: DecoderConfig,
+        tokenizer: Tokenizer,
+    ) -> Result<Self, ModelError> {
         let sites = config.family().site_table(&config);
-        ModelFiles { name, checkpoint, config, tokenizer, sites }
+        let files = ModelFiles { name, checkpoint, config, tokenizer, sites };
+        let mut problems = files.unclaimed()?;
+        let (ids, rows) = (files.tokenizer.vocab_size(), files.config.vocab);
+        if ids > rows {
+            problems.push(format!("the tokenizer has ids up to {}, the embedding has {rows} rows", ids - 1));
+        }
+        match problems.is_empty() {
+            true => Ok(files),
+            false => Err(ModelError::Invalid { path: files.checkpoint.path().into(), problems }),
+        }
+    }
+
+    /// Tensors that no site takes: a model that has them computes something else than the wiring does.
+    fn unclaimed(&self) -> Result<Vec<String>, ModelError> {
+        let entries = self.sites.entries().iter().filter(|e| e.tensor.is_some());
+        let claimed: HashSet<String> = entries.filter_map(|e| self.tensor_name(e.site)).collect();
+        let mut problems = Vec::new();
+        for tensor in self.checkpoint.tensors().iter().filter(|t| !claimed.contains(&t.name)) {
+            let name = tensor.name.as_str();
+            let known = self.checkpoint.format() != Format::Gguf
+                // Frequencies that follow from `rope_theta`, which old versions of transformers saved.
+                && (name.ends_with(".rotary_emb.inv_freq") || self.is_copied_head(name)?);
+            if !known {
+                let why = if name.starts_with("rope_freqs") { " (rotary scaling)" } else { "" };
+                problems.push(format!("tensor `{name}` has no place in this architecture{why}"));
+            }
+        }
+        Ok(problems)
+    }
+
+    /// Whether `name` is a tied head that was saved nevertheless, equal to the embedding.
+    fn is_copied_head(&self, name: &str) -> Result<bool, ModelError> {
+        let of = |part| self.config.family().hf_name(Site::global(part));
+        if !self.config.tied_head || of(Part::Head).as_deref() != Some(name) {
+            return Ok(false);
+        }
+        let Some(embedding) = of(Part::Embed).filter(|e| self.checkpoint.get(e).is_some()) else {
+            return Ok(false);
+        };
+        Ok(self.checkpoint.bytes(name)? == self.checkpoint.bytes(&embedding)?)
+    }
+
+    /// A digest of everything the model computes with, 64 hexadecimal digits: BLAKE3 of the configuration, and of every
+    /// tensor in order of name with its type, shape and bytes.
+    ///
+    /// # Errors
+    /// If the checkpoint can't be read.
+    pub fn digest(&self) -> Result<String, ModelError> {
+        let config = serde_json::to_vec(&self.config).map_err(|e| ModelError::Config(e.to_string()))?;
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(&(config.len() as u64).to_le_bytes()).update(&config);
+        let mut tensors: Vec<_> = self.checkpoint.tensors().iter().collect();
+        tensors.sort_by_key(|t| &t.name);
+        for tensor in tensors {
+            let head = format!("{:?} {} {:?}", tensor.name, tensor.dtype, tensor.shape);
+            let bytes = self.checkpoint.bytes(&tensor.name)?;
+            hasher.update(&(head.len() as u64).to_le_bytes()).update(head.as_bytes()).update(bytes);
+        }
+        Ok(hasher.finalize().to_hex().to_string())
     }
 
     /// The sites of the model.
@@ -98,11 +172,14 @@ impl ModelFiles {
     }
 
     /// The tensor of `site` in the checkpoint, if the site has a weight.
-    pub fn tensor_name(&self, site: Site) -> Option<String> {
+    pub(crate) fn tensor_name(&self, site: Site) -> Option<String> {
         self.weights().tensor_name(site)
     }
 
     /// Reads the weights onto `device`.
+    ///
+    /// # Errors
+    /// As [`Decoder::load`].
     pub fn load(self, device: &Device) -> Result<Model, ModelError> {
         let decoder = Decoder::load(self.config.clone(), &self.weights(), device)?;
         Ok(Model { name: self.name, decoder, tokenizer: self.tokenizer })
@@ -110,12 +187,18 @@ impl ModelFiles {
 }
 
 impl Model {
-    /// Opens and loads a Hugging Face folder or a GGUF file; see [`ModelFiles::open`].
+    /// Opens and loads a Hugging Face folder or a GGUF file.
+    ///
+    /// # Errors
+    /// As [`ModelFiles::open`] and [`Decoder::load`].
     pub fn open(path: &Path, device: &Device) -> Result<Self, ModelError> {
         ModelFiles::open(path)?.load(device)
     }
 
     /// Loads the model built into this crate.
+    ///
+    /// # Errors
+    /// As [`ModelFiles::embedded`].
     pub fn embedded(device: &Device) -> Result<Self, ModelError> {
         ModelFiles::embedded()?.load(device)
     }

@@ -15,19 +15,23 @@ pub trait TensorSource {
     /// # Errors
     /// If the weight is missing or has another shape than `shape`.
     fn read_site(&self, site: Site, shape: &[usize]) -> Result<Vec<f32>, ModelError>;
+
+    /// Whether [`TensorSource::read_site`] would find a weight of `shape`, without reading it.
+    ///
+    /// # Errors
+    /// If the weight is missing or has another shape than `shape`.
+    fn check_site(&self, site: Site, shape: &[usize]) -> Result<(), ModelError>;
 }
 
 /// The weights of a checkpoint, by site: knows the family's tensor names and GGUF's order of q and k rows.
 #[derive(Clone, Copy)]
 pub struct CheckpointWeights<'a> {
-    /// The file or folder.
-    pub checkpoint: &'a Checkpoint,
-    /// The shape of the model in it.
-    pub config: &'a DecoderConfig,
+    pub(crate) checkpoint: &'a Checkpoint,
+    pub(crate) config: &'a DecoderConfig,
 }
 
 impl CheckpointWeights<'_> {
-    /// The name of `site`'s weight in this checkpoint.
+    /// The name of `site`'s weight in this checkpoint, `None` for sites without one.
     pub fn tensor_name(&self, site: Site) -> Option<String> {
         let family = self.config.family();
         match self.checkpoint.format() {
@@ -52,8 +56,9 @@ pub(crate) fn interleaved_heads(family: &Family, config: &DecoderConfig, site: S
     }
 }
 
-impl TensorSource for CheckpointWeights<'_> {
-    fn read_site(&self, site: Site, shape: &[usize]) -> Result<Vec<f32>, ModelError> {
+impl CheckpointWeights<'_> {
+    /// The name of `site`'s weight, which is there and has this shape.
+    fn find(&self, site: Site, shape: &[usize]) -> Result<String, ModelError> {
         let name = self.tensor_name(site).ok_or_else(|| ModelError::NoWeight { site })?;
         let info = self.checkpoint.get(&name).ok_or_else(|| ModelError::MissingTensor {
             name: name.clone(),
@@ -62,16 +67,34 @@ impl TensorSource for CheckpointWeights<'_> {
         if info.shape != shape {
             return Err(ModelError::Shape { name, expected: shape.to_vec(), found: info.shape.clone() });
         }
+        Ok(name)
+    }
+}
+
+impl TensorSource for CheckpointWeights<'_> {
+    fn read_site(&self, site: Site, shape: &[usize]) -> Result<Vec<f32>, ModelError> {
+        let name = self.find(site, shape)?;
         let mut values = self.checkpoint.read_f32(&name)?;
         if let Some(heads) = self.interleaved_heads(site) {
             values = deinterleave_rows(&values, heads, shape[0], shape[1]);
         }
         Ok(values)
     }
+
+    fn check_site(&self, site: Site, shape: &[usize]) -> Result<(), ModelError> {
+        self.find(site, shape).map(drop)
+    }
 }
 
 impl TensorSource for Decoder {
     fn read_site(&self, site: Site, shape: &[usize]) -> Result<Vec<f32>, ModelError> {
+        self.check_site(site, shape)?;
+        let weight = self.weight(site).ok_or(ModelError::NoWeight { site })?;
+        let data = weight.without_autodiff().into_data();
+        data.try_into_vec_as::<f32>().map_err(|e| ModelError::Backend(format!("{e:?}")))
+    }
+
+    fn check_site(&self, site: Site, shape: &[usize]) -> Result<(), ModelError> {
         let weight = self.weight(site).ok_or(ModelError::NoWeight { site })?;
         let dims = weight.dims();
         let expected = if let [d] = shape { [1, *d] } else { [shape[0], shape[1]] };
@@ -82,13 +105,12 @@ impl TensorSource for Decoder {
                 found: dims.into(),
             });
         }
-        let data = weight.without_autodiff().into_data();
-        data.try_into_vec_as::<f32>().map_err(|e| ModelError::Backend(format!("{e:?}")))
+        Ok(())
     }
 }
 
 /// The shape of `site`'s weight in Hugging Face's layout, if it has one.
-pub fn weight_shape(sites: &SiteTable, site: Site) -> Option<Vec<usize>> {
+pub(crate) fn weight_shape(sites: &SiteTable, site: Site) -> Option<Vec<usize>> {
     use firebrick_core::SiteKind::*;
     let entry = sites.get(site)?;
     entry.tensor.as_ref()?;
@@ -106,7 +128,7 @@ pub fn deinterleave_rows(values: &[f32], heads: usize, rows: usize, cols: usize)
 }
 
 /// Rows from Hugging Face's order (halves) to llama.cpp's (rotary pairs side by side), per head.
-pub fn interleave_rows(values: &[f32], heads: usize, rows: usize, cols: usize) -> Vec<f32> {
+pub(crate) fn interleave_rows(values: &[f32], heads: usize, rows: usize, cols: usize) -> Vec<f32> {
     permute_rows(values, cols, rows, interleaved_row(rows, heads))
 }
 

@@ -7,7 +7,7 @@ use burn::tensor::{DType, Tensor};
 /// The Euclidean norm `[1]` of all gradients of `module` taken as one vector, on the device; `None` if there are none.
 ///
 /// All gradients must be on one device.
-pub fn global_norm<M: Module>(module: &M, gradients: &GradientsParams) -> Option<Tensor<1>> {
+pub(crate) fn global_norm<M: Module>(module: &M, gradients: &GradientsParams) -> Option<Tensor<1>> {
     struct Squares<'a>(&'a GradientsParams, Option<Tensor<1>>);
     impl ModuleVisitor for Squares<'_> {
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {

@@ -2,7 +2,6 @@
 
 use std::path::Path;
 
-use burn::tensor::{Device, Int, Tensor, TensorData};
 use firebrick_core::Seed;
 use firebrick_models::tokenizer::Tokenizer;
 use rand::seq::SliceRandom;
@@ -77,18 +76,6 @@ impl TextData {
         Ok(data)
     }
 
-    /// The texts one after the other.
-    pub fn concat(parts: impl IntoIterator<Item = TextData>) -> Self {
-        let mut all = TextData::default();
-        for part in parts {
-            let (ids, bytes) = (all.ids.len(), all.bytes);
-            all.ends.extend(part.ends.iter().map(|(i, b)| (ids + i, bytes + b)));
-            all.ids.extend(part.ids);
-            all.bytes += part.bytes;
-        }
-        all
-    }
-
     /// Number of documents.
     pub fn documents(&self) -> usize {
         self.ends.len()
@@ -100,6 +87,36 @@ impl TextData {
     /// If `window` is 0.
     pub fn windows(&self, window: usize) -> std::slice::ChunksExact<'_, u32> {
         self.ids.chunks_exact(window)
+    }
+
+    /// At most `n` of [`TextData::windows`], spread evenly from the first on; a text that does not fill one window is the
+    /// only piece.
+    ///
+    /// # Panics
+    /// If `window` is 0.
+    pub fn spread(&self, window: usize, n: usize) -> Vec<&[u32]> {
+        let mut windows = self.windows(window);
+        let all = windows.len();
+        if all == 0 {
+            return vec![&self.ids; n.min(1)];
+        }
+        let n = n.min(all);
+        let at = |i: usize| i * all / n;
+        (0..n)
+            .filter_map(|i| windows.nth(at(i) - i.checked_sub(1).map_or(0, |before| at(before) + 1)))
+            .collect()
+    }
+
+    /// The windows of `texts` in turn, one of each at a time, until one of them has no more; one document, of unknown
+    /// bytes.
+    ///
+    /// # Panics
+    /// If `window` is 0.
+    pub fn interleave(texts: &[TextData], window: usize) -> TextData {
+        let rounds = texts.iter().map(|t| t.ids.len() / window).min().unwrap_or(0);
+        let at = |i: usize| i * window..(i + 1) * window;
+        let ids = (0..rounds).flat_map(|i| texts.iter().flat_map(move |t| &t.ids[at(i)])).copied().collect();
+        TextData::new(ids, 0)
     }
 
     /// Splits off about the fraction `held_out` of the tokens at the end, as `(train, held_out)`: at the end of a
@@ -168,23 +185,12 @@ fn json_document(path: &Path, line: usize, text: &str) -> Result<String, TrainEr
     document.map(str::to_string).ok_or_else(|| fail("no string under `text`".into()))
 }
 
-/// Stacks windows of equal length into `[windows, tokens]` on `device`.
-///
-/// # Panics
-/// If the windows differ in length.
-pub fn token_tensor(windows: &[&[u32]], device: &Device) -> Tensor<2, Int> {
-    let tokens = windows.first().map_or(0, |w| w.len());
-    assert!(windows.iter().all(|w| w.len() == tokens), "windows of a batch have one length");
-    let ids: Vec<i32> = windows.iter().flat_map(|w| w.iter().map(|&id| id as i32)).collect();
-    Tensor::from_data(TensorData::new(ids, [windows.len(), tokens]), device)
-}
-
 /// Draws batches of windows: every epoch passes all windows once in an order of its own.
 ///
 /// The order of an epoch is a function of the seed and its number, and batch `k` of the seed and `k`, so that a
 /// resumed run needs to know only where it was.
 #[derive(Clone, Debug)]
-pub struct Sampler<'a> {
+pub struct Batches<'a> {
     data: &'a TextData,
     window: usize,
     batch: usize,
@@ -193,7 +199,7 @@ pub struct Sampler<'a> {
     order: Option<(usize, Vec<u32>)>,
 }
 
-impl<'a> Sampler<'a> {
+impl<'a> Batches<'a> {
     /// Batches of `batch` windows of `window` tokens.
     ///
     /// # Errors
@@ -205,7 +211,7 @@ impl<'a> Sampler<'a> {
         assert!(window > 0 && batch > 0, "a batch has windows and a window has tokens");
         match data.windows(window).len() {
             0 => Err(TrainError::TooShort { tokens: data.ids.len(), window }),
-            _ => Ok(Sampler { data, window, batch, seed, order: None }),
+            _ => Ok(Batches { data, window, batch, seed, order: None }),
         }
     }
 
@@ -247,7 +253,6 @@ mod tests {
         let data = bytes(&["abc", "", "de"]);
         assert_eq!(data.ids, [97, 98, 99, 999, 999, 100, 101, 999]);
         assert_eq!((data.bytes, data.documents()), (5, 3));
-        assert_eq!(TextData::concat([bytes(&["abc", ""]), bytes(&["de"])]), data);
         assert_eq!(data.windows(3).collect::<Vec<_>>(), [[97, 98, 99], [999, 999, 100]]);
         assert_ne!(data.digest(), bytes(&["abc", "de"]).digest());
     }
@@ -273,7 +278,7 @@ mod tests {
         let (train, held) = data.split(0.4, 2).unwrap();
         assert_eq!((train.ids.len(), held.ids.len()), (10, 8));
         assert_eq!((train.bytes, held.bytes), (8, 6));
-        assert_eq!(TextData::concat([train, held]), data);
+        assert_eq!([train.ids, held.ids].concat(), data.ids);
         assert!(matches!(data.split(0.1, 4), Err(TrainError::TooShort { tokens: 3, window: 4 })));
     }
 
@@ -288,16 +293,35 @@ mod tests {
     }
 
     #[test]
+    fn windows_are_spread_over_the_text() {
+        let data = TextData::new((0..23).collect(), 0);
+        let first = |n| data.spread(2, n).iter().map(|w| w[0]).collect::<Vec<_>>();
+        assert_eq!(first(4), [0, 4, 10, 16]);
+        assert_eq!(first(1), [0]);
+        assert_eq!(first(99), (0..11).map(|i| 2 * i).collect::<Vec<_>>());
+        assert!(first(0).is_empty() && data.spread(2, 99).iter().all(|w| w.len() == 2));
+        assert_eq!(data.spread(24, 3), [&data.ids[..]]);
+    }
+
+    #[test]
+    fn texts_take_turns() {
+        let (a, b) = (TextData::new((0..7).collect(), 7), TextData::new((10..15).collect(), 5));
+        assert_eq!(TextData::interleave(&[a.clone(), b], 2).ids, [0, 1, 10, 11, 2, 3, 12, 13]);
+        assert_eq!(TextData::interleave(&[a], 3).ids, [0, 1, 2, 3, 4, 5]);
+        assert!(TextData::interleave(&[], 3).ids.is_empty());
+    }
+
+    #[test]
     fn every_epoch_passes_every_window_once_in_its_own_order() {
         let data = TextData::new((0..77).collect(), 0);
-        let mut sampler = Sampler::new(&data, 7, 3, Seed(4)).unwrap();
-        let (first, second) = (sampler.order(0).to_vec(), sampler.order(1).to_vec());
+        let mut batches = Batches::new(&data, 7, 3, Seed(4)).unwrap();
+        let (first, second) = (batches.order(0).to_vec(), batches.order(1).to_vec());
         assert_ne!(first, second);
         for mut order in [first, second] {
             order.sort_unstable();
             assert_eq!(order, (0..11).collect::<Vec<u32>>());
         }
-        let drawn: Vec<u32> = (0..11).flat_map(|k| sampler.batch(k)).map(|w| w[0] / 7).collect();
+        let drawn: Vec<u32> = (0..11).flat_map(|k| batches.batch(k)).map(|w| w[0] / 7).collect();
         let mut counts = [0; 11];
         drawn.iter().for_each(|&w| counts[w as usize] += 1);
         assert_eq!(counts, [3; 11], "11 batches of 3 are 3 epochs of 11");
@@ -306,27 +330,20 @@ mod tests {
     #[test]
     fn a_batch_depends_on_seed_and_number_alone() {
         let data = TextData::new((0..200).collect(), 0);
-        let sampler = |seed| Sampler::new(&data, 10, 4, Seed(seed)).unwrap();
-        let mut forward = sampler(1);
+        let batches = |seed| Batches::new(&data, 10, 4, Seed(seed)).unwrap();
+        let mut forward = batches(1);
         let all: Vec<_> = (0..12).map(|k| forward.batch(k)).collect();
         for k in [11, 3, 7, 0] {
-            assert_eq!(sampler(1).batch(k), all[k]);
+            assert_eq!(batches(1).batch(k), all[k]);
         }
-        assert_ne!(sampler(2).batch(0), all[0]);
+        assert_ne!(batches(2).batch(0), all[0]);
     }
 
     #[test]
     fn too_little_text_is_an_error() {
         let data = TextData::new(vec![1, 2, 3], 3);
-        let error = Sampler::new(&data, 4, 1, Seed(0)).unwrap_err();
+        let error = Batches::new(&data, 4, 1, Seed(0)).unwrap_err();
         assert_eq!(error.to_string(), "3 tokens do not fill one window of 4");
-    }
-
-    #[test]
-    fn tensors_hold_the_ids() {
-        let tensor = token_tensor(&[&[1, 2, 3], &[4, 5, 70000]], &Device::flex());
-        assert_eq!(tensor.dims(), [2, 3]);
-        assert_eq!(tensor.into_data().iter::<i64>().collect::<Vec<_>>(), [1, 2, 3, 4, 5, 70000]);
     }
 
     #[test]

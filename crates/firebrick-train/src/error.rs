@@ -50,6 +50,14 @@ pub enum TrainError {
         /// The window, in tokens.
         window: usize,
     },
+    /// A text with an id that the model has no embedding for.
+    #[error("the text has token {id}, the model knows {vocab}")]
+    UnknownToken {
+        /// The largest id of the text.
+        id: u32,
+        /// Rows of the model's embedding.
+        vocab: usize,
+    },
     /// Settings that cannot be meant; every problem is listed.
     #[error("training settings: {}", listed(problems))]
     Config {
@@ -77,12 +85,12 @@ pub enum TrainError {
         /// Its value.
         value: f64,
     },
-    /// There is a checkpoint in the output folder already, and the run was not asked to resume.
-    #[error("{}: holds a checkpoint of step {step}; resume it, or choose another folder", path.display())]
+    /// There is a checkpoint or a log in the output folder already, and the run was not asked to resume.
+    #[error("{}: holds a run up to step {step}; resume it, or choose another folder", path.display())]
     Occupied {
-        /// The output folder.
+        /// The output folder, or the log in it where there is no checkpoint.
         path: PathBuf,
-        /// The step of the checkpoint.
+        /// The step of the checkpoint, or the last one in the log.
         step: usize,
     },
     /// A checkpoint that does not belong to this run; every difference is listed.

@@ -31,7 +31,7 @@ pub struct EvalReport {
 /// dropped. The nats are summed in `f64`. Bits per byte count every token of the text at the mean of those predicted.
 ///
 /// # Errors
-/// If the ids do not fill one window, a brick is trainable (pass `bricks.valid()`), the device fails, or the run is
+/// If the ids do not fill one window or one of them has no embedding, a brick is trainable (pass `bricks.valid()`), the device fails, or the run is
 /// cancelled.
 ///
 /// # Panics
@@ -49,6 +49,11 @@ pub fn perplexity(
     let windows: Vec<&[u32]> = ids.chunks_exact(window).collect();
     if windows.is_empty() {
         return Err(TrainError::TooShort { tokens: ids.len(), window });
+    }
+    // A device would read some other row, or none.
+    let (largest, vocab) = (ids.iter().copied().max().unwrap_or(0), decoder.config().vocab);
+    if largest as usize >= vocab {
+        return Err(TrainError::UnknownToken { id: largest, vocab });
     }
     let decoder = decoder.valid();
     let device = decoder.device();

@@ -40,11 +40,12 @@ mod params;
 mod schedule;
 mod trainer;
 
-pub use clip::{clip_global_norm, global_norm};
-pub use data::{Sampler, TextData, token_tensor};
+pub use clip::clip_global_norm;
+pub use data::{Batches, TextData};
 pub use domains::{Domain, domain, domains};
 pub use error::TrainError;
 pub use eval::{EvalReport, perplexity};
+pub use firebrick_models::token_tensor;
 pub use optimizer::{AdamW, Group};
 pub use schedule::Schedule;
 pub use trainer::{TrainConfig, TrainReport, fit};

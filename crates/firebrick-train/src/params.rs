@@ -7,6 +7,8 @@ use burn::tensor::{Device, Tensor};
 pub(crate) struct Trainable {
     /// Its path in the module, such as `layers.0.q.weight`.
     pub path: String,
+    /// Its identity in this process.
+    pub id: ParamId,
     /// Extents.
     pub dims: Vec<usize>,
     /// Its elements in row-major order, outside autodiff.
@@ -35,6 +37,7 @@ pub(crate) fn trainable<M: Module>(module: &M) -> Vec<Trainable> {
             let value = param.base();
             self.found.push(Trainable {
                 path: self.path.to_string(),
+                id: param.id,
                 dims: value.dims().to_vec(),
                 device: value.device(),
                 values: flat(value.inner()),

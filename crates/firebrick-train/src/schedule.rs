@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 ///
 /// The factors are those of transformers' schedulers of the same names: the first step of a warm-up has factor 0.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Schedule {
     /// Stays at 1.
     Constant,
@@ -79,5 +79,7 @@ mod tests {
         assert_eq!(text(Schedule::Cosine { floor: 0.5 }), r#"{"cosine":{"floor":0.5}}"#);
         let parsed: Schedule = serde_json::from_str(r#"{"cosine":{}}"#).unwrap();
         assert_eq!(parsed, Schedule::Cosine { floor: 0.0 });
+        let error = serde_json::from_str::<Schedule>(r#"{"cosine":{"flor":0.5}}"#).unwrap_err().to_string();
+        assert!(error.contains("`flor`"), "{error}");
     }
 }

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Instant;
 
 use burn::module::Module;
@@ -12,10 +12,9 @@ use firebrick_core::{Progress, Seed, Task};
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::{self, State, write_file};
+use crate::clip::global_norm;
 use crate::params::{map_trainable, trainable};
-use crate::{
-    AdamW, Group, Sampler, Schedule, TextData, TrainError, clip_global_norm, global_norm, token_tensor,
-};
+use crate::{AdamW, Batches, Group, Schedule, TextData, TrainError, clip_global_norm, token_tensor};
 
 /// Settings of a training run; the defaults suit LoRA.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -39,7 +38,7 @@ pub struct TrainConfig {
     pub weight_decay: f64,
     /// Decay of the first and second moment of AdamW.
     pub betas: [f64; 2],
-    /// Added to the root of AdamW's second moment.
+    /// Added to the root of AdamW's second moment; more than 0.
     pub eps: f64,
     /// Largest global norm of the gradients; none for no clipping.
     pub clip: Option<f64>,
@@ -54,6 +53,10 @@ pub struct TrainConfig {
     pub checkpoint_every: usize,
     /// Folder of the log and the checkpoint; none to keep nothing.
     pub out: Option<PathBuf>,
+    /// What the loss depends on besides the trained module and the text, in the caller's words (a digest of the frozen
+    /// model, the settings of an adapter): a run is resumed only where it is the same. Not a setting of a file.
+    #[serde(skip)]
+    pub identity: Option<String>,
 }
 
 impl Default for TrainConfig {
@@ -75,6 +78,7 @@ impl Default for TrainConfig {
             log_every: 10,
             checkpoint_every: 0,
             out: None,
+            identity: None,
         }
     }
 }
@@ -96,11 +100,12 @@ impl TrainConfig {
         check(self.batch > 0, "`batch` is 0".into());
         check(self.accumulate > 0, "`accumulate` is 0".into());
         check(self.window > 1, format!("`window` is {}; predicting a token takes at least 2", self.window));
-        for (name, value) in
-            [("learning_rate", self.learning_rate), ("weight_decay", self.weight_decay), ("eps", self.eps)]
-        {
+        for (name, value) in [("learning_rate", self.learning_rate), ("weight_decay", self.weight_decay)] {
             check(value.is_finite() && value >= 0.0, format!("`{name}` is {value}"));
         }
+        // Computed in f32: a root of 0 must not divide 0.
+        let eps = self.eps as f32;
+        check(eps.is_finite() && eps > 0.0, format!("`eps` is {}; it should be more than 0", self.eps));
         for beta in self.betas {
             check((0.0..1.0).contains(&beta), format!("`betas` has {beta}, which is not in 0..1"));
         }
@@ -157,11 +162,6 @@ impl TrainReport {
         self.losses.first().copied()
     }
 
-    /// The loss of the last step.
-    pub fn last_loss(&self) -> Option<f64> {
-        self.losses.last().copied()
-    }
-
     /// The mean loss of the last 10 % of the steps, at least one.
     pub fn final_loss(&self) -> Option<f64> {
         let tail = &self.losses[self.losses.len() - self.losses.len().div_ceil(10)..];
@@ -180,8 +180,9 @@ impl TrainReport {
 /// starts if there is none.
 ///
 /// # Errors
-/// Settings or a text that cannot work, a module with nothing to train, a loss that is not finite, a folder that is
-/// occupied or belongs to another run, files that cannot be read or written, cancellation.
+/// Settings or a text that cannot work, a group that no trainable parameter belongs to, a module with nothing to train, a
+/// loss that is not finite, a folder that is occupied or belongs to another run, files that cannot be read or written,
+/// cancellation.
 ///
 /// # Panics
 /// If `loss` returns other than one number.
@@ -199,16 +200,27 @@ pub fn fit<M: Module>(
         return Err(TrainError::Config { problems });
     }
     let seed = Seed(config.seed);
-    let mut sampler = Sampler::new(data, config.window, config.batch, seed)?;
+    let mut batches = Batches::new(data, config.window, config.batch, seed)?;
     // Row-major from the start, as after a step or a resumption: the layout may change the order of a sum.
     let mut module = map_trainable(module, &mut |_, values| values);
-    let device = trainable(&module).first().map(|p| p.device.clone()).ok_or(TrainError::NothingToTrain)?;
+    let parameters = trainable(&module);
+    let device = parameters.first().map(|p| p.device.clone()).ok_or(TrainError::NothingToTrain)?;
+    let matched = |group: &Group| parameters.iter().any(|p| group.params.matches(&p.id, Some(&p.path)));
+    let idle = config.groups.iter().enumerate().filter(|(_, group)| !matched(group));
+    let problems: Vec<String> = idle
+        .map(|(i, group)| format!("`groups[{i}]` matches no trainable parameter: {:?}", group.params))
+        .collect();
+    if !problems.is_empty() {
+        return Err(TrainError::Config { problems });
+    }
+    drop(parameters);
     let mut optimizer = config.optimizer();
     let mut state = State {
         step: 0,
         tokens: 0,
         config: config.identity(),
         data: data.digest(),
+        identity: config.identity.clone(),
         updates: Default::default(),
         losses: Vec::new(),
     };
@@ -226,7 +238,7 @@ pub fn fit<M: Module>(
             state = saved;
         }
         fs::create_dir_all(out).map_err(|e| TrainError::io(out, e))?;
-        log = Some(Log::open(out.join("log.jsonl"), state.step)?);
+        log = Some(Log::open(out.join("log.jsonl"), state.step, resume)?);
     }
 
     let mut saved = state.step;
@@ -239,7 +251,7 @@ pub fn fit<M: Module>(
         let mut total: Option<Tensor<1>> = None;
         for pass in 0..config.accumulate {
             let batch = state.step * config.accumulate + pass;
-            let tokens = token_tensor(&sampler.batch(batch), &device);
+            let tokens = token_tensor(&batches.batch(batch), &device);
             let mean = loss(&module, tokens, seed.derive(&format!("step/{batch}")));
             assert_eq!(mean.dims(), [1], "a loss is one number");
             let part = if config.accumulate == 1 { mean } else { mean / config.accumulate as f64 };
@@ -282,6 +294,9 @@ pub fn fit<M: Module>(
         if let Some(out) = &config.out {
             let due = config.checkpoint_every > 0 && step.is_multiple_of(config.checkpoint_every);
             if due || step == config.steps || stopped.is_err() {
+                if let Some(log) = &log {
+                    log.sync()?;
+                }
                 state.updates = optimizer.moments.iter().map(|(p, m)| (p.clone(), m.updates)).collect();
                 checkpoint::save(out, &module, &optimizer, &state)?;
                 saved = step;
@@ -327,6 +342,14 @@ fn differences(saved: &State, now: &State) -> Vec<String> {
     if saved.data != now.data {
         problems.push("the training text is another one".into());
     }
+    if saved.identity != now.identity {
+        let show = |identity: &Option<String>| identity.clone().unwrap_or_else(|| "unknown".into());
+        problems.push(format!(
+            "what is trained over was `{}` in the checkpoint and is `{}` now",
+            show(&saved.identity),
+            show(&now.identity)
+        ));
+    }
     problems
 }
 
@@ -345,18 +368,22 @@ struct Log {
 }
 
 impl Log {
-    /// Opens the log at `path` and drops what it has beyond `step`.
-    fn open(path: PathBuf, step: usize) -> Result<Self, TrainError> {
+    /// Opens the log at `path` and drops what it has beyond `step`; another run's log is left alone.
+    fn open(path: PathBuf, step: usize, resume: bool) -> Result<Self, TrainError> {
         let old = match fs::read(&path) {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => Vec::new(),
             old => old.map_err(|e| TrainError::io(&path, e))?,
         };
-        let kept: Vec<u8> = old
-            .split_inclusive(|&b| b == b'\n')
-            .take_while(|line| serde_json::from_slice::<Line>(line).is_ok_and(|l| l.step <= step))
-            .flatten()
-            .copied()
-            .collect();
+        let lines = || {
+            let lines = old.split_inclusive(|&b| b == b'\n');
+            lines.map_while(|line| Some((serde_json::from_slice::<Line>(line).ok()?.step, line)))
+        };
+        if !resume && !old.is_empty() {
+            let step = lines().last().map_or(0, |(step, _)| step);
+            return Err(TrainError::Occupied { path, step });
+        }
+        let kept: Vec<u8> =
+            lines().take_while(|(at, _)| *at <= step).flat_map(|(_, line)| line).copied().collect();
         write_file(&path, &kept)?;
         let file = OpenOptions::new().append(true).open(&path).map_err(|e| TrainError::io(&path, e))?;
         Ok(Log { path, file })
@@ -365,7 +392,12 @@ impl Log {
     fn write(&mut self, line: &Line) -> Result<(), TrainError> {
         let mut text = serde_json::to_vec(line).expect("numbers are JSON");
         text.push(b'\n');
-        self.file.write_all(&text).map_err(|e| TrainError::io(&self.path as &Path, e))
+        self.file.write_all(&text).map_err(|e| TrainError::io(&self.path, e))
+    }
+
+    /// Returns when the lines have reached the disk: a checkpoint counts on those of its steps.
+    fn sync(&self) -> Result<(), TrainError> {
+        self.file.sync_data().map_err(|e| TrainError::io(&self.path, e))
     }
 }
 
@@ -382,11 +414,12 @@ mod tests {
             learning_rate: f64::NAN,
             betas: [0.9, 1.0],
             clip: Some(0.0),
+            eps: 1e-60,
             schedule: Schedule::Cosine { floor: 2.0 },
             ..TrainConfig::default()
         };
         let problems = bad.problems().join("\n");
-        for name in ["`batch`", "`window`", "`learning_rate`", "`betas`", "`clip`", "`schedule`"] {
+        for name in ["`batch`", "`window`", "`learning_rate`", "`betas`", "`clip`", "`eps`", "`schedule`"] {
             assert!(problems.contains(name), "{name} in {problems}");
         }
     }
@@ -397,8 +430,10 @@ mod tests {
             serde_json::from_str(r#"{"steps": 7, "schedule": "linear", "clip": null}"#).unwrap();
         assert_eq!((config.steps, config.schedule, config.clip), (7, Schedule::Linear, None));
         assert_eq!(config.batch, TrainConfig::default().batch);
-        let error = serde_json::from_str::<TrainConfig>(r#"{"step": 7}"#).unwrap_err().to_string();
-        assert!(error.contains("`step`"), "{error}");
+        for (text, name) in [(r#"{"step": 7}"#, "`step`"), (r#"{"identity": "x"}"#, "`identity`")] {
+            let error = serde_json::from_str::<TrainConfig>(text).unwrap_err().to_string();
+            assert!(error.contains(name), "{error}");
+        }
     }
 
     #[test]
@@ -408,7 +443,7 @@ mod tests {
         assert_eq!(report(0).final_loss(), None);
         assert_eq!(report(1).final_loss(), Some(0.0));
         assert_eq!(report(20).final_loss(), Some(18.5));
-        assert_eq!((report(20).first_loss(), report(20).last_loss()), (Some(0.0), Some(19.0)));
+        assert_eq!(report(20).first_loss(), Some(0.0));
     }
 
     #[test]
@@ -416,11 +451,14 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("log.jsonl");
         let line = |step| Line { step, loss: 0.1, learning_rate: 0.2, grad_norm: 0.3, tokens: 4 };
-        let mut log = Log::open(path.clone(), 0).unwrap();
+        let mut log = Log::open(path.clone(), 0, false).unwrap();
         (1..=4).for_each(|step| log.write(&line(step)).unwrap());
         let whole = fs::read(&path).unwrap();
+        let occupied = Log::open(path.clone(), 0, false).map(drop).unwrap_err();
+        assert!(matches!(occupied, TrainError::Occupied { step: 4, .. }), "{occupied}");
+        assert_eq!(fs::read(&path).unwrap(), whole, "another run's log is left alone");
         let kept = |step| {
-            drop(Log::open(path.clone(), step).unwrap());
+            drop(Log::open(path.clone(), step, true).unwrap());
             fs::read_to_string(&path).unwrap().lines().count()
         };
         assert_eq!(kept(3), 3);

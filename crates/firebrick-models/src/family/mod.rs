@@ -9,13 +9,10 @@ use crate::error::ModelError;
 
 /// One row of a family's table; `{}` in the names stands for the layer.
 #[derive(Clone, Copy, Debug)]
-pub struct Row {
-    /// The part of the wiring.
-    pub part: Part,
-    /// Hugging Face's tensor name.
-    pub hf: &'static str,
-    /// GGUF's tensor name.
-    pub gguf: &'static str,
+struct Row {
+    part: Part,
+    hf: &'static str,
+    gguf: &'static str,
 }
 
 /// A family of decoders: what it is called in files, and where each of its tensors belongs.
@@ -29,20 +26,25 @@ pub struct Family {
     pub gguf: &'static str,
     /// Whether GGUF stores the rows of q and k for interleaved rotary pairs (llama.cpp's permutation).
     pub gguf_interleaves_qk: bool,
-    /// The tensors.
-    pub rows: &'static [Row],
+    rows: &'static [Row],
 }
 
 /// Every family that can be loaded.
-pub const FAMILIES: &[&Family] = &[&llama::LLAMA];
+const FAMILIES: &[&Family] = &[&llama::LLAMA];
 
 impl Family {
     /// The family of a config.json `model_type`.
+    ///
+    /// # Errors
+    /// [`ModelError::Unsupported`] with the ones that are known.
     pub fn by_model_type(name: &str) -> Result<&'static Family, ModelError> {
         find(name, |f| f.model_type)
     }
 
     /// The family of a GGUF `general.architecture`.
+    ///
+    /// # Errors
+    /// [`ModelError::Unsupported`] with the ones that are known.
     pub fn by_gguf(name: &str) -> Result<&'static Family, ModelError> {
         find(name, |f| f.gguf)
     }
@@ -51,12 +53,12 @@ impl Family {
         self.rows.iter().find(|r| r.part == part)
     }
 
-    /// Hugging Face's tensor name of `site`.
+    /// Hugging Face's tensor name of `site`, `None` where the family has no weight.
     pub fn hf_name(&self, site: Site) -> Option<String> {
         Some(fill(self.row(site.part)?.hf, site.layer))
     }
 
-    /// GGUF's tensor name of `site`.
+    /// GGUF's tensor name of `site`, `None` where the family has no weight.
     pub fn gguf_name(&self, site: Site) -> Option<String> {
         Some(fill(self.row(site.part)?.gguf, site.layer))
     }

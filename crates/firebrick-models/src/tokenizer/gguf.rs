@@ -284,8 +284,13 @@ impl Tokenizer {
             Ok(id)
         };
         let mut special = Special { bos: id(BOS)?, unk: id(UNK)?, pad: id(PAD)?, ..Special::default() };
+        let mut ends = Vec::new();
         for key in EOS {
-            special.eos.extend(id(key)?.filter(|id| !special.eos.contains(id)));
+            let Some(id) = id(key)? else { continue };
+            ends.push((key, id));
+            if !special.eos.contains(&id) {
+                special.eos.push(id);
+            }
         }
         let origin = gguf.path.display().to_string();
         if !problems.is_empty() {
@@ -306,6 +311,7 @@ impl Tokenizer {
         let kept = Kept {
             pre: Some(pre.into()),
             token_type: types,
+            ends,
             gguf: foreign.map(|(key, value)| (key.clone(), value.clone())).collect(),
             ..Kept::default()
         };
@@ -318,7 +324,8 @@ impl Tokenizer {
     /// same; keys this crate does not know come along from the GGUF file that was read.
     ///
     /// # Errors
-    /// [`ModelError::Unsupported`] when the tokenizer is no byte-level BPE, or cuts text in a way GGUF has no name for.
+    /// [`ModelError::Unsupported`] when the tokenizer is no byte-level BPE, cuts text in a way GGUF has no name for, or has
+    /// more than three end tokens, for which GGUF has keys.
     pub fn gguf_metadata(&self) -> Result<Metadata, ModelError> {
         self.gguf_metadata_padded(self.vocab_size())
     }
@@ -358,16 +365,20 @@ impl Tokenizer {
         put(TOKEN_TYPE, Array::I32(types).into());
         put(MERGES, Array::String(merges).into());
         let Special { bos, eos, pad, unk, add_bos, add_eos } = &self.special;
-        let ids = [
-            (BOS, *bos),
-            (EOS[0], eos.first().copied()),
-            (EOS[1], eos.get(1).copied()),
-            (EOS[2], eos.get(2).copied()),
-        ];
-        for (key, id) in ids.into_iter().chain([(UNK, *unk), (PAD, *pad)]) {
-            if let Some(id) = id {
-                put(key, id.into());
-            }
+        if eos.len() > EOS.len() {
+            return Err(ModelError::Unsupported(format!(
+                "{} end tokens ({eos:?}) in GGUF, which has keys for {}",
+                eos.len(),
+                EOS.len()
+            )));
+        }
+        let ends = match &self.kept.ends[..] {
+            [] => EOS.into_iter().zip(eos.iter().copied()).collect::<Vec<_>>(),
+            kept => kept.to_vec(),
+        };
+        let one = |key, id: &Option<u32>| id.map(|id| (key, id));
+        for (key, id) in one(BOS, bos).into_iter().chain(ends).chain(one(UNK, unk)).chain(one(PAD, pad)) {
+            put(key, id.into());
         }
         put(SPACE_PREFIX, false.into());
         put(ADD_BOS, (*add_bos).into());

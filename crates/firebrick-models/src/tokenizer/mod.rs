@@ -4,10 +4,11 @@ mod gguf;
 mod stream;
 mod train;
 
-use std::io::Write;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
-use firebrick_tensor::checkpoint::{AtomicFile, Value};
+use firebrick_core::write_atomic;
+use firebrick_tensor::checkpoint::Value;
 use indexmap::IndexMap;
 use serde_json::{Map, Value as Json, json};
 
@@ -49,6 +50,8 @@ struct Kept {
     template_file: bool,
     pre: Option<String>,
     token_type: Vec<i32>,
+    /// The end tokens of a GGUF file by key.
+    ends: Vec<(&'static str, u32)>,
     gguf: IndexMap<String, Value>,
 }
 
@@ -147,11 +150,16 @@ impl Tokenizer {
     /// around a text (a begin token, say); prompts from a chat template have it already.
     ///
     /// # Errors
-    /// When the tokenizer fails, as one without an unknown token does on text outside its alphabet.
+    /// When the tokenizer fails, as one without an unknown token does on text outside its alphabet, or its
+    /// post-processor adds an id that the vocabulary has not.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>, ModelError> {
-        let encoding =
-            self.inner.encode_fast(text, add_special).map_err(|e| ModelError::Tokenizer(e.to_string()))?;
-        Ok(encoding.get_ids().to_vec())
+        let ids = guarded(|| Ok(self.inner.encode_fast(text, add_special)?.get_ids().to_vec()))?;
+        match ids.iter().find(|id| **id as usize >= self.rows) {
+            Some(id) => {
+                Err(ModelError::Tokenizer(format!("id {id} is not in the vocabulary of {}", self.rows)))
+            }
+            None => Ok(ids),
+        }
     }
 
     /// The text of `ids`; `skip_special` leaves special tokens out. Ids without a token are left out, and bytes that
@@ -160,7 +168,7 @@ impl Tokenizer {
     /// # Errors
     /// When the decoder fails.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String, ModelError> {
-        self.inner.decode(ids, skip_special).map_err(|e| ModelError::Tokenizer(e.to_string()))
+        guarded(|| self.inner.decode(ids, skip_special))
     }
 
     /// Decodes ids one by one, see [`DecodeStream`].
@@ -231,9 +239,7 @@ impl Tokenizer {
         std::fs::create_dir_all(folder).map_err(|e| ModelError::io(folder, e))?;
         for (name, bytes) in self.files()? {
             let path = folder.join(name);
-            let mut file = AtomicFile::create(&path)?;
-            file.write_all(&bytes).map_err(|e| ModelError::io(&path, e))?;
-            file.commit()?;
+            write_atomic(&path, &bytes).map_err(|e| ModelError::io(&path, e))?;
         }
         Ok(())
     }
@@ -364,10 +370,59 @@ fn build(json: Json, origin: &str) -> Result<tokenizers::Tokenizer, ModelError> 
             return Err(fail(problems[..problems.len().min(5)].join("; ") + &more));
         }
     }
-    let mut inner: tokenizers::Tokenizer = serde_json::from_value(json).map_err(|e| fail(e.to_string()))?;
-    inner.with_truncation(None).map_err(|e| fail(e.to_string()))?;
-    inner.with_padding(None);
-    Ok(inner)
+    let mut problems = template_problems(&json["post_processor"]);
+    problems.extend(pattern_problems(&json["normalizer"]));
+    problems.extend(pattern_problems(&json["decoder"]));
+    if !problems.is_empty() {
+        return Err(fail(problems.join("; ")));
+    }
+    let inner = guarded(|| {
+        let mut inner: tokenizers::Tokenizer = serde_json::from_value(json)?;
+        inner.with_truncation(None)?;
+        inner.with_padding(None);
+        Ok(inner)
+    });
+    inner.map_err(|e| match e {
+        ModelError::Tokenizer(what) => fail(what),
+        other => other,
+    })
+}
+
+/// Runs code of the tokenizers crate, which panics on some of the files it reads.
+fn guarded<T>(work: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, ModelError> {
+    let panicked = |_| ModelError::Tokenizer("the tokenizers library panicked".into());
+    catch_unwind(AssertUnwindSafe(work)).map_err(panicked)?.map_err(|e| ModelError::Tokenizer(e.to_string()))
+}
+
+/// Templates of a post-processor that ask for tokens or texts that are not there, which the tokenizers crate finds out
+/// when it encodes.
+fn template_problems(processor: &Json) -> Vec<String> {
+    let nested = processor["processors"].as_array().into_iter().flatten().flat_map(template_problems);
+    let mut problems: Vec<String> = nested.collect();
+    if processor["type"] != "TemplateProcessing" {
+        return problems;
+    }
+    for piece in ["single", "pair"].iter().flat_map(|name| processor[name].as_array()).flatten() {
+        if let Some(token) = piece["SpecialToken"]["id"].as_str()
+            && processor["special_tokens"].get(token).is_none()
+        {
+            problems.push(format!("the post-processor adds `{token}`, which it does not define"));
+        }
+    }
+    if processor["single"].as_array().into_iter().flatten().any(|piece| piece["Sequence"]["id"] == "B") {
+        problems.push("the post-processor wants a second text where there is one".into());
+    }
+    problems
+}
+
+/// Replacements of nothing by something.
+fn pattern_problems(step: &Json) -> Vec<String> {
+    let steps = ["normalizers", "decoders"].iter().flat_map(|name| step[name].as_array()).flatten();
+    let mut problems: Vec<String> = steps.flat_map(pattern_problems).collect();
+    if step["type"] == "Replace" && ["String", "Regex"].iter().any(|kind| step["pattern"][kind] == "") {
+        problems.push("a replacement of the empty text".into());
+    }
+    problems
 }
 
 /// Merges that the vocabulary can't make: the tokenizers crate takes these on trust, down to their lengths.

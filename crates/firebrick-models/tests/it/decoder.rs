@@ -1,8 +1,12 @@
 //! Identities of the wiring, each with a control that must fail.
 
+use std::collections::HashSet;
+
+use burn::module::{Module, ModuleVisitor, Param, ParamId};
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use firebrick_core::{Brick, Part, Run, Seed, Selector, Site, SiteSet, Skip};
-use firebrick_models::{Decoder, DecoderConfig, NormPlacement};
+use firebrick_core::{Base, Brick, Part, Run, Seed, Selector, Site, SiteSet, Skip};
+use firebrick_models::{Decoder, DecoderConfig, ModelError, NormPlacement, TensorSource};
+use firebrick_tensor::ops::{KvCache, rms_norm};
 
 fn decoder(config: DecoderConfig) -> Decoder {
     Decoder::random(config, Seed(5), &Device::flex()).unwrap()
@@ -39,6 +43,77 @@ fn cached_steps_equal_one_pass() {
 }
 
 #[test]
+fn a_cleared_cache_begins_a_new_text() {
+    let decoder = decoder(DecoderConfig::tiny(40));
+    let mut run = Run::default();
+    run.insert(decoder.kv_cache(2, 9));
+    let first = decoder.forward(tokens(4), &mut run).into_data();
+    let later = decoder.forward(tokens(4), &mut run).into_data();
+    assert_ne!(later, first, "control: the second pass comes after the first");
+    run.get_mut::<KvCache>().unwrap().clear();
+    assert_eq!(decoder.forward(tokens(4), &mut run).into_data(), first);
+    run.insert(decoder.kv_cache(2, 9));
+    assert_eq!(decoder.forward(tokens(4), &mut run).into_data(), first, "another cache");
+}
+
+#[test]
+fn a_skipped_layer_does_not_hold_the_position_back() {
+    let decoder = decoder(DecoderConfig::tiny(40));
+    let skip = Skip { sites: [Site::layer(0, Part::Block)].into_iter().collect() };
+    let bricks: [&dyn Brick; 1] = [&skip];
+    let whole = decoder.forward(tokens(6), &mut Run::new(&bricks));
+    let mut run = Run::new(&bricks);
+    run.insert(decoder.kv_cache(2, 6));
+    decoder.forward(tokens(6).narrow(1, 0, 4), &mut run);
+    let part = decoder.forward(tokens(6).narrow(1, 4, 2), &mut run);
+    assert!(largest(part, whole.clone().narrow(1, 4, 2)) < 1e-5);
+    let alone = decoder.forward(tokens(6).narrow(1, 4, 2), &mut Run::new(&bricks));
+    assert!(largest(alone, whole.narrow(1, 4, 2)) > 1e-3, "control");
+}
+
+#[test]
+fn blocks_by_hand_equal_the_hidden_state() {
+    let decoder = decoder(DecoderConfig { layers: 3, ..DecoderConfig::tiny(40) });
+    let by_hand = |layers: &[usize]| {
+        let mut run = Run::default();
+        let mut x = decoder.embed(tokens(5), &mut run);
+        for layer in layers {
+            x = decoder.block(*layer, x, &mut run);
+        }
+        let gamma = decoder.weight(Site::global(Part::Norm)).unwrap().squeeze_dim(0);
+        rms_norm(x, gamma, decoder.config().norm_eps)
+    };
+    let hidden = decoder.hidden(tokens(5), &mut Run::default());
+    assert_eq!(largest(by_hand(&[0, 1, 2]), hidden.clone()), 0.0);
+    for skipped in [&[1, 2][..], &[0, 2], &[0, 1], &[1, 0, 2]] {
+        assert!(largest(by_hand(skipped), hidden.clone()) > 1e-4, "control: {skipped:?}");
+    }
+}
+
+#[test]
+fn repeated_layers_are_parameters_of_their_own() {
+    struct Ids(Vec<ParamId>);
+    impl ModuleVisitor for Ids {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            self.0.push(param.id);
+        }
+    }
+    let ids = |d: &Decoder| {
+        let mut ids = Ids(Vec::new());
+        d.visit(&mut ids);
+        ids.0
+    };
+    let two = decoder(DecoderConfig::tiny(40));
+    let three = two.clone().with_layers(&[1, 0, 1]);
+    let unique: HashSet<ParamId> = ids(&three).into_iter().collect();
+    assert_eq!(unique.len(), ids(&three).len());
+    assert!(ids(&two).iter().all(|id| unique.contains(id)), "the first of each keeps its ids");
+    let q = |l| three.weight(Site::layer(l, Part::AttnQ)).unwrap().into_data();
+    assert_eq!(q(0), q(2));
+    assert_ne!(q(0), q(1), "control");
+}
+
+#[test]
 fn attention_is_causal() {
     let decoder = decoder(DecoderConfig::tiny(40));
     let whole = decoder.forward(tokens(8), &mut Run::default());
@@ -65,6 +140,33 @@ fn nll_is_the_cross_entropy_of_the_logits() {
             "control: the next token is predicted"
         );
     }
+}
+
+/// Scales what its sites give.
+struct Scale(SiteSet, f64);
+
+impl Brick for Scale {
+    fn sites(&self) -> &SiteSet {
+        &self.0
+    }
+    fn at(&self, _: Site, x: Tensor<3>, base: &mut Base<'_>, run: &mut Run<'_>) -> Tensor<3> {
+        base(x, run) * self.1
+    }
+}
+
+#[test]
+fn nll_passes_the_bricks_at_the_head() {
+    let decoder = decoder(DecoderConfig::tiny(40));
+    let nll = |factor| {
+        let scale = Scale([Site::global(Part::Head)].into_iter().collect(), factor);
+        let bricks: [&dyn Brick; 1] = [&scale];
+        decoder.nll(tokens(6), &mut Run::new(&bricks))
+    };
+    let far = |a: Tensor<2>, b: Tensor<2>| (a - b).abs().max().into_scalar::<f32>();
+    let bare = decoder.nll(tokens(6), &mut Run::default());
+    assert!(far(nll(1.0), bare.clone()) < 1e-6);
+    assert!(far(nll(3.0), bare) > 1e-3, "control");
+    assert!(far(nll(0.0), Tensor::full([2, 5], 40f64.ln(), &Device::flex())) < 1e-6, "equal logits");
 }
 
 #[test]
@@ -110,6 +212,26 @@ fn peri_norms_act_on_the_branch() {
     assert!(largest(with(&peri, 1e3), with(&peri, 1e4)) < 1e-3);
     let pre = decoder(DecoderConfig::tiny(40));
     assert!(largest(with(&pre, 1.0), with(&pre, 1e3)) > 1e-2, "control: without the norm it does");
+}
+
+/// Says no to every site, and must not be read.
+struct Nothing;
+
+impl TensorSource for Nothing {
+    fn read_site(&self, site: Site, _: &[usize]) -> Result<Vec<f32>, ModelError> {
+        panic!("{site} is read before all shapes are checked")
+    }
+    fn check_site(&self, site: Site, _: &[usize]) -> Result<(), ModelError> {
+        if site == Site::global(Part::Norm) { Ok(()) } else { Err(ModelError::NoWeight { site }) }
+    }
+}
+
+#[test]
+fn sizes_that_no_weight_bears_out_are_not_allocated() {
+    let huge = DecoderConfig { vocab: 1 << 22, d_model: 1 << 17, d_ff: 1 << 20, ..DecoderConfig::tiny(40) };
+    let error = Decoder::load(huge, &Nothing, &Device::flex()).unwrap_err();
+    let ModelError::Weights { problems } = error else { panic!("{error}") };
+    assert_eq!(problems.len(), 1 + 2 * 9, "every weight but the norm");
 }
 
 #[test]

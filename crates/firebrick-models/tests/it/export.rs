@@ -1,11 +1,17 @@
 //! Models written and read again.
 
+use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use burn::tensor::{Device, Int, Tensor};
-use firebrick_core::{Run, Seed};
+use firebrick_core::{Brick, Event, Part, Progress, Run, Seed, Site, Skip};
 use firebrick_models::tokenizer::{Tokenizer, train_bpe};
-use firebrick_models::{Decoder, DecoderConfig, Export, ExportType, Model, ModelFiles};
+use firebrick_models::{
+    Decoder, DecoderConfig, EncodedWeight, Export, ExportType, Model, ModelFiles, NormPlacement,
+};
+use firebrick_tensor::block::DType;
+use firebrick_tensor::checkpoint::{Checkpoint, write_gguf};
 use firebrick_tensor::stream::Executor;
 
 const TEXT: &str = "the quick brown fox jumps over the lazy dog and the quick brown fox runs on";
@@ -94,6 +100,114 @@ fn packed_types_need_gguf_and_layers_can_be_left_out() {
     assert_eq!(back.decoder.config().layers, 1);
     assert_eq!(difference(&decoder.clone().with_layers(&[1]), &back.decoder), 0.0);
     assert!(difference(&decoder.with_layers(&[0]), &back.decoder) > 0.0, "control: it was the other layer");
+}
+
+#[test]
+fn peri_norms_go_to_both_formats() {
+    let dir = tempfile::tempdir().unwrap();
+    let tokenizer = tokenizer();
+    let peri =
+        DecoderConfig { norm_placement: NormPlacement::Peri, ..DecoderConfig::tiny(tokenizer.vocab_size()) };
+    let decoder = Decoder::random(peri, Seed(2), &Device::flex()).unwrap();
+    for name in ["peri", "peri.gguf"] {
+        let path = dir.path().join(name);
+        let export = Export::decoder("test", &decoder, &tokenizer, ExportType::F32);
+        export.write(&path, &Executor::default()).unwrap();
+        let back = open(&path).decoder;
+        assert_eq!(back.config().norm_placement, NormPlacement::Peri);
+        assert_eq!(difference(&decoder, &back), 0.0, "{name}");
+        let skipped = Skip { sites: back.sites().all().of_part(Part::AttnPostNorm) };
+        let bricks: [&dyn Brick; 1] = [&skipped];
+        let tokens = Tensor::<2, Int>::from_ints([[5, 80, 17, 200, 3, 42]], &Device::flex());
+        let without = back.forward(tokens, &mut Run::new(&bricks));
+        assert!(
+            (without - logits(&back)).abs().max().into_scalar::<f32>() > 1e-3,
+            "control: the norms count"
+        );
+    }
+}
+
+/// Cancels after some parts.
+struct Cancel(AtomicUsize);
+
+impl Progress for Cancel {
+    fn on(&self, event: Event<'_>) {
+        if let Event::Advance { .. } = event {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+    fn cancelled(&self) -> bool {
+        self.0.load(Ordering::Relaxed) > 3
+    }
+}
+
+#[test]
+fn an_interrupted_export_of_another_model_is_not_taken_up() {
+    let dir = tempfile::tempdir().unwrap();
+    let tokenizer = tokenizer();
+    let config = DecoderConfig::tiny(tokenizer.vocab_size());
+    let random = |seed| Decoder::random(config.clone(), Seed(seed), &Device::flex()).unwrap();
+    let (a, b) = (random(1), random(2));
+    let site = Site::layer(0, Part::MlpUp);
+    let packed = |fill: u8| {
+        BTreeMap::from([(site, EncodedWeight { dtype: DType::F32, bytes: vec![fill; 32 * 16 * 4] })])
+    };
+    let write = |name: &str, decoder: &Decoder, fill, executor: &Executor<'_>| {
+        let path = dir.path().join(name);
+        let export = Export::decoder("test", decoder, &tokenizer, ExportType::F32).with_encoded(packed(fill));
+        export.write(&path, executor).map(|report| (std::fs::read(&path).unwrap(), report.resumed_parts))
+    };
+    let interrupt = |name: &str| {
+        let cancel = Cancel(AtomicUsize::new(0));
+        let executor = Executor { progress: &cancel, threads: Some(1), ..Executor::default() };
+        write(name, &a, 0, &executor).unwrap_err();
+    };
+    let plain = Executor::default();
+    let fresh = |decoder: &Decoder, fill| {
+        write(&format!("fresh{fill}.gguf"), decoder, fill, &Executor { overwrite: true, ..plain }).unwrap().0
+    };
+    interrupt("same.gguf");
+    let (bytes, resumed) = write("same.gguf", &a, 0, &plain).unwrap();
+    assert!(resumed > 0, "control: the same model is taken up");
+    assert!(bytes == fresh(&a, 0));
+    interrupt("other.gguf");
+    let (bytes, resumed) = write("other.gguf", &b, 0, &plain).unwrap();
+    assert_eq!(resumed, 0);
+    assert!(bytes == fresh(&b, 0));
+    interrupt("packed.gguf");
+    let (bytes, resumed) = write("packed.gguf", &a, 1, &plain).unwrap();
+    assert_eq!(resumed, 0);
+    assert!(bytes == fresh(&a, 1));
+}
+
+#[test]
+fn a_gguf_source_keeps_its_keys_but_not_another_name_or_tokenizer() {
+    let dir = tempfile::tempdir().unwrap();
+    let tokenizer = tokenizer();
+    let (first, second) = (dir.path().join("a.gguf"), dir.path().join("b.gguf"));
+    let decoder = decoder(&tokenizer, true);
+    Export::decoder("one", &decoder, &tokenizer, ExportType::F32)
+        .write(&first, &Executor::default())
+        .unwrap();
+    let source = Checkpoint::open(&first).unwrap();
+    let mut metadata = source.gguf().unwrap().metadata.clone();
+    metadata.insert("general.license".into(), "mit".into());
+    let tensors: Vec<_> =
+        source.tensors().iter().map(|t| (t.spec(), source.bytes(&t.name).unwrap().to_vec())).collect();
+    write_gguf(&first, &metadata, &tensors).unwrap();
+
+    let mut files = ModelFiles::open(&first).unwrap();
+    assert_eq!(files.name, "one");
+    files.name = "two".into();
+    files.tokenizer.set_chat_template(None);
+    Export::files(&files, ExportType::F32).write(&second, &Executor::default()).unwrap();
+    let written = Checkpoint::open(&second).unwrap();
+    let written = &written.gguf().unwrap().metadata;
+    assert_eq!((&written["general.license"], &written["general.name"]), (&"mit".into(), &"two".into()));
+    assert!(
+        metadata.contains_key("tokenizer.chat_template") && !written.contains_key("tokenizer.chat_template")
+    );
+    assert_eq!(written["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.tokens"]);
 }
 
 #[test]

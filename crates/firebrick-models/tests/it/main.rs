@@ -4,5 +4,22 @@
 
 mod decoder;
 mod export;
+mod generate;
+mod model;
 mod smollm2;
 mod tokenizer;
+
+use std::path::{Path, PathBuf};
+
+/// The file of SmolLM2-135M-Instruct; none where it was not fetched, unless `FIREBRICK_REQUIRE` names `smollm2`.
+fn smollm2() -> Option<PathBuf> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let path = root.join("target/models/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf");
+    if path.exists() {
+        return Some(path);
+    }
+    let required = std::env::var("FIREBRICK_REQUIRE").unwrap_or_default();
+    assert!(!required.contains("smollm2"), "{} is required and missing", path.display());
+    println!("skipped: `cargo xtask model smollm2` fetches the model this test needs");
+    None
+}

@@ -1,7 +1,6 @@
 //! SmolLM2-135M against transformers: `tests/golden/smollm2.json`, made by `tests/golden/smollm2.py`.
 
 use std::ops::ControlFlow;
-use std::path::Path;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use firebrick_core::{Brick, Part, Run, Tap, Taps};
@@ -11,13 +10,7 @@ use firebrick_models::{GenerateOptions, Model, generate};
 use serde_json::Value;
 
 fn model() -> Option<Model> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
-    let path = root.join("target/models/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf");
-    if !path.exists() {
-        eprintln!("skipped: `cargo xtask model smollm2` fetches the model this test needs");
-        return None;
-    }
-    Some(Model::open(&path, &Device::flex()).unwrap())
+    Some(Model::open(&crate::smollm2()?, &Device::flex()).unwrap())
 }
 
 fn golden() -> Value {

@@ -256,9 +256,102 @@ fn damaged_folders_are_errors() {
         .is_err()
     );
     assert!(broken(&|json| *json = json!([])).is_err());
+    // What the tokenizers crate takes and panics on later.
+    let template = |single: Json, ids: Json| json!({"type": "TemplateProcessing", "single": single, "pair": [], "special_tokens": {"<s>": {"id": "<s>", "ids": ids, "tokens": ["<s>"]}}});
+    let a = json!({"Sequence": {"id": "A", "type_id": 0}});
+    let token = |name: &str| json!({"SpecialToken": {"id": name, "type_id": 0}});
+    let config = folder.path().join("tokenizer_config.json");
+    let mut plain = read_json(&config);
+    plain.as_object_mut().unwrap().retain(|key, _| !key.starts_with("add_"));
+    std::fs::write(&config, plain.to_string()).unwrap();
+    let processed = |processor: Json| broken(&move |json| json["post_processor"] = processor.clone());
+    processed(template(json!([token("<s>"), a]), json!([3]))).unwrap();
+    assert!(processed(template(json!([token("</s>"), a]), json!([3]))).is_err());
+    assert!(processed(template(json!([a, {"Sequence": {"id": "B", "type_id": 0}}]), json!([3]))).is_err());
+    let nested = json!({"type": "Sequence", "processors": [template(json!([token("</s>")]), json!([3]))]});
+    assert!(processed(nested).is_err());
+    assert!(processed(template(json!([token("<s>"), a]), json!([4_000_000]))).is_err(), "no such row");
+    let normalized = |normalizer: Json| broken(&move |json| json["normalizer"] = normalizer.clone());
+    assert!(normalized(json!({"type": "Precompiled", "precompiled_charsmap": "AAA="})).is_err());
+    let replace = |pattern: Json| json!({"type": "Replace", "pattern": pattern, "content": "x"});
+    normalized(replace(json!({"Regex": "a"}))).unwrap();
+    assert!(normalized(replace(json!({"Regex": ""}))).is_err());
+    let nested = json!({"type": "Sequence", "normalizers": [replace(json!({"String": ""}))]});
+    assert!(normalized(nested).is_err());
     std::fs::write(&path, good.to_string()).unwrap();
     std::fs::write(folder.path().join("tokenizer_config.json"), r#"{"eos_token": "</missing>"}"#).unwrap();
     assert!(Tokenizer::from_folder(folder.path()).unwrap_err().to_string().contains("</missing>"));
+}
+
+#[test]
+fn end_tokens_keep_their_keys() {
+    let mut metadata = SMALL.gguf_metadata().unwrap();
+    let eos = "tokenizer.ggml.eos_token_id";
+    metadata.shift_remove(eos);
+    metadata.insert("tokenizer.ggml.eom_token_id".into(), Value::U32(5));
+    let read = Tokenizer::from_gguf(&gguf(metadata.clone())).unwrap();
+    assert_eq!(read.eos_ids(), [2, 5]);
+    let written = read.gguf_metadata().unwrap();
+    for name in ["eos", "eot", "eom"] {
+        let key = format!("tokenizer.ggml.{name}_token_id");
+        assert_eq!(written.get(&key), metadata.get(&key), "{key}");
+    }
+
+    let folder = tempfile::tempdir().unwrap();
+    SMALL.save(folder.path()).unwrap();
+    let ends = |ids: Json| {
+        let json = json!({"eos_token_id": ids}).to_string();
+        std::fs::write(folder.path().join("generation_config.json"), json).unwrap();
+        Tokenizer::from_folder(folder.path()).unwrap().gguf_metadata()
+    };
+    assert_eq!(ends(json!([0, 2, 5])).unwrap()["tokenizer.ggml.eom_token_id"], Value::U32(5));
+    let error = ends(json!([0, 2, 5, 6])).unwrap_err().to_string();
+    assert!(error.contains("4 end tokens"), "{error}");
+}
+
+/// Replaces the value at a random place of `json`.
+fn mutate(json: &mut Json, path: &[prop::sample::Index], new: &Json) {
+    let Some((at, rest)) = path.split_first() else { return *json = new.clone() };
+    match json {
+        Json::Object(map) if !map.is_empty() => {
+            let at = at.index(map.len());
+            mutate(map.values_mut().nth(at).unwrap(), rest, new);
+        }
+        Json::Array(list) if !list.is_empty() => {
+            let at = at.index(list.len());
+            mutate(&mut list[at], rest, new);
+        }
+        other => *other = new.clone(),
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(96))]
+
+    #[test]
+    fn no_change_of_a_tokenizer_panics(
+        path in prop::collection::vec(any::<prop::sample::Index>(), 1..6), kind in 0usize..8, number: i64, text: String,
+    ) {
+        static FOLDER: LazyLock<tempfile::TempDir> = LazyLock::new(|| {
+            let folder = tempfile::tempdir().unwrap();
+            SMALL.save(folder.path()).unwrap();
+            folder
+        });
+        let file = FOLDER.path().join("tokenizer.json");
+        static GOOD: LazyLock<Json> = LazyLock::new(|| read_json(&FOLDER.path().join("tokenizer.json")));
+        let mut json = GOOD.clone();
+        let new = [json!(null), json!(number), json!(text), json!([]), json!({}), json!(true), json!(""), json!(0)];
+        mutate(&mut json, &path, &new[kind]);
+        std::fs::write(&file, json.to_string()).unwrap();
+        if let Ok(tokenizer) = Tokenizer::from_folder(FOLDER.path()) {
+            for text in TEXTS {
+                if let Ok(ids) = tokenizer.encode(text, true) {
+                    drop(tokenizer.decode(&ids, true));
+                }
+            }
+        }
+        std::fs::write(&file, GOOD.to_string()).unwrap();
+    }
 }
 
 #[test]
@@ -274,14 +367,8 @@ fn a_space_swallowing_token_is_refused_by_gguf() {
 }
 
 #[test]
-#[expect(clippy::print_stdout, reason = "says why it is skipped")]
 fn smollm2_matches_transformers() {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("../../target/models/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf");
-    if !path.exists() {
-        println!("skipped: {} is not there; `cargo xtask model smollm2` fetches it", path.display());
-        return;
-    }
+    let Some(path) = crate::smollm2() else { return };
     let golden = read_json(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/smollm2.json"));
     let ids = |case: &Json| -> Vec<u32> {
         case["ids"].as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()

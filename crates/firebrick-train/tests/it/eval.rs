@@ -73,6 +73,10 @@ fn too_few_tokens_and_cancellation_are_errors() {
     };
     assert!(matches!(fail(&[1; 9], &Silent), TrainError::TooShort { tokens: 9, window: 10 }));
     assert!(matches!(fail(&[1; 90], &Stop), TrainError::Cancelled(Cancelled)));
+    let mut ids = [1; 90];
+    ids[50] = VOCAB;
+    let error = fail(&ids, &Silent);
+    assert!(matches!(error, TrainError::UnknownToken { id: VOCAB, .. }), "{error}");
 }
 
 #[test]

@@ -77,6 +77,49 @@ fn a_resumed_run_equals_an_uninterrupted_one_bit_for_bit() {
 
     let (done, _) = train(parts.path(), &Silent, true).unwrap();
     assert_eq!(bits(&done), bits(&model), "a finished run has nothing left to do");
+
+    // Control: a run that goes on without its moments ends elsewhere.
+    let forgetful = tempfile::tempdir().unwrap();
+    train(forgetful.path(), &StopAfter::new(5), false).unwrap_err();
+    let path = forgetful.path().join("checkpoint-00000005/state.json");
+    let mut state: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    state["updates"] = serde_json::json!({});
+    fs::write(&path, state.to_string()).unwrap();
+    let (other, other_report) = train(forgetful.path(), &Silent, true).unwrap();
+    assert_ne!(bits(&other), bits(&model));
+    assert_eq!(other_report.losses[..5], report.losses[..5]);
+    assert_ne!(other_report.losses, report.losses);
+}
+
+#[test]
+fn a_folder_with_a_log_alone_is_occupied() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut dying = |decoder: &Decoder, tokens, seed| loss(decoder, tokens, seed) * f32::NAN;
+    let config = TrainConfig { out: Some(folder.path().to_path_buf()), ..settings(3) };
+    fit(trainable(), &config, &noise(700), &mut dying, &Silent, false).unwrap_err();
+    fit(trainable(), &config, &noise(700), &mut loss, &StopAfter::new(2), false).unwrap_err();
+    fs::remove_dir_all(folder.path().join("checkpoint-00000002")).unwrap();
+    let before = files(folder.path());
+    let error = fit(trainable(), &config, &noise(700), &mut loss, &Silent, false).unwrap_err();
+    assert!(matches!(error, TrainError::Occupied { step: 2, .. }), "{error}");
+    assert_eq!(files(folder.path()), before);
+    fit(trainable(), &config, &noise(700), &mut loss, &Silent, true).unwrap();
+}
+
+#[test]
+fn a_run_over_something_else_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = |identity: Option<&str>| {
+        let out = Some(folder.path().to_path_buf());
+        let config = TrainConfig { identity: identity.map(String::from), out, ..settings(2) };
+        fit(trainable(), &config, &noise(700), &mut loss, &Silent, true).map(drop)
+    };
+    run(Some("base 1, rank 4")).unwrap();
+    run(Some("base 1, rank 4")).unwrap();
+    for other in [Some("base 2, rank 4"), None] {
+        let error = run(other).unwrap_err().to_string();
+        assert!(error.contains("base 1, rank 4"), "{error}");
+    }
 }
 
 #[test]
@@ -120,7 +163,7 @@ fn another_run_is_refused_with_every_difference() {
     };
 
     let occupied = message(&config, &noise(700), false);
-    assert!(occupied.contains("holds a checkpoint of step 2"), "{occupied}");
+    assert!(occupied.contains("holds a run up to step 2"), "{occupied}");
     let changed =
         TrainConfig { learning_rate: 0.5, schedule: Schedule::Linear, checkpoint_every: 1, ..config.clone() };
     let refused = message(&changed, &noise(700), true);

@@ -1,10 +1,10 @@
 use std::sync::Mutex;
 
-use burn::module::{Module, Param};
+use burn::module::{Module, Param, ParamGroup};
 use burn::tensor::{Device, Int, Tensor};
 use firebrick_core::{Base, Brick, Event, Part, Progress, Run, Seed, Silent, Site, SiteSet};
 use firebrick_models::Decoder;
-use firebrick_train::{TextData, TrainConfig, TrainError, fit};
+use firebrick_train::{Group, TextData, TrainConfig, TrainError, fit};
 
 use crate::tiny::{bits, decoder, loss, noise, pattern, settings, trainable};
 
@@ -57,21 +57,33 @@ fn accumulation_equals_one_large_batch() {
 #[test]
 fn clipping_shortens_the_step_and_the_norm_is_logged_before_it() {
     let data = noise(700);
-    let norms = |clip| {
+    let start = trainable();
+    let run = |clip, steps| {
         let folder = tempfile::tempdir().unwrap();
         let out = Some(folder.path().to_path_buf());
-        let config = TrainConfig { clip, out, ..settings(3) };
-        fit(trainable(), &config, &data, &mut loss, &Silent, false).unwrap();
+        // Adam forgets the size of gradients, but for a large eps.
+        let config = TrainConfig { clip, out, warmup: 0, eps: 1e-2, weight_decay: 0.0, ..settings(steps) };
+        let (after, _) = fit(start.clone(), &config, &data, &mut loss, &Silent, false).unwrap();
         let text = std::fs::read_to_string(folder.path().join("log.jsonl")).unwrap();
         let norm = |line: &str| -> f64 {
             serde_json::from_str::<serde_json::Value>(line).unwrap()["grad_norm"].as_f64().unwrap()
         };
-        text.lines().map(norm).collect::<Vec<_>>()
+        let moved = values(&after).iter().zip(values(&start)).map(|(a, b)| (a - b).powi(2)).sum::<f64>();
+        (text.lines().map(norm).collect::<Vec<_>>(), moved.sqrt())
     };
-    let (free, clipped) = (norms(None), norms(Some(1e-3)));
-    assert_eq!(free.len(), 3);
-    assert_eq!(free[0], clipped[0]);
-    assert!(free[0] > 1e-2);
+    let (free, clipped, wide) = (run(None, 1), run(Some(1e-3), 1), run(Some(1e3), 1));
+    assert_eq!(free.0, clipped.0);
+    assert!(free.0[0] > 1e-2);
+    assert!(clipped.1 > 0.0 && clipped.1 < 0.1 * free.1, "{clipped:?} {free:?}");
+    assert_eq!(wide, free, "control: nothing to clip");
+    let (free, clipped) = (run(None, 3), run(Some(1e-3), 3));
+    assert_eq!(free.0.len(), 3);
+    assert!((free.0[1] - clipped.0[1]).abs() > 1e-4, "another first step: {free:?} {clipped:?}");
+}
+
+/// Every parameter's values in one row.
+fn values(module: &Decoder) -> Vec<f64> {
+    bits(module).into_iter().flatten().map(|b| f64::from(f32::from_bits(b))).collect()
 }
 
 /// Adds a trainable vector to the output of its site.
@@ -93,22 +105,40 @@ impl Brick for Shift {
 
 #[test]
 fn a_brick_trains_over_a_frozen_base() {
-    let base = decoder(&Device::flex());
+    let base = decoder(&Device::flex().autodiff());
     let before = bits(&base);
     let by = Param::from_tensor(Tensor::<1>::zeros([16], &Device::flex().autodiff()));
     let shift = Shift { by, sites: [Site::layer(1, Part::Block)].into_iter().collect() };
-    let mut loss = |shift: &Shift, tokens: Tensor<2, Int>, seed: Seed| {
+    // Both are in the module that trains: only what requires a gradient may move.
+    let mut loss = |(base, shift): &(Decoder, Shift), tokens: Tensor<2, Int>, seed: Seed| {
         let bricks: [&dyn Brick; 1] = [shift];
         let mut run = Run::new(&bricks);
         run.seed = seed;
         base.nll(tokens, &mut run).mean()
     };
     let config = TrainConfig { learning_rate: 0.3, ..settings(30) };
-    let (shift, report) = fit(shift, &config, &pattern(500), &mut loss, &Silent, false).unwrap();
+    let pair = (base.clone(), shift.clone());
+    let ((base, trained), report) = fit(pair, &config, &pattern(500), &mut loss, &Silent, false).unwrap();
     // The random head lets one shift of the stream favour the 8 tokens of the pattern only so much.
     assert!(report.final_loss().unwrap() < report.first_loss().unwrap() - 0.15, "{:?}", report.losses);
     assert_eq!(bits(&base), before);
-    assert_ne!(bits(&shift), vec![vec![0; 16]]);
+    assert_ne!(bits(&trained), bits(&shift));
+    let pair = (base.trainable(), shift);
+    let ((base, _), _) = fit(pair, &settings(3), &pattern(500), &mut loss, &Silent, false).unwrap();
+    assert_ne!(bits(&base), before, "control: a base that requires gradients moves");
+}
+
+#[test]
+fn a_group_that_matches_nothing_is_refused() {
+    let group = |params| Group { params, learning_rate: 2.0, weight_decay: None };
+    let run = |groups| {
+        let config = TrainConfig { groups, ..settings(1) };
+        fit(trainable(), &config, &noise(500), &mut loss, &Silent, false).map(drop)
+    };
+    run(vec![group(ParamGroup::from_predicate("norm")), group(ParamGroup::all())]).unwrap();
+    let error = run(vec![group(ParamGroup::all()), group(ParamGroup::from_predicate("nrom"))]).unwrap_err();
+    assert!(matches!(error, TrainError::Config { .. }));
+    assert!(error.to_string().contains("`groups[1]`"), "{error}");
 }
 
 #[test]
