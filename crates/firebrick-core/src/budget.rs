@@ -72,13 +72,15 @@ pub enum BudgetError {
         /// What is missing.
         short: u128,
     },
-    /// The exact table would be too large; [`allocate_greedy`] needs none.
-    #[error("exact allocation needs a table of {cells} cells, more than {limit}; allocate greedily")]
+    /// The exact table would be too large or take too long; [`allocate_greedy`] needs none.
+    #[error("exact allocation needs {needed} {unit}, more than {limit}; allocate greedily")]
     TooLarge {
-        /// Sites with a choice times distinct amounts of money.
-        cells: u128,
-        /// The most cells there may be.
+        /// What it needs.
+        needed: u128,
+        /// The most it may need.
         limit: u128,
+        /// Of what: `bytes`, `steps` or `choices at a site`.
+        unit: &'static str,
     },
 }
 
@@ -91,8 +93,12 @@ fn list<T: fmt::Debug>(items: &[T]) -> String {
     shown.join(", ")
 }
 
-/// Cells of the exact table: a byte each.
-const MAX_CELLS: u128 = 50_000_000;
+/// Bytes of the exact table: one for each (site, amount), and two rows of losses.
+const MAX_BYTES: u128 = 50_000_000;
+/// Triples (site, choice, amount) the exact table is filled from: about a second.
+const MAX_STEPS: u128 = 1_000_000_000;
+/// Choices of a site that a byte can number.
+const MAX_CHOICES: u128 = 256;
 
 /// Picks one choice per site, so that the costs sum to at most `budget` and the sum of losses is small: exactly minimal where
 /// [`allocate_exact`] can tell, else by [`allocate_greedy`].
@@ -115,10 +121,12 @@ pub fn allocate(options: &[Vec<Choice>], budget: u64) -> Result<Vec<usize>, Budg
 }
 
 /// The allocation of smallest total loss, by dynamic programming over the money spent above the cheapest allocation, in
-/// units of the greatest common divisor of the prices.
+/// units of the greatest common divisor of the prices (the multiple-choice knapsack of Kellerer, Pferschy and Pisinger 2004,
+/// chapter 11).
 ///
 /// # Errors
-/// See [`BudgetError`]; [`BudgetError::TooLarge`] above 50 million (site, amount) pairs or 256 useful choices at a site.
+/// See [`BudgetError`]; [`BudgetError::TooLarge`] above a table of 50 MB, 10^9 (site, choice, amount) triples or 256 useful
+/// choices at a site.
 pub fn allocate_exact(options: &[Vec<Choice>], budget: u64) -> Result<Vec<usize>, BudgetError> {
     let market = Market::new(options, budget)?;
     let open: Vec<usize> = (0..options.len()).filter(|s| market.fronts[*s].len() > 1).collect();
@@ -128,9 +136,15 @@ pub fn allocate_exact(options: &[Vec<Choice>], budget: u64) -> Result<Vec<usize>
     let unit = extras.iter().flatten().copied().fold(0, gcd).max(1);
     let most: u128 = extras.iter().map(|e| u128::from(e.iter().copied().max().unwrap_or(0))).sum();
     let width = u128::from(market.spare).min(most) / u128::from(unit) + 1;
-    let cells = width * open.len() as u128;
-    if cells > MAX_CELLS || open.iter().any(|s| market.fronts[*s].len() > 256) {
-        return Err(BudgetError::TooLarge { cells, limit: MAX_CELLS });
+    let choices = || extras.iter().map(|e| e.len() as u128);
+    for (needed, limit, unit) in [
+        (choices().max().unwrap_or(0), MAX_CHOICES, "choices at a site"),
+        (width * (open.len() as u128 + 16), MAX_BYTES, "bytes"),
+        (width * choices().sum::<u128>(), MAX_STEPS, "steps"),
+    ] {
+        if needed > limit {
+            return Err(BudgetError::TooLarge { needed, limit, unit });
+        }
     }
     let width = width as usize;
     // best[w]: the smallest loss of the sites so far with at most w units; picked[site][w]: the last site's choice for it.
@@ -163,7 +177,8 @@ pub fn allocate_exact(options: &[Vec<Choice>], budget: u64) -> Result<Vec<usize>
     Ok(allocation)
 }
 
-/// Starts with the cheapest choices and makes the affordable step with the largest drop of loss per cost, again and again.
+/// Starts with the cheapest choices and makes the affordable step with the largest drop of loss per cost, again and again
+/// (the greedy of Sinha and Zoltners 1979 for the multiple-choice knapsack).
 ///
 /// From a vertex of the lower convex hull of a site's (cost, loss) table the steepest step leads to the next vertex, so the
 /// steps follow the hulls until one no longer fits, and then fill what is left. The total loss is above the optimum by
@@ -424,6 +439,26 @@ mod tests {
         let short = allocate(&[one.clone(), one], 4).unwrap_err();
         assert_eq!(short, BudgetError::TooSmall { budget: 4, cheapest: 6, short: 2 });
         assert!(short.to_string().contains("2 short"));
+    }
+
+    #[test]
+    fn exact_allocation_says_when_it_needs_too_much() {
+        let unit_of = |options: &[Vec<Choice>]| match allocate_exact(options, u64::MAX) {
+            Ok(_) => "",
+            Err(BudgetError::TooLarge { unit, needed, limit }) if needed > limit => unit,
+            Err(other) => panic!("{other}"),
+        };
+        let many = |n: u64, last: u64| -> Vec<Choice> {
+            let cost = |i: u64| if i + 1 == n { last } else { i };
+            (0..n).map(|i| Choice { cost: cost(i), loss: -(i as f64) }).collect()
+        };
+        // One site and two rows of losses: bytes even without many sites.
+        assert_eq!(unit_of(&[many(3, 3_000_000)]), "bytes");
+        assert_eq!(unit_of(&[many(3, 300_000)]), "", "control");
+        assert_eq!(unit_of(&[many(257, 300)]), "choices at a site");
+        assert_eq!(unit_of(&[many(256, 300)]), "", "control");
+        // 20 sites of 256 choices over 1.2 million amounts.
+        assert_eq!(unit_of(&vec![many(256, 60_000); 20]), "steps");
     }
 
     #[test]

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::selector::MAX_TEXT;
 use crate::{Selector, Site, SiteSet, SiteTable, write_atomic};
 
 mod read;
@@ -258,8 +259,9 @@ impl Default for LayerPlan {
 }
 
 impl LayerPlan {
-    /// Writes an allocation as a plan: one rule for each distinct settings, the first site's rule first. Resolved on the
-    /// model the sites come from it gives back exactly these settings.
+    /// Writes an allocation as a plan: one rule for each distinct settings (several where one selector would be too long
+    /// to be read back), the first site's rule first. Resolved on the model the sites come from it gives back exactly
+    /// these settings.
     pub fn from_sites(sites: impl IntoIterator<Item = (Site, Settings)>) -> Self {
         let sites: BTreeMap<Site, Settings> = sites.into_iter().collect();
         let mut place: BTreeMap<String, usize> = BTreeMap::new();
@@ -272,10 +274,11 @@ impl LayerPlan {
             }
             groups[i].1.insert(site);
         }
-        let rule = |(settings, sites): (Settings, SiteSet)| {
-            Selector::exactly(&sites).map(|select| Rule { select, settings })
-        };
-        LayerPlan { rules: groups.into_iter().filter_map(rule).collect(), ..LayerPlan::default() }
+        let mut rules = Vec::new();
+        for (settings, sites) in &groups {
+            add_rules(settings, sites, &mut rules);
+        }
+        LayerPlan { rules, ..LayerPlan::default() }
     }
 
     /// Reads TOML.
@@ -387,6 +390,18 @@ impl LayerPlan {
         let unmatched = table.all().filter(|s| !sites.contains_key(&s));
         Ok(ResolvedPlan { sites, coverage: Coverage { rules, unmatched } })
     }
+}
+
+/// Adds a rule for exactly `sites`, or one for each half of them if its selector is too long to be read.
+fn add_rules(settings: &Settings, sites: &SiteSet, rules: &mut Vec<Rule>) {
+    let Some(select) = Selector::exactly(sites) else { return };
+    if sites.len() < 2 || select.to_string().len() <= MAX_TEXT {
+        rules.push(Rule { select, settings: settings.clone() });
+        return;
+    }
+    let half = sites.len() / 2;
+    add_rules(settings, &sites.iter().take(half).collect(), rules);
+    add_rules(settings, &sites.iter().skip(half).collect(), rules);
 }
 
 fn wrong_version(version: u32) -> Option<String> {

@@ -45,7 +45,7 @@ impl<'a> Run<'a> {
         self.bricks
     }
 
-    /// Whether any brick sits at `site`; wirings use it to take a fused path through bare sites.
+    /// Whether no brick sits at `site`; wirings use it to take a fused path through bare sites.
     pub fn is_bare(&self, site: Site) -> bool {
         !self.bricks.iter().any(|b| b.sites().contains(site))
     }
@@ -110,5 +110,53 @@ fn descend(
             let below = &bricks[..top];
             bricks[top].at(site, x, &mut |x, run: &mut Run<'_>| descend(below, site, x, wiring, run), run)
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::Device;
+
+    use super::*;
+    use crate::{Part, SiteSet, Skip};
+
+    #[test]
+    fn sites_without_a_brick_are_bare() {
+        let (here, there) = (Site::layer(1, Part::Block), Site::layer(2, Part::Block));
+        assert!(Run::default().is_bare(here));
+        let skip = Skip { sites: SiteSet::from_iter([here]) };
+        let bricks: [&dyn Brick; 1] = [&skip];
+        let run = Run::new(&bricks);
+        assert!(!run.is_bare(here) && run.is_bare(there));
+        assert_eq!(run.bricks().len(), 1);
+    }
+
+    #[test]
+    fn state_is_kept_by_type() {
+        let mut run = Run::default();
+        assert_eq!(run.get::<u32>(), None);
+        run.insert(3u32);
+        run.insert(7u32);
+        run.insert("text");
+        *run.get_mut::<u32>().unwrap() += 1;
+        assert_eq!((run.get::<u32>(), run.get::<&str>(), run.get::<u64>()), (Some(&8), Some(&"text"), None));
+        assert_eq!(run.take::<u32>(), Some(8));
+        assert_eq!((run.take::<u32>(), run.get::<&str>()), (None, Some(&"text")));
+        *run.state::<u32>() += 5;
+        assert_eq!(run.get::<u32>(), Some(&5), "begins with the default");
+    }
+
+    #[test]
+    fn losses_are_kept_by_name_and_summed() {
+        let device = Device::flex();
+        let mut run = Run::default();
+        assert!(run.total_loss().is_none());
+        for (name, loss) in [("balance", 0.5), ("sparsity", 0.25)] {
+            run.add_loss(name, Tensor::from_floats([loss], &device));
+        }
+        let names: Vec<&str> = run.losses().iter().map(|(name, _)| name.as_str()).collect();
+        assert_eq!(names, ["balance", "sparsity"]);
+        let total = run.total_loss().map(|loss| loss.into_scalar::<f32>());
+        assert_eq!(total, Some(0.75));
     }
 }

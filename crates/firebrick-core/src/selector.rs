@@ -32,7 +32,8 @@ use crate::{Part, Site, SiteEntry, SiteSet, SiteTable};
 mod cover;
 mod parse;
 
-const MAX_TEXT: usize = 64 * 1024;
+/// Longest text that is read.
+pub(crate) const MAX_TEXT: usize = 64 * 1024;
 const MAX_REGEX: usize = 1 << 20;
 
 /// A pattern over sites, such as `layers.4-7.mlp.{up,down}, head`; the grammar stands at the top of `selector.rs`.
@@ -102,11 +103,6 @@ enum Segment {
 const EXPERTS: &str = "mlp.experts";
 
 impl Selector {
-    /// The selector `*`: every site.
-    pub fn all() -> Self {
-        Selector { patterns: vec![Pattern::All] }
-    }
-
     /// Whether the selector matches `site` in a model of `layers` layers. `re:` patterns need a tensor's name and match
     /// nothing here; see [`Selector::matches_entry`].
     pub fn matches(&self, site: Site, layers: usize) -> bool {
@@ -118,14 +114,15 @@ impl Selector {
         self.patterns.iter().any(|p| p.matches_entry(entry, layers))
     }
 
-    /// The sites of a model this selector matches, at least one for each of its patterns and ranges of layers.
+    /// The sites of a model this selector matches, at least one for each of its patterns and ranges of layers and experts.
     ///
     /// # Errors
-    /// If a pattern matches nothing: says whether its layers are out of range or its part is absent.
+    /// If a pattern matches nothing: says whether its layers or experts are out of range or its part is absent.
     pub fn resolve(&self, table: &SiteTable) -> Result<SiteSet, SelectorError> {
         let mut sites = SiteSet::default();
         let mut text = String::new();
         let mut problem = None;
+        let experts = table.entries().iter().filter_map(|e| e.site.expert).max().map_or(0, |last| last + 1);
         for (i, pattern) in self.patterns.iter().enumerate() {
             if i > 0 {
                 text.push_str(", ");
@@ -137,9 +134,10 @@ impl Selector {
                 sites.insert(entry.site);
                 matched = true;
             }
-            let empty_range = pattern.layers_without_match(table.layers());
-            if problem.is_none() && (!matched || empty_range.is_some()) {
-                problem = Some((start..text.len(), pattern.why_nothing(table, empty_range)));
+            if problem.is_none() {
+                let why = pattern.range_without_match(table.layers(), experts);
+                let why = why.or_else(|| (!matched).then(|| pattern.why_nothing(table)));
+                problem = why.map(|why| (start..text.len(), why));
             }
         }
         match problem {
@@ -149,7 +147,8 @@ impl Selector {
     }
 
     /// A short selector that matches exactly `sites`, each of which is written as a table of sites holds it; `None` if
-    /// there are no sites.
+    /// there are no sites. Thousands of scattered sites can make its text longer than the 64 KiB that are read;
+    /// [`LayerPlan::from_sites`](crate::LayerPlan::from_sites) writes several rules then.
     pub fn exactly(sites: &SiteSet) -> Option<Selector> {
         let patterns = cover::patterns(sites);
         (!patterns.is_empty()).then_some(Selector { patterns })
@@ -183,26 +182,27 @@ impl Pattern {
         }
     }
 
-    /// The first range of layers that lies wholly outside a model.
-    fn layers_without_match(&self, layers: usize) -> Option<(i32, i32)> {
-        let Pattern::Place { layers: Some(Numbers::Ranges(ranges)), .. } = self else { return None };
-        let empty = |&&(from, to): &&(i32, i32)| {
-            let (from, to) = (from_end(from, layers), from_end(to, layers));
-            from.max(0) > to.min(layers as i64 - 1)
-        };
-        ranges.iter().find(empty).copied()
-    }
-
-    fn why_nothing(&self, table: &SiteTable, empty_range: Option<(i32, i32)>) -> String {
-        if table.entries().is_empty() {
-            return "the model has no sites".into();
-        }
-        if let Some(range) = empty_range {
-            let range = Numbers::Ranges(vec![range]);
-            return match table.layers() {
+    /// What is wrong with the first range of layers or experts that lies wholly outside a model.
+    fn range_without_match(&self, layers: usize, experts: usize) -> Option<String> {
+        let Pattern::Place { layers: wanted, parts, .. } = self else { return None };
+        if let Some(range) = wanted.as_ref().and_then(|w| w.outside(layers)) {
+            return Some(match layers {
                 0 => format!("no layer {range}: the model has no layers"),
                 n => format!("no layer {range}: the model has layers 0-{}", n - 1),
-            };
+            });
+        }
+        match parts {
+            Some(Parts::Experts { experts: wanted, .. }) if experts > 0 => {
+                let range = wanted.outside(experts)?;
+                Some(format!("no expert {range}: the model has experts 0-{}", experts - 1))
+            }
+            _ => None,
+        }
+    }
+
+    fn why_nothing(&self, table: &SiteTable) -> String {
+        if table.entries().is_empty() {
+            return "the model has no sites".into();
         }
         if let Pattern::Tensor(regex) = self {
             let example = table.entries().iter().find_map(|e| e.tensor.as_deref()).unwrap_or("none");
@@ -219,15 +219,21 @@ impl Pattern {
                 names.push(name);
             }
         }
-        let mut message = format!("nothing in the model matches; its parts are {}", names.join(", "));
-        if let Some(last) = table.entries().iter().filter_map(|e| e.site.expert).max() {
-            message.push_str(&format!(" (experts 0-{last})"));
-        }
-        message
+        format!("nothing in the model matches; its parts are {}", names.join(", "))
     }
 }
 
 impl Numbers {
+    /// The first range without any of the numbers `0..count`.
+    fn outside(&self, count: usize) -> Option<Numbers> {
+        let Numbers::Ranges(ranges) = self else { return None };
+        let empty = |&&(from, to): &&(i32, i32)| {
+            let (from, to) = (from_end(from, count), from_end(to, count));
+            from.max(0) > to.min(count as i64 - 1)
+        };
+        ranges.iter().find(empty).map(|range| Numbers::Ranges(vec![*range]))
+    }
+
     fn contains(&self, number: usize, count: usize) -> bool {
         match self {
             Numbers::All => true,

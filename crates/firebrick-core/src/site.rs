@@ -165,7 +165,7 @@ impl Site {
         Site { layer: Some(layer), part, expert: None }
     }
 
-    /// A part of expert `expert` in layer `layer`.
+    /// A part of expert `expert` in layer `layer`: `mlp` for all of it, or its gate, up or down projection.
     pub fn expert(layer: usize, part: Part, expert: usize) -> Self {
         Site { layer: Some(layer), part, expert: Some(expert) }
     }
@@ -225,10 +225,12 @@ impl FromStr for Site {
             None => (None, local.to_string()),
         };
         let part = Part::ALL.into_iter().find(|p| p.name() == name).ok_or_else(fail)?;
-        if part.in_layer() != layer.is_some() {
-            return Err(fail());
-        }
-        Ok(Site { layer, part, expert })
+        let site = Site { layer, part, expert };
+        let in_expert = matches!(part, Part::Mlp | Part::MlpGate | Part::MlpUp | Part::MlpDown);
+        // One site, one spelling: no `+3`, no `03`.
+        let good =
+            part.in_layer() == layer.is_some() && (expert.is_none() || in_expert) && site.to_string() == text;
+        if good { Ok(site) } else { Err(fail()) }
     }
 }
 
@@ -401,9 +403,24 @@ mod tests {
         let expert = Site::expert(2, Part::MlpUp, 11);
         assert_eq!(expert.to_string(), "layers.2.mlp.experts.11.up");
         assert_eq!(expert.to_string().parse::<Site>(), Ok(expert));
-        for bad in ["", "layers.x.attn", "layers.1", "attn.q", "layers.1.head", "layers.1.attn.z"] {
+        for bad in [
+            "",
+            "layers.x.attn",
+            "layers.1",
+            "attn.q",
+            "layers.1.head",
+            "layers.1.attn.z",
+            "layers.+3.attn",
+            "layers.03.attn",
+            "layers.3.mlp.experts.+1.up",
+            "layers.3.mlp.experts.01",
+            "layers.0.mlp.experts.1.router",
+            "mlp.experts.1.up",
+        ] {
             assert!(bad.parse::<Site>().is_err(), "{bad}");
         }
+        let no_expert = Site::expert(0, Part::AttnQ, 1).to_string();
+        assert!(no_expert.parse::<Site>().is_err(), "{no_expert} is no site");
     }
 
     #[test]

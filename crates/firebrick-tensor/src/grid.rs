@@ -50,6 +50,17 @@ const CLIP_STEPS: usize = 32;
 const CLIP_MOST: f32 = 0.7;
 
 impl Grid {
+    /// Whether the grid can be used: with 1 bit a symmetric grid has no code but 0, codes are bytes.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn check(&self) -> Result<(), String> {
+        match self.bits {
+            2..=8 => Ok(()),
+            bits => Err(format!("{bits} bits; a grid has 2 to 8")),
+        }
+    }
+
     /// Group length for rows of `columns` values.
     pub fn group_len(&self, columns: usize) -> usize {
         if self.group == 0 { columns } else { self.group.min(columns).max(1) }
@@ -119,7 +130,12 @@ impl Grid {
     }
 
     /// Rounds `weight: [rows, columns]` to the nearest codes (RTN), in place.
+    ///
+    /// # Panics
+    /// If `columns` is 0 or does not divide the length of `weight`.
     pub fn round(&self, weight: &mut [f32], columns: usize) {
+        let whole = columns > 0 && weight.len().is_multiple_of(columns);
+        assert!(whole, "Grid::round: {} values in rows of {columns}", weight.len());
         for row in weight.chunks_exact_mut(columns) {
             for group in row.chunks_mut(self.group_len(columns)) {
                 let params = self.fit(group);
@@ -225,6 +241,20 @@ mod tests {
         }
         let on_grid: Vec<f32> = (0..8).map(|c| c as f32 - 3.0).collect();
         assert_eq!(error(&on_grid, true), 0.0, "control: nothing to gain, nothing cut off");
+    }
+
+    #[test]
+    fn bits_that_make_no_grid_are_told() {
+        for (bits, good) in [(0, false), (1, false), (2, true), (8, true), (9, false)] {
+            let grid = Grid { bits, group: 0, kind: GridKind::SymNarrow, clip: false };
+            assert_eq!(grid.check().is_ok(), good, "{bits}");
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "7 values in rows of 3")]
+    fn a_part_of_a_row_is_refused() {
+        Grid { bits: 4, group: 0, kind: GridKind::Asym, clip: false }.round(&mut [1.0; 7], 3);
     }
 
     #[test]

@@ -1,8 +1,11 @@
 use std::collections::BTreeMap;
 
-use firebrick_core::{LayerPlan, Part, PlanError, Rule, Settings, Site};
+use firebrick_core::{
+    LayerPlan, Part, PlanError, Rule, Seed, Selector, Settings, Site, SiteEntry, SiteKind, SiteSet, SiteTable,
+};
 use proptest::prelude::*;
 use proptest::sample::Index;
+use rand::Rng;
 
 use crate::table;
 
@@ -194,6 +197,76 @@ fn an_allocation_is_written_compactly() {
         plan.resolve(&table()).unwrap().sites,
         BTreeMap::from([(Site::layer(1, Part::AttnSublayer), drop)])
     );
+}
+
+#[test]
+fn a_plan_of_many_experts_can_be_read_back() {
+    let kind = SiteKind::Linear { d_in: 8, d_out: 8 };
+    let sites = (0..58).flat_map(|layer| {
+        let parts = [Part::MlpGate, Part::MlpUp, Part::MlpDown];
+        (0..256).flat_map(move |expert| parts.map(|part| Site::expert(layer, part, expert)))
+    });
+    let entries = sites.map(|site| SiteEntry { site, kind, tensor: None }).collect();
+    let model = SiteTable::new(58, entries);
+    let mut rng = Seed(5).stream("half");
+    let half: SiteSet = model.all().iter().filter(|_| rng.random()).collect();
+    let whole = Selector::exactly(&half).unwrap().to_string();
+    assert!(whole.parse::<Selector>().is_err(), "control: one selector of {} bytes is not read", whole.len());
+    let settings = Settings { bits: Some(3), ..Settings::default() };
+    let plan = LayerPlan::from_sites(half.iter().map(|site| (site, settings.clone())));
+    assert!(plan.rules.len() > 1);
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("plan.toml");
+    plan.save(&path).unwrap();
+    let read = LayerPlan::load(&path).unwrap();
+    assert_eq!(read, plan);
+    let resolved = read.resolve(&model).unwrap();
+    assert_eq!(resolved.sites.keys().copied().collect::<SiteSet>(), half);
+}
+
+#[test]
+fn a_plan_without_rules_selects_nothing() {
+    let none = LayerPlan::default().resolve(&table()).unwrap();
+    assert!(none.sites.is_empty() && none.coverage.rules.is_empty());
+    assert_eq!(none.coverage.unmatched, table().all());
+    let rule = Rule { select: "head".parse().unwrap(), settings: Settings::default() };
+    let one = LayerPlan { rules: vec![rule], ..LayerPlan::default() }.resolve(&table()).unwrap();
+    assert_eq!(one.sites.len(), 1, "control: one rule, one site");
+    assert_eq!(one.coverage.unmatched.len(), table().entries().len() - 1);
+}
+
+#[test]
+fn every_setting_round_trips() {
+    // No `..`: a new field must be added here.
+    let settings = Settings {
+        rank: Some(8),
+        alpha: Some(16.5),
+        dropout: Some(0.1),
+        bits: Some(4),
+        group: Some(64),
+        experts: Some(8),
+        top_k: Some(2),
+        weight: Some(-0.3),
+        density: Some(0.2),
+        learning_rate: Some(3e-4),
+        frozen: Some(false),
+        drop: Some(true),
+        extra: BTreeMap::from([
+            ("a.list".to_string(), serde_json::json!([1, "two", true])),
+            ("b".to_string(), serde_json::json!({"c": 1.5})),
+        ]),
+    };
+    assert_eq!(settings.names().len(), 14);
+    let rule = Rule { select: "mlp".parse().unwrap(), settings: settings.clone() };
+    let plan = LayerPlan { model: Some("tiny".into()), rules: vec![rule], ..LayerPlan::default() };
+    let (toml, json) = (plan.to_toml().unwrap(), plan.to_json().unwrap());
+    assert_eq!(LayerPlan::from_toml(&toml).unwrap(), plan);
+    assert_eq!(LayerPlan::from_json(&json).unwrap(), plan);
+    let other = LayerPlan::from_toml(&toml.replace("top_k = 2", "top_k = 3")).unwrap();
+    assert_ne!(other, plan, "control: one field differs");
+    let mut merged = Settings::default();
+    merged.overlay(&settings);
+    assert_eq!(merged, settings);
 }
 
 fn settings() -> impl Strategy<Value = Settings> {

@@ -157,7 +157,7 @@ proptest! {
         prop_assert_eq!(&found, &oracle(&wanted, true), "{}", wanted.text());
         match selector.resolve(&table()) {
             Ok(sites) => prop_assert_eq!(sites, found),
-            Err(e) => prop_assert!(found.is_empty() || e.message.starts_with("no layer"), "{}", e),
+            Err(e) => prop_assert!(found.is_empty() || e.message.starts_with("no layer") || e.message.starts_with("no expert"), "{}", e),
         }
     }
 
@@ -295,7 +295,9 @@ fn errors_point_and_suggest() {
         ("layers.-9--5", "layers.-9--5", "no layer -9--5"),
         ("layers.3-0", "3-0", "did you mean `0-3`"),
         ("attn_post_norm", "attn_post_norm", "its parts are embed, block"),
-        ("experts.5", "mlp.experts.5", "(experts 0-1)"),
+        ("experts.5", "mlp.experts.5", "no expert 5: the model has experts 0-1"),
+        ("experts.{0,900}", "mlp.experts.{0,900}", "no expert 900"),
+        ("attn, experts.1-2, experts.{0-1,2-3}.up", "mlp.experts.{0-1,2-3}.up", "no expert 2-3"),
         ("re:rotary", "re:rotary", "a name is `model.embed_tokens.weight`"),
     ] {
         let e = error(text);

@@ -27,7 +27,7 @@ pub use firebrick_core::AtomicFile;
 pub use gguf::{Gguf, Value, write_gguf};
 pub use layout::{Layout, TensorSpec, TensorWriter};
 pub use safetensors::{Metadata, write_safetensors};
-pub use sharded::{INDEX_FILE, MODEL_FILE};
+pub(crate) use sharded::is_plain_file_name;
 
 use crate::block::{self, DType};
 use memmap2::Mmap;
@@ -258,14 +258,14 @@ impl Checkpoint {
     ///
     /// # Panics
     /// When there is no such file.
-    pub fn file_bytes(&self, file: usize) -> &[u8] {
+    pub(crate) fn file_bytes(&self, file: usize) -> &[u8] {
         &self.maps[file]
     }
 
     /// Tells the system that the bytes `range` of [`files`](Checkpoint::files)`[file]` are not needed for now, so that
     /// they stop counting as memory of this process. Reading them again maps them again. Does nothing where there is
     /// no such call or no such range.
-    pub fn release(&self, file: usize, range: Range<usize>) {
+    pub(crate) fn release(&self, file: usize, range: Range<usize>) {
         #[cfg(unix)]
         if let Some(Contents::Mapped(map)) = self.maps.get(file)
             && range.start < range.end
@@ -297,4 +297,29 @@ fn map(path: &Path) -> Result<Mmap> {
     // that truncates the file in place can still end this one with SIGBUS, as for every mapped file; our own writers
     // replace files by renaming and leave mapped ones alone.
     unsafe { Mmap::map(&file) }.map_err(fail)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn released_bytes_read_the_same() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("model.safetensors");
+        let data: Vec<u8> = (0..40_000).map(|i| (i % 251) as u8).collect();
+        write_safetensors(&path, &Default::default(), &[(TensorSpec::new("w", DType::U8, [40_000]), data)])
+            .unwrap();
+        let expected = std::fs::read(&path).unwrap();
+        let len = expected.len();
+        let built_in = Checkpoint::from_static(expected.clone().leak(), "embedded").unwrap();
+        for checkpoint in [Checkpoint::open(&path).unwrap(), built_in] {
+            for range in [0..len, 1..4097, 5000..5001, 8191..len, len..len, len - 1..len + 1, 0..usize::MAX] {
+                assert_eq!(checkpoint.file_bytes(0), expected);
+                checkpoint.release(0, range.clone());
+                assert_eq!(checkpoint.file_bytes(0), expected, "{range:?}");
+            }
+            checkpoint.release(7, 0..1);
+        }
+    }
 }

@@ -7,9 +7,9 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 use std::path::{Component, Path};
 
 /// The file of an unsharded checkpoint in its folder.
-pub const MODEL_FILE: &str = "model.safetensors";
+const MODEL_FILE: &str = "model.safetensors";
 /// The file that tells which shard holds which tensor.
-pub const INDEX_FILE: &str = "model.safetensors.index.json";
+const INDEX_FILE: &str = "model.safetensors.index.json";
 
 const MAX_INDEX: u64 = 100_000_000;
 
@@ -116,8 +116,8 @@ fn read_index(path: &Path) -> Result<IndexMap<String, String>> {
     Ok(index.weight_map)
 }
 
-// No folders, drives or `..`: an index must not make us read outside its own folder.
-fn is_plain_file_name(name: &str) -> bool {
+/// No folders, drives or `..`: neither an index nor a target may lead outside its own folder.
+pub(crate) fn is_plain_file_name(name: &str) -> bool {
     let mut components = Path::new(name).components();
     let first = components.next();
     matches!(first, Some(Component::Normal(part)) if part == name)

@@ -4,7 +4,6 @@ use super::LinalgError;
 use faer::linalg::matmul;
 use faer::{Accum, Mat, MatRef, Par};
 use firebrick_core::Seed;
-use rand::Rng;
 use rayon::prelude::*;
 
 /// Rows and columns of one tile of a product; fixed, so that the order of the sums never depends on the threads.
@@ -19,7 +18,10 @@ pub struct Matrix {
 }
 
 impl Matrix {
-    /// A matrix of `rows * cols` row-major entries; an error if the lengths do not agree.
+    /// A matrix of `rows * cols` row-major entries.
+    ///
+    /// # Errors
+    /// [`LinalgError::Shape`] if the lengths do not agree.
     pub fn new(rows: usize, cols: usize, data: Vec<f64>) -> Result<Matrix, LinalgError> {
         if rows.checked_mul(cols) != Some(data.len()) {
             return Err(length_error("matrix", rows, cols, data.len()));
@@ -27,7 +29,10 @@ impl Matrix {
         Ok(Matrix { rows, cols, data })
     }
 
-    /// A matrix from row-major f32 entries; an error if the lengths do not agree.
+    /// A matrix from row-major f32 entries.
+    ///
+    /// # Errors
+    /// [`LinalgError::Shape`] if the lengths do not agree.
     pub fn from_f32(rows: usize, cols: usize, data: &[f32]) -> Result<Matrix, LinalgError> {
         Matrix::new(rows, cols, data.iter().map(|&x| f64::from(x)).collect())
     }
@@ -49,16 +54,7 @@ impl Matrix {
 
     /// Independent standard normal entries drawn from the stream `name` of `seed`.
     pub fn random_normal(rows: usize, cols: usize, seed: Seed, name: &str) -> Matrix {
-        let mut rng = seed.stream(name);
-        let mut data = Vec::with_capacity(rows * cols + 1);
-        while data.len() < rows * cols {
-            // Box-Muller; 1 - u lies in (0, 1], where the logarithm is finite.
-            let radius = (-2.0 * (1.0 - rng.random::<f64>()).ln()).sqrt();
-            let (sin, cos) = (std::f64::consts::TAU * rng.random::<f64>()).sin_cos();
-            data.extend([radius * cos, radius * sin]);
-        }
-        data.truncate(rows * cols);
-        Matrix { rows, cols, data }
+        Matrix { rows, cols, data: seed.normal_f64(name, rows * cols, 1.0).collect() }
     }
 
     /// Number of rows.
@@ -82,6 +78,9 @@ impl Matrix {
     }
 
     /// One row.
+    ///
+    /// # Panics
+    /// If there is no such row.
     pub fn row(&self, row: usize) -> &[f64] {
         &self.data[row * self.cols..(row + 1) * self.cols]
     }
@@ -102,6 +101,9 @@ impl Matrix {
     }
 
     /// The product `self * other`, on all threads of the current rayon pool; `2 m n k` operations.
+    ///
+    /// # Errors
+    /// [`LinalgError::Shape`] if `other` does not have as many rows as this has columns.
     pub fn matmul(&self, other: &Matrix) -> Result<Matrix, LinalgError> {
         if self.cols != other.rows {
             let expected = format!("{} rows on the right", self.cols);

@@ -8,8 +8,9 @@ pub fn effective_rank(sigma: &[f64]) -> f64 {
     if total <= 0.0 {
         return 0.0;
     }
-    let entropy: f64 = sigma.iter().filter(|&&s| s > 0.0).map(|&s| -(s / total) * (s / total).ln()).sum();
-    entropy.exp()
+    // A share may underflow to 0, whose logarithm would make the sum NaN.
+    let shares = sigma.iter().map(|&s| s / total).filter(|&p| p > 0.0);
+    shares.map(|p| -p * p.ln()).sum::<f64>().exp()
 }
 
 /// Stable rank `||A||_F^2 / ||A||_2^2 = sum sigma^2 / max sigma^2`; at most the rank. 0 for a spectrum of zeros.
@@ -22,17 +23,4 @@ pub fn stable_rank(sigma: &[f64]) -> f64 {
 pub fn participation_ratio(values: &[f64]) -> f64 {
     let (sum, squares) = values.iter().fold((0.0, 0.0), |(a, b), &v| (a + v, b + v * v));
     if squares <= 0.0 { 0.0 } else { sum * sum / squares }
-}
-
-/// The smallest rank that keeps the share `1 - epsilon` of the energy `sum sigma^2`; `sigma` in descending order.
-pub fn energy_rank(sigma: &[f64], epsilon: f64) -> usize {
-    let total: f64 = sigma.iter().map(|s| s * s).sum();
-    let mut kept = 0.0;
-    for (rank, s) in sigma.iter().enumerate() {
-        if kept >= (1.0 - epsilon) * total {
-            return rank;
-        }
-        kept += s * s;
-    }
-    sigma.len()
 }

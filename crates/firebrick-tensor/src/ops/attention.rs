@@ -1,6 +1,8 @@
 //! Scaled dot-product attention with grouped queries, causal and sliding-window masks and soft-capped scores.
 //!
-//! Nothing but `q`, `k` and `v` is kept for the backward pass: it computes the probabilities again.
+//! Nothing but `q`, `k` and `v` is kept for the backward pass: it computes the probabilities again (Dao et al. 2022,
+//! arXiv:2205.14135). Grouped queries: Ainslie et al. 2023, arXiv:2305.13245; windows: Beltagy et al. 2020,
+//! arXiv:2004.05150; soft caps: Gemma 2, arXiv:2408.00118.
 
 use burn::backend::backend_extension;
 use burn::tensor::Tensor;
@@ -40,7 +42,7 @@ pub struct AttentionOptions {
 /// - result: `[batch, heads, t, value_dim]`
 ///
 /// # Panics
-/// If a shape disagrees or the window is 0.
+/// If a shape disagrees, the window is 0 or the soft cap is not positive.
 pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, options: AttentionOptions) -> Tensor<4> {
     let [batch, heads, t, head_dim] = q.dims();
     let [_, kv_heads, s, value_dim] = v.dims();
@@ -52,6 +54,7 @@ pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, options: AttentionOpt
     );
     assert!(s >= t, "attention: {t} queries on {s} keys");
     assert!(options.window != Some(0), "attention: window of 0 hides every key");
+    assert!(options.softcap.is_none_or(|cap| cap > 0.0), "attention: soft cap {:?}", options.softcap);
     let (q, k, v) = (q.into_dispatch(), k.into_dispatch(), v.into_dispatch());
     Tensor::from_dispatch(<burn::backend::Dispatch as AttentionOps>::grouped_attention(q, k, v, options))
 }

@@ -1,4 +1,5 @@
-//! Matrix products of expert segments: every expert multiplies its own rows.
+//! Matrix products of expert segments: every expert multiplies its own rows, without padding or dropped tokens (after
+//! MegaBlocks, Gale et al. 2022, arXiv:2211.15841).
 
 use std::ops::Range;
 
@@ -18,6 +19,7 @@ use faer::MatRef;
 use rayon::prelude::*;
 
 use super::cpu;
+use super::linear_cross_entropy::rows;
 
 /// Rows of a result that one task computes.
 const ROWS: usize = 64;
@@ -76,18 +78,13 @@ fn segments(offsets: &[usize]) -> impl Iterator<Item = Range<usize>> {
     offsets.windows(2).map(|pair| pair[0]..pair[1])
 }
 
-fn rows<B: Backend>(x: &FloatTensor<B>, rows: Range<usize>) -> FloatTensor<B> {
-    let columns = x.shape()[1];
-    B::float_slice(x.clone(), &[Slice::from(rows), Slice::from(0..columns)])
-}
-
 fn composed<B: Backend>(x: FloatTensor<B>, weight: FloatTensor<B>, offsets: &[usize]) -> FloatTensor<B> {
     let (d_in, d_out) = (weight.shape()[1], weight.shape()[2]);
     let mut parts = Vec::new();
     for (e, segment) in segments(offsets).enumerate().filter(|(_, segment)| !segment.is_empty()) {
         let slices = [Slice::from(e..e + 1), Slice::from(0..d_in), Slice::from(0..d_out)];
         let w = B::float_reshape(B::float_slice(weight.clone(), &slices), Shape::new([d_in, d_out]));
-        parts.push(B::float_matmul(rows::<B>(&x, segment), w));
+        parts.push(B::float_matmul(rows::<B>(&x, &segment), w));
     }
     if parts.is_empty() {
         return B::float_zeros(Shape::new([0, d_out]), &x.device(), x.dtype().into());
@@ -101,7 +98,7 @@ fn composed_weight<B: Backend>(x: FloatTensor<B>, grad: FloatTensor<B>, offsets:
         if segment.is_empty() {
             return B::float_zeros(shape.clone(), &x.device(), x.dtype().into());
         }
-        let (x, grad) = (rows::<B>(&x, segment.clone()), rows::<B>(&grad, segment));
+        let (x, grad) = (rows::<B>(&x, &segment), rows::<B>(&grad, &segment));
         B::float_reshape(B::float_matmul(B::float_swap_dims(x, 0, 1), grad), shape.clone())
     });
     let parts: Vec<_> = parts.collect();

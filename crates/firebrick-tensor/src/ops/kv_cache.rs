@@ -8,6 +8,7 @@ use burn::tensor::{Device, Tensor};
 #[derive(Debug, Clone)]
 pub struct KvCache {
     layers: Vec<Option<Layer>>,
+    /// Of each buffer: `[batch, kv_heads, capacity, head_dim]`.
     shape: [usize; 4],
     device: Device,
 }
@@ -20,7 +21,8 @@ struct Layer {
 }
 
 impl KvCache {
-    /// An empty cache for up to `capacity` tokens; nothing is allocated yet.
+    /// An empty cache for up to `capacity` tokens; nothing is allocated yet. A layer will take two buffers of
+    /// `[batch, kv_heads, capacity, head_dim]`.
     pub fn new(
         layers: usize,
         batch: usize,
@@ -49,14 +51,14 @@ impl KvCache {
         let tokens = k.dims()[2];
         assert_eq!(k.dims(), [batch, kv_heads, tokens, head_dim], "KvCache: shape of k");
         assert_eq!(v.dims(), k.dims(), "KvCache: shape of v");
+        let len = self.len(layer) + tokens;
+        assert!(len <= capacity, "KvCache: {len} tokens in layer {layer} exceed the capacity of {capacity}");
         // Taken out of the vector: a second handle would turn the in-place write into a copy of the buffer.
         let held = self.layers[layer].take().unwrap_or_else(|| Layer {
             keys: Tensor::zeros(self.shape, (&self.device, k.dtype())),
             values: Tensor::zeros(self.shape, (&self.device, v.dtype())),
             len: 0,
         });
-        let len = held.len + tokens;
-        assert!(len <= capacity, "KvCache: {len} tokens in layer {layer} exceed the capacity of {capacity}");
         let write = [0..batch, 0..kv_heads, held.len..len, 0..head_dim];
         let keys = held.keys.slice_assign(write.clone(), k);
         let values = held.values.slice_assign(write, v);
@@ -71,21 +73,30 @@ impl KvCache {
     }
 
     /// Tokens held by a layer.
+    ///
+    /// # Panics
+    /// If `layer` is out of range.
     pub fn len(&self, layer: usize) -> usize {
         self.layers[layer].as_ref().map_or(0, |held| held.len)
     }
 
     /// Whether a layer holds no token.
+    ///
+    /// # Panics
+    /// If `layer` is out of range.
     pub fn is_empty(&self, layer: usize) -> bool {
         self.len(layer) == 0
     }
 
     /// Tokens a layer can still take.
+    ///
+    /// # Panics
+    /// If `layer` is out of range.
     pub fn remaining(&self, layer: usize) -> usize {
         self.shape[2] - self.len(layer)
     }
 
-    /// Bytes allocated over all layers.
+    /// Bytes allocated over all layers: keys and values of those that hold a buffer.
     pub fn bytes(&self) -> usize {
         let size = |t: &Tensor<4>| t.shape().num_elements() * t.dtype().size();
         self.layers.iter().flatten().map(|held| size(&held.keys) + size(&held.values)).sum()

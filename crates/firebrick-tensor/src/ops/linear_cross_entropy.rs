@@ -12,7 +12,7 @@ use burn_autodiff::{
     ops::{Backward, Ops, OpsKind},
 };
 use burn_backend::{
-    Backend, Shape, Slice, TensorMetadata,
+    Backend, Slice, TensorMetadata,
     tensor::{FloatTensor, IntTensor},
 };
 #[cfg(feature = "cubecl-backend")]
@@ -113,17 +113,27 @@ fn backward<B: CrossEntropyOps + MatmulAddOps>(
     wants: [bool; 2],
 ) -> [Option<FloatTensor<B>>; 2] {
     let State { hidden, weight, targets, log_sum } = state;
+    head_backward::<B>(&hidden, &weight, wants, |chunk, logits| {
+        let (log_sum, grad) = (rows::<B>(&log_sum, chunk), rows::<B>(&grad, chunk));
+        let targets = B::int_slice(targets.clone(), &[Slice::from(chunk.clone())]);
+        B::cross_entropy_backward(logits, targets, log_sum, grad)
+    })
+}
+
+/// Gradients for the hidden states and the weight of a linear head, each only if asked for; `dlogits` makes that of the
+/// logits of a chunk of rows from the rows and the logits.
+pub(super) fn head_backward<B: MatmulAddOps>(
+    hidden: &FloatTensor<B>,
+    weight: &FloatTensor<B>,
+    wants: [bool; 2],
+    dlogits: impl Fn(&std::ops::Range<usize>, FloatTensor<B>) -> FloatTensor<B>,
+) -> [Option<FloatTensor<B>>; 2] {
     let mut dhidden = Vec::new();
-    let mut dweight = wants[1].then(|| {
-        let [d, vocab] = [weight.shape()[0], weight.shape()[1]];
-        B::float_zeros(Shape::new([d, vocab]), &weight.device(), weight.dtype().into())
-    });
+    let mut dweight =
+        wants[1].then(|| B::float_zeros(weight.shape(), &weight.device(), weight.dtype().into()));
     for chunk in chunks(hidden.shape()[0], weight.shape()[1]) {
-        let h = rows::<B>(&hidden, &chunk);
-        let logits = B::float_matmul(h.clone(), weight.clone());
-        let (log_sum, grad) = (rows::<B>(&log_sum, &chunk), rows::<B>(&grad, &chunk));
-        let targets = B::int_slice(targets.clone(), &[Slice::from(chunk)]);
-        let dlogits = B::cross_entropy_backward(logits, targets, log_sum, grad);
+        let h = rows::<B>(hidden, &chunk);
+        let dlogits = dlogits(&chunk, B::float_matmul(h.clone(), weight.clone()));
         if wants[0] {
             dhidden.push(B::float_matmul(dlogits.clone(), B::float_swap_dims(weight.clone(), 0, 1)));
         }

@@ -16,7 +16,7 @@ use pulp::{Arch, Simd, WithSimd};
 
 use super::cpu;
 use super::cross_entropy::{column, flat, log_sum_exp, log_sum_exp_of};
-use super::linear_cross_entropy::{chunks, rows};
+use super::linear_cross_entropy::{chunks, head_backward, rows};
 use super::matmul_add::MatmulAddOps;
 
 /// Direction of a Kullback-Leibler divergence.
@@ -108,7 +108,14 @@ pub trait LinearKlOps: Backend + MatmulAddOps {
         temperature: f64,
         divergence: Divergence,
     ) -> FloatTensor<Self> {
-        forward::<Self>(&Heads { student, student_weight, teacher, teacher_weight, temperature, divergence })
+        forward::<Self>(&TwoHeads {
+            student,
+            student_weight,
+            teacher,
+            teacher_weight,
+            temperature,
+            divergence,
+        })
     }
 }
 
@@ -157,7 +164,7 @@ fn composed_backward<B: Backend>(
 
 /// Both heads with their inputs.
 #[derive(Debug, Clone)]
-struct Heads<B: Backend> {
+struct TwoHeads<B: Backend> {
     student: FloatTensor<B>,
     student_weight: FloatTensor<B>,
     teacher: FloatTensor<B>,
@@ -166,7 +173,7 @@ struct Heads<B: Backend> {
     divergence: Divergence,
 }
 
-fn forward<B: LinearKlOps>(heads: &Heads<B>) -> FloatTensor<B> {
+fn forward<B: LinearKlOps>(heads: &TwoHeads<B>) -> FloatTensor<B> {
     let parts = chunks(heads.student.shape()[0], heads.student_weight.shape()[1]).into_iter().map(|chunk| {
         let s = B::float_matmul(rows::<B>(&heads.student, &chunk), heads.student_weight.clone());
         let t = B::float_matmul(rows::<B>(&heads.teacher, &chunk), heads.teacher_weight.clone());
@@ -177,26 +184,14 @@ fn forward<B: LinearKlOps>(heads: &Heads<B>) -> FloatTensor<B> {
 
 /// Gradients for the student's hidden states and weight, each only if asked for.
 fn backward<B: LinearKlOps>(
-    heads: Heads<B>,
-    grad: FloatTensor<B>,
+    heads: &TwoHeads<B>,
+    grad: &FloatTensor<B>,
     wants: [bool; 2],
 ) -> [Option<FloatTensor<B>>; 2] {
-    let weight = heads.student_weight;
-    let [d, vocab] = [weight.shape()[0], weight.shape()[1]];
-    let mut dstudent = Vec::new();
-    let mut dweight =
-        wants[1].then(|| B::float_zeros(Shape::new([d, vocab]), &weight.device(), weight.dtype().into()));
-    for chunk in chunks(heads.student.shape()[0], vocab) {
-        let h = rows::<B>(&heads.student, &chunk);
-        let s = B::float_matmul(h.clone(), weight.clone());
-        let t = B::float_matmul(rows::<B>(&heads.teacher, &chunk), heads.teacher_weight.clone());
-        let dlogits = B::kl_backward(s, t, rows::<B>(&grad, &chunk), heads.temperature, heads.divergence);
-        if wants[0] {
-            dstudent.push(B::float_matmul(dlogits.clone(), B::float_swap_dims(weight.clone(), 0, 1)));
-        }
-        dweight = dweight.map(|sum| B::transposed_matmul_add(sum, h, dlogits));
-    }
-    [wants[0].then(|| B::float_cat(dstudent, 0)), dweight]
+    head_backward::<B>(&heads.student, &heads.student_weight, wants, |chunk, s| {
+        let t = B::float_matmul(rows::<B>(&heads.teacher, chunk), heads.teacher_weight.clone());
+        B::kl_backward(s, t, rows::<B>(grad, chunk), heads.temperature, heads.divergence)
+    })
 }
 
 #[cfg(feature = "cubecl-backend")]
@@ -334,12 +329,12 @@ impl<B: Backend + LinearKlOps, C: CheckpointStrategy> LinearKlOps for Autodiff<B
         struct LinearKl;
 
         impl<B: Backend + LinearKlOps> Backward<B, 2> for LinearKl {
-            type State = Heads<B>;
+            type State = TwoHeads<B>;
 
             fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
                 let grad = grads.consume::<B>(&ops.node);
                 let wants = ops.parents.each_ref().map(Option::is_some);
-                let computed = backward::<B>(ops.state, grad, wants);
+                let computed = backward::<B>(&ops.state, &grad, wants);
                 for (parent, grad) in ops.parents.into_iter().zip(computed) {
                     if let (Some(parent), Some(grad)) = (parent, grad) {
                         grads.register::<B>(parent.id, grad);
@@ -351,7 +346,7 @@ impl<B: Backend + LinearKlOps, C: CheckpointStrategy> LinearKlOps for Autodiff<B
         let (student, student_node) = student.into_parts();
         let (student_weight, weight_node) = student_weight.into_parts();
         let (teacher, teacher_weight) = (teacher.into_primitive(), teacher_weight.into_primitive());
-        let heads = Heads { student, student_weight, teacher, teacher_weight, temperature, divergence };
+        let heads = TwoHeads { student, student_weight, teacher, teacher_weight, temperature, divergence };
         let kl = forward::<B>(&heads);
         match LinearKl.prepare::<C>([student_node, weight_node]).compute_bound().stateful() {
             OpsKind::Tracked(prep) => prep.finish(heads, kl),

@@ -23,7 +23,8 @@ use super::cpu;
 /// A weight matrix as low-bit codes with a scale and a zero point for each group of input rows.
 ///
 /// `w[i][o] = scale[i / group][o] * (code[i][o] - zero[i / group][o])`. Codes sit in 32-bit words along `d_in`, least
-/// significant bits first; a word holds `32 / bits` whole codes (ten at 3 bits), none crosses a word.
+/// significant bits first; a word holds `32 / bits` whole codes (ten at 3 bits), none crosses a word. At 2, 4 and 8 bits
+/// this is the `qweight` of AutoGPTQ.
 #[derive(Module, Debug)]
 pub struct PackedMatrix {
     /// Bits of a code, 1 to 8.

@@ -18,13 +18,13 @@ pub enum StreamError {
         /// One line each, naming the tensor.
         problems: Vec<String>,
     },
-    /// The output is there already; nothing was computed.
-    #[error("{path}: exists already; --overwrite replaces it")]
+    /// The output is there already and may not be replaced; it is untouched.
+    #[error("{path}: exists already")]
     Exists {
         /// File or folder.
         path: PathBuf,
     },
-    /// Overwriting the folder would delete files that no run of this program wrote; nothing was computed.
+    /// Overwriting the folder would delete files that no run of this program wrote; it is untouched.
     #[error("{path}: overwriting would delete files that are not listed in its firebrick.json: {}", files.join(", "))]
     WouldDelete {
         /// Folder.

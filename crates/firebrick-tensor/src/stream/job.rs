@@ -120,27 +120,14 @@ impl<'a> Job<'a> {
         Ok(Cow::Owned(values))
     }
 
-    /// Calls `f(start, chunks)` for one cache-sized chunk of [`range`](Job::range) after the other: `start` is the
-    /// index of its first element, `chunks` the elements of every input. Chunks are whole blocks of every type
-    /// involved and multiples of [`OutputSpec::split`]; what `f` computes should not depend on their length.
+    /// Computes the part by one cache-sized chunk of [`range`](Job::range) after the other: `f(start, inputs, out)` gets
+    /// the index of its first element and the elements of every input, and fills `out` (zeros at first), which is encoded
+    /// and written at once. Chunks are whole blocks of every type involved and multiples of [`OutputSpec::split`]; what
+    /// `f` computes should not depend on their length.
     ///
     /// # Errors
-    /// When an input holds integers or has another number of elements than the output.
-    pub fn scan(&self, mut f: impl FnMut(usize, &[&[f32]])) -> Result<(), StreamError> {
-        self.check_elements()?;
-        let mut buffers = vec![Vec::new(); self.inputs.len()];
-        for start in self.range.clone().step_by(self.chunk) {
-            let chunk = start..self.range.end.min(start + self.chunk);
-            f(start, &decode_all(self.inputs, &chunk, &mut buffers)?);
-        }
-        Ok(())
-    }
-
-    /// Computes the part chunk by chunk: `f(start, inputs, out)` as in [`scan`](Job::scan), and fills `out` (zeros at
-    /// first), which is encoded and written at once. Decoding, computing and encoding stay in the cache.
-    ///
-    /// # Errors
-    /// As [`scan`](Job::scan), and when the output can't be encoded or written.
+    /// When an input holds integers or has another number of elements than the output, or the output can't be encoded or
+    /// written.
     pub fn elementwise(
         &mut self,
         mut f: impl FnMut(usize, &[&[f32]], &mut [f32]),

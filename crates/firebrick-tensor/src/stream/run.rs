@@ -101,8 +101,8 @@ impl Executor<'_> {
     ///
     /// # Errors
     /// Before anything is computed: a plan with problems, an output that exists, another run on the same output. Later:
-    /// the first failure in the order of the output, or a cancellation. The old output, if any, is then untouched, and
-    /// finished parts stay in `.NAME.partial` for the next run.
+    /// the first failure in the order of the output, a cancellation, or an output that came to exist meanwhile. The old
+    /// output, if any, is then untouched, and finished parts stay in `.NAME.partial` for the next run.
     pub fn run(&self, transform: &dyn Transform, target: &Target) -> Result<StreamReport, StreamError> {
         let prepared = self.prepare(transform, target)?;
         if !prepared.plan.problems.is_empty() {
@@ -129,7 +129,7 @@ impl Executor<'_> {
                 return Err(error);
             }
         };
-        staging.commit(target)?;
+        staging.commit(target, self.overwrite)?;
         Ok(report)
     }
 
@@ -154,10 +154,8 @@ impl Executor<'_> {
             })
             .collect();
         let sources = tasks.source_records(&outcome.hashes);
-        for (name, bytes) in provenance::files(transform, target, prepared, sources, &mut files, self.sha256)
-        {
-            staging.add_file(&name, &bytes)?;
-        }
+        let beside = provenance::files(transform, target, prepared, sources, &mut files, self.sha256);
+        staging.add_files(&beside)?;
         let &StreamPlan { read_bytes, written_bytes, .. } = &prepared.plan;
         Ok(StreamReport {
             path: target.path().to_owned(),

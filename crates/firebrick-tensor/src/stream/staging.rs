@@ -8,6 +8,7 @@ use super::plan::Part;
 use super::positioned::{read_at, write_at};
 use super::target::{OutputFile, Target};
 use super::{StreamError, provenance};
+use firebrick_core::sync_folder;
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions, TryLockError};
@@ -121,15 +122,29 @@ impl Staging {
         (&self.journal).write_all(&text).map_err(StreamError::io(&self.folder.join(JOURNAL)))
     }
 
-    /// Writes a small file beside the tensors.
-    pub(super) fn add_file(&self, name: &str, bytes: &[u8]) -> Result<(), StreamError> {
-        let path = self.folder.join("out").join(name);
-        let write = || {
-            let mut file = File::create(&path)?;
-            file.write_all(bytes)?;
-            file.sync_all()
+    /// Writes the small files beside the tensors, in place of those that an interrupted run left.
+    pub(super) fn add_files(&self, beside: &[(String, Vec<u8>)]) -> Result<(), StreamError> {
+        let out = self.folder.join("out");
+        let clear = || {
+            for entry in std::fs::read_dir(&out)? {
+                let path = entry?.path();
+                if self.files.iter().all(|(tensors, _)| *tensors != path) {
+                    std::fs::remove_file(&path)?;
+                }
+            }
+            Ok(())
         };
-        write().map_err(StreamError::io(&path))
+        clear().map_err(StreamError::io(&out))?;
+        for (name, bytes) in beside {
+            let path = out.join(name);
+            let write = || {
+                let mut file = File::create(&path)?;
+                file.write_all(bytes)?;
+                file.sync_all()
+            };
+            write().map_err(StreamError::io(&path))?;
+        }
+        Ok(())
     }
 
     /// How many parts the journal holds.
@@ -140,28 +155,34 @@ impl Staging {
     /// Removes the folder.
     pub(super) fn discard(self) {
         let Staging { folder, journal, files, .. } = self;
-        drop((journal, files));
+        drop(files);
         // An error is on its way to the caller already, and a folder that stays is resumed or replaced later.
-        let _ = std::fs::remove_dir_all(folder);
+        let _ = remove(&folder, journal);
     }
 
-    /// Puts the output in place of the target and removes the staging folder.
-    pub(super) fn commit(self, target: &Target) -> Result<(), StreamError> {
+    /// Puts the output in place of the target, if that may be replaced still, and removes the staging folder; on an
+    /// error it stays.
+    pub(super) fn commit(self, target: &Target, overwrite: bool) -> Result<(), StreamError> {
         let Staging { folder, journal, files, .. } = self;
         drop(files);
         let (out, path) = (folder.join("out"), target.path());
-        let rename = |from: &Path, to: &Path| std::fs::rename(from, to).map_err(StreamError::io(to));
+        // Computing took its time: somebody may have put something there meanwhile.
+        target.check(overwrite)?;
         match target {
             Target::Gguf { .. } => {
-                let provenance = provenance::file_name(target);
                 rename(&out.join(target.file_name()), path)?;
-                rename(&out.join(&provenance), &target.parent().join(&provenance))?;
+                rename(&out.join(provenance::file_name(target)), &target.provenance())?;
             }
             Target::Folder { .. } => {
                 sync_folder(&out);
                 let old = folder.join("old");
                 if path.exists() {
-                    rename(path, &old)?;
+                    if overwrite {
+                        rename(path, &old)?;
+                    } else {
+                        // Fails unless it is empty, whatever was put there since the check.
+                        std::fs::remove_dir(path).map_err(StreamError::io(path))?;
+                    }
                 }
                 if let Err(error) = rename(&out, path) {
                     if old.exists() {
@@ -171,26 +192,61 @@ impl Staging {
                 }
             }
         }
-        drop(journal);
-        sync_folder(&target.parent());
-        std::fs::remove_dir_all(&folder).map_err(StreamError::io(&folder))
+        sync_folder(target.parent());
+        remove(&folder, journal)
     }
 }
 
-/// Cleans up after a run that died while it replaced a folder: the old one is put back, or removed if the new one is
-/// in place.
+fn rename(from: &Path, to: &Path) -> Result<(), StreamError> {
+    std::fs::rename(from, to).map_err(StreamError::io(to))
+}
+
+/// Removes a staging folder whose journal is locked.
+fn remove(folder: &Path, journal: File) -> Result<(), StreamError> {
+    // Locked until it is gone, or another run could begin in it; elsewhere an open file can't be removed.
+    #[cfg(not(unix))]
+    drop(journal);
+    let removed = std::fs::remove_dir_all(folder).map_err(StreamError::io(folder));
+    #[cfg(unix)]
+    drop(journal);
+    removed
+}
+
+/// Cleans up after a run that died while it put its output in place: what is missing of the output follows if the
+/// tensors are there, else an old folder is put back.
+///
+/// # Errors
+/// Also when both the old folder and something else in its place exist: one of them is for the user to remove.
 pub(super) fn recover(target: &Target) -> Result<(), StreamError> {
     let folder = target.staging();
-    let old = folder.join("old");
-    if !old.exists() {
+    if !folder.exists() {
         return Ok(());
     }
-    let _lock = lock(&folder)?;
-    if target.path().exists() {
-        std::fs::remove_dir_all(&old).map_err(StreamError::io(&old))
-    } else {
-        std::fs::rename(&old, target.path()).map_err(StreamError::io(target.path()))
+    let journal = lock(&folder)?;
+    let (out, old, path) = (folder.join("out"), folder.join("old"), target.path());
+    match target {
+        Target::Gguf { .. } => {
+            // Starting over empties the journal before files go: with lines in it, a missing file was moved.
+            let began = journal.metadata().is_ok_and(|m| m.len() > 0) && out.exists();
+            if !began || out.join(target.file_name()).exists() || !path.exists() {
+                return Ok(());
+            }
+            let provenance = out.join(provenance::file_name(target));
+            if provenance.exists() {
+                rename(&provenance, &target.provenance())?;
+            }
+        }
+        Target::Folder { .. } => {
+            if out.exists() || !path.exists() {
+                return match (old.exists(), path.exists()) {
+                    (true, true) => Err(StreamError::Exists { path: old }),
+                    (true, false) => rename(&old, path),
+                    (false, _) => Ok(()),
+                };
+            }
+        }
     }
+    remove(&folder, journal)
 }
 
 /// Opens the journal, locked against other runs.
@@ -200,16 +256,24 @@ fn lock(folder: &Path) -> Result<File, StreamError> {
     options.read(true).write(true).create(true).truncate(false);
     let journal = options.open(&path).map_err(StreamError::io(&path))?;
     match journal.try_lock() {
-        Ok(()) => Ok(journal),
-        Err(TryLockError::WouldBlock) => Err(StreamError::Busy { path: folder.to_owned() }),
+        Ok(()) if still_at(&journal, &path) => Ok(journal),
+        // The other run has just finished and removed it.
+        Ok(()) | Err(TryLockError::WouldBlock) => Err(StreamError::Busy { path: folder.to_owned() }),
         Err(TryLockError::Error(source)) => Err(StreamError::Io { path, source }),
     }
 }
 
-/// Makes renames reach the disk, where folders can be synced.
-fn sync_folder(folder: &Path) {
-    if let Ok(folder) = File::open(folder) {
-        let _ = folder.sync_all();
+/// Whether `path` leads to `file` still.
+fn still_at(file: &File, path: &Path) -> bool {
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::MetadataExt;
+        let id = |m: &std::fs::Metadata| (m.dev(), m.ino());
+        matches!((file.metadata(), std::fs::metadata(path)), (Ok(a), Ok(b)) if id(&a) == id(&b))
+    }
+    #[cfg(not(unix))]
+    {
+        file.metadata().is_ok() && path.exists()
     }
 }
 

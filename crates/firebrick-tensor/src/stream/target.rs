@@ -1,10 +1,12 @@
 //! Where the output of a transformation goes, and the files it consists of.
 
 use super::{PROVENANCE_FILE, StreamError};
-use crate::checkpoint::{CheckpointError, Layout, Metadata, TensorInfo, TensorSpec, gguf};
+use crate::checkpoint::{
+    CheckpointError, Layout, Metadata, TensorInfo, TensorSpec, gguf, is_plain_file_name,
+};
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 
 pub(super) const MODEL_CARD: &str = "README.md";
 
@@ -48,8 +50,17 @@ impl Target {
     }
 
     /// The folder that holds the target.
-    pub(super) fn parent(&self) -> PathBuf {
-        self.path().parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")).to_owned()
+    pub(super) fn parent(&self) -> &Path {
+        firebrick_core::folder(self.path())
+    }
+
+    /// Where the provenance goes.
+    pub(super) fn provenance(&self) -> PathBuf {
+        let name = super::provenance::file_name(self);
+        match self {
+            Target::Folder { path, .. } => path.join(name),
+            Target::Gguf { .. } => self.parent().join(name),
+        }
     }
 
     pub(super) fn staging(&self) -> PathBuf {
@@ -99,13 +110,13 @@ impl Target {
                 let index = index_name(stem);
                 taken.extend([PROVENANCE_FILE, index.as_str()]);
                 for (name, _) in side_files {
-                    if !is_plain(name) {
+                    if !is_plain_file_name(name) {
                         problems.push(format!("side file `{name}` is not a plain file name"));
                     } else if !taken.insert(name) {
                         problems.push(format!("side file `{name}` is written twice"));
                     }
                 }
-                if !is_plain(stem) {
+                if !is_plain_file_name(stem) {
                     problems.push(format!("`{stem}` is not a plain file name"));
                 }
                 files
@@ -116,11 +127,15 @@ impl Target {
     /// What is lost if the target is replaced: an error unless that is nothing, or our own and `overwrite` is set.
     pub(super) fn check(&self, overwrite: bool) -> Result<(), StreamError> {
         let path = self.path();
+        if matches!(self, Target::Gguf { .. }) {
+            let stands = |path: &PathBuf| {
+                std::fs::symlink_metadata(path).is_ok_and(|metadata| !overwrite || metadata.is_dir())
+            };
+            let files = [path.to_owned(), self.provenance()];
+            return files.into_iter().find(stands).map_or(Ok(()), |path| Err(StreamError::Exists { path }));
+        }
         let Ok(metadata) = std::fs::symlink_metadata(path) else { return Ok(()) };
         let exists = || StreamError::Exists { path: path.to_owned() };
-        if matches!(self, Target::Gguf { .. }) {
-            return if overwrite && !metadata.is_dir() { Ok(()) } else { Err(exists()) };
-        }
         if !metadata.is_dir() {
             return Err(exists());
         }
@@ -135,7 +150,7 @@ impl Target {
         if !overwrite {
             return Err(exists());
         }
-        let written = super::provenance::files_listed(&path.join(PROVENANCE_FILE));
+        let written = super::provenance::files_listed(&self.provenance());
         let files: Vec<String> = found.difference(&written).take(8).cloned().collect();
         if files.is_empty() { Ok(()) } else { Err(StreamError::WouldDelete { path: path.to_owned(), files }) }
     }
@@ -143,13 +158,6 @@ impl Target {
 
 fn index_name(stem: &str) -> String {
     format!("{stem}.safetensors.index.json")
-}
-
-fn is_plain(name: &str) -> bool {
-    let mut components = Path::new(name).components();
-    matches!(components.next(), Some(Component::Normal(part)) if part == name)
-        && components.next().is_none()
-        && !name.contains(['/', '\\', ':', '\0'])
 }
 
 /// Runs of tensors of at most `shard_bytes` each, or of one tensor that is larger.

@@ -12,6 +12,7 @@ use firebrick_tensor::stream::{
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 /// Enough elements for two parts and a bit.
 const LARGE: usize = (4 << 20) + 3 * 8192 + 5;
@@ -51,13 +52,13 @@ fn model(path: &Path, seed: u64) -> Checkpoint {
     Checkpoint::open(path).unwrap()
 }
 
-fn large(path: &Path) -> Checkpoint {
+fn large(path: &Path, seed: u64) -> Checkpoint {
     let specs = vec![
         TensorSpec::new("a", DType::BF16, [LARGE]),
         TensorSpec::new("b", DType::F32, [5, 20_000]),
         TensorSpec::new("c", DType::F16, [12]),
     ];
-    write_safetensors(path, &Default::default(), &with_data(specs, 3)).unwrap();
+    write_safetensors(path, &Default::default(), &with_data(specs, seed)).unwrap();
     Checkpoint::open(path).unwrap()
 }
 
@@ -88,12 +89,15 @@ struct Blend<'a> {
     panic: bool,
     scratch: u64,
     steps: Option<&'a Steps>,
+    /// Jobs inside, the most that ever were, for how many the first ones wait, and until when.
+    company: Option<(&'a AtomicUsize, &'a AtomicUsize, usize, Instant)>,
 }
 
 impl<'a> Blend<'a> {
     fn new(a: &'a Checkpoint, b: &'a Checkpoint, weight: f32) -> Self {
         let computed = AtomicUsize::new(0);
-        Blend { sources: [a, b], weight, computed, fail: None, panic: false, scratch: 0, steps: None }
+        let sources = [a, b];
+        Blend { sources, weight, computed, fail: None, panic: false, scratch: 0, steps: None, company: None }
     }
 
     fn computed(&self) -> usize {
@@ -128,6 +132,13 @@ impl Transform for Blend<'_> {
 
     fn compute(&self, job: &mut Job<'_>) -> Result<(), StreamError> {
         let before = self.computed.fetch_add(1, Ordering::SeqCst);
+        if let Some((inside, most, company, until)) = self.company {
+            most.fetch_max(inside.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+            while most.load(Ordering::SeqCst) < company && Instant::now() < until {
+                std::thread::yield_now();
+            }
+            inside.fetch_sub(1, Ordering::SeqCst);
+        }
         if let Some(steps) = self.steps {
             steps.wait_for(before);
         }
@@ -231,7 +242,8 @@ fn copying_gguf_keeps_the_file() {
 #[test]
 fn threads_and_caps_do_not_change_a_byte() {
     let folder = tempfile::tempdir().unwrap();
-    let (a, b) = (large(&folder.path().join("a.safetensors")), large(&folder.path().join("b.safetensors")));
+    let (a, b) =
+        (large(&folder.path().join("a.safetensors"), 3), large(&folder.path().join("b.safetensors"), 4));
     let mut reference = None;
     for (threads, max_memory) in
         [(1, None), (1, Some(1 << 20)), (2, Some(1 << 20)), (4, None), (3, Some(300_000))]
@@ -254,29 +266,40 @@ fn threads_and_caps_do_not_change_a_byte() {
     }
     // The values are the blend of the values, rounded once.
     let out = Checkpoint::open(folder.path().join("out")).unwrap();
-    let (x, y) = (a.read_f32("b").unwrap(), b.read_f32("b").unwrap());
-    let expected: Vec<f32> = x.iter().zip(&y).map(|(x, y)| 0.3 * x + (1.0 - 0.3) * y).collect();
-    assert_eq!(out.read_f32("b").unwrap(), expected);
-    assert_eq!(out.bytes("a").unwrap().len(), 2 * LARGE);
+    for (name, dtype) in [("a", DType::BF16), ("b", DType::F32)] {
+        let (x, y) = (a.read_f32(name).unwrap(), b.read_f32(name).unwrap());
+        assert_ne!(x, y, "control: two sources that differ");
+        let blend: Vec<f32> = x.iter().zip(&y).map(|(x, y)| 0.3 * x + (1.0 - 0.3) * y).collect();
+        let mut expected = vec![0; dtype.bytes_for(blend.len()).unwrap()];
+        block::encode(dtype, &blend, &mut expected).unwrap();
+        assert!(out.bytes(name).unwrap() == expected, "{name}");
+    }
 }
 
 #[test]
 fn the_cap_bounds_what_is_in_flight() {
     let folder = tempfile::tempdir().unwrap();
     let source = model(&folder.path().join("a.safetensors"), 1);
-    let mut blend = Blend::new(&source, &source, 0.5);
-    blend.scratch = 1 << 20;
-    let run = |cap: Option<u64>| {
+    let cap = 5 << 19;
+    // Jobs wait for company, so that as many are in flight as the executor lets in.
+    let run = |cap: Option<u64>, company: usize, patience: u64| {
+        let (inside, most) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        let mut blend = Blend::new(&source, &source, 0.5);
+        blend.scratch = 1 << 20;
+        let until = Instant::now() + Duration::from_millis(patience);
+        blend.company = Some((&inside, &most, company, until));
         let target = Target::folder(folder.path().join("out"));
         let executor = Executor { threads: Some(8), max_memory: cap, overwrite: true, ..Executor::default() };
-        executor.run(&blend, &target).map(|report| report.peak_memory_bytes)
+        let report = executor.run(&blend, &target)?;
+        Ok((report.peak_memory_bytes, most.into_inner()))
     };
-    let (two, all) = (run(Some(5 << 19)).unwrap(), run(None).unwrap());
-    assert!((1 << 20..=5 << 19).contains(&two), "{two}");
-    assert!(all >= 1 << 20);
+    let (all, jobs) = run(None, 4, 20_000).unwrap();
+    assert!(all > cap && jobs >= 4, "control: without a cap {jobs} jobs take {all} bytes");
+    let (capped, jobs) = run(Some(cap), 3, 500).unwrap();
+    assert!((2 << 20..=cap).contains(&capped) && jobs == 2, "{jobs} jobs, {capped} bytes");
     // A tensor that can never fit is told before anything is written.
     std::fs::remove_dir_all(folder.path().join("out")).unwrap();
-    let Err(StreamError::Plan { problems, .. }) = run(Some(1 << 20)) else { panic!("it does not fit") };
+    let Err(StreamError::Plan { problems, .. }) = run(Some(1 << 20), 1, 0) else { panic!("it does not fit") };
     assert!(problems.iter().any(|p| p.contains("embed.weight")), "{problems:?}");
     assert_eq!(entries(folder.path()), ["a.safetensors"]);
 }
@@ -299,7 +322,7 @@ fn outputs_are_only_replaced_on_request() {
     let (refused, computed) = run(false, 0.6);
     assert!(matches!(refused, Err(StreamError::Exists { .. })) && computed == 0);
     let plan = Executor::default().plan(&Blend::new(&source, &source, 0.6), &target).unwrap();
-    assert!(plan.problems.iter().any(|p| p.contains("--overwrite")), "{plan}");
+    assert!(plan.problems.iter().any(|p| p.ends_with("exists already")), "{plan}");
     assert!(run(true, 0.6).0.is_ok());
     assert_ne!(contents(&path)[PROVENANCE_FILE], before[PROVENANCE_FILE]);
     // A file of somebody else's keeps the folder from being replaced.
@@ -404,7 +427,7 @@ fn wrong_use_of_a_job_is_an_error() {
 }
 
 #[test]
-fn rows_are_never_cut_and_scans_see_every_element() {
+fn rows_are_never_cut_and_every_element_is_seen() {
     let folder = tempfile::tempdir().unwrap();
     let (rows, cols) = (70, 70_001);
     let spec = TensorSpec::new("w", DType::BF16, [rows, cols]);
@@ -419,18 +442,17 @@ fn rows_are_never_cut_and_scans_see_every_element() {
         spec: OutputSpec { split: Some(cols), ..OutputSpec::whole(spec, vec![(0, "w".into())], 0) },
         compute: |job: &mut Job<'_>| {
             parts.fetch_add(1, Ordering::SeqCst);
-            let mut seen = job.range().start;
-            job.scan(|start, inputs| {
+            let (mut seen, end) = (job.range().start, job.range().end);
+            job.elementwise(|start, inputs, out| {
                 whole_rows.fetch_and(start == seen && inputs[0].len() % cols == 0, Ordering::SeqCst);
                 seen = start + inputs[0].len();
-            })?;
-            assert_eq!(seen, job.range().end);
-            job.elementwise(|_, inputs, out| {
                 for (row, out) in inputs[0].chunks(cols).zip(out.chunks_mut(cols)) {
                     let largest = row.iter().fold(0.0f32, |m, x| m.max(x.abs()));
                     out.iter_mut().zip(row).for_each(|(o, x)| *o = x / largest);
                 }
-            })
+            })?;
+            assert_eq!(seen, end);
+            Ok(())
         },
     };
     let target = Target::folder(folder.path().join("out"));
@@ -567,18 +589,4 @@ fn two_runs_do_not_share_a_target() {
     };
     Executor::default().run(&outer, &target).unwrap();
     assert!(inner.load(Ordering::SeqCst));
-}
-
-#[test]
-fn released_bytes_read_the_same() {
-    let folder = tempfile::tempdir().unwrap();
-    let source = model(&folder.path().join("a.safetensors"), 1);
-    let expected = std::fs::read(source.path()).unwrap();
-    let len = expected.len();
-    for range in [0..len, 1..4097, 5000..5001, 8191..len, len..len, len - 1..len + 1, 0..usize::MAX] {
-        assert_eq!(source.file_bytes(0), expected);
-        source.release(0, range.clone());
-        assert_eq!(source.file_bytes(0), expected, "{range:?}");
-    }
-    source.release(7, 0..1);
 }

@@ -135,18 +135,6 @@ impl Gguf {
         })
     }
 
-    /// The list of real numbers of `key`, stored as f32 or f64.
-    ///
-    /// # Errors
-    /// When the key is missing or does not hold an array of floats.
-    pub fn f32s(&self, key: &str) -> Result<Vec<f32>> {
-        self.read(key, "an array of floats", |v| match v {
-            Value::Array(Array::F32(x)) => Some(x.clone()),
-            Value::Array(Array::F64(x)) => Some(x.iter().map(|&x| x as f32).collect()),
-            _ => None,
-        })
-    }
-
     fn read<'a, T>(
         &'a self,
         key: &str,

@@ -60,10 +60,14 @@ pub(in crate::checkpoint) fn read(path: &Path, bytes: &[u8]) -> Result<(Gguf, Ve
     let key_count = reader.count(keys_at, key_count, 8 + 4 + 1, "metadata keys")?;
 
     let mut metadata = Metadata::new();
+    let mut alignment_at = reader.at;
     for _ in 0..key_count {
         let start = reader.at;
         let key = reader.string(MAX_KEY)?.to_owned();
         let type_id = reader.u32()?;
+        if key == ALIGNMENT_KEY {
+            alignment_at = reader.at;
+        }
         let value = reader.value(type_id)?;
         if metadata.contains_key(&key) {
             return Err(reader.error(start, format!("metadata key `{key}` appears twice")));
@@ -75,7 +79,7 @@ pub(in crate::checkpoint) fn read(path: &Path, bytes: &[u8]) -> Result<(Gguf, Ve
         Some(value) => checked_alignment(value).ok_or_else(|| {
             let found = value.summary();
             let what = format!("{ALIGNMENT_KEY} is {found}, expected a power of two up to {MAX_ALIGNMENT}");
-            reader.error(keys_at, what)
+            reader.error(alignment_at, what)
         })?,
     };
 

@@ -133,7 +133,7 @@ fn gguf_errors_say_what_and_where() {
     check(text + 12, &[0xff], &format!("at byte {}: a string is not UTF-8", text + 12));
     let alignment = after("general.alignment") + 4;
     for bad in [0u32, 48, 1 << 30] {
-        check(alignment, &bad.to_le_bytes(), &format!("general.alignment is u32 {bad}"));
+        check(alignment, &bad.to_le_bytes(), &format!("at byte {alignment}: general.alignment is u32 {bad}"));
     }
     check(after("a.flag") + 4, &[2], "a bool of 2");
     check(after("a.words") + 8, &(1u64 << 35).to_le_bytes(), "34359738368 array elements");

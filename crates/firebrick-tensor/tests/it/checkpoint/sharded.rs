@@ -2,11 +2,12 @@
 
 use super::strings;
 use firebrick_tensor::block::DType;
-use firebrick_tensor::checkpoint::{
-    Checkpoint, CheckpointError, INDEX_FILE, MODEL_FILE, TensorSpec, write_safetensors,
-};
+use firebrick_tensor::checkpoint::{Checkpoint, CheckpointError, TensorSpec, write_safetensors};
 use serde_json::json;
 use std::path::Path;
+
+const MODEL_FILE: &str = "model.safetensors";
+const INDEX_FILE: &str = "model.safetensors.index.json";
 
 fn shard(folder: &Path, file: &str, tensors: &[(&str, f32)]) {
     let tensor = |(name, value): &(&str, f32)| (TensorSpec::new(*name, DType::F32, [1]), value.to_le_bytes());

@@ -1,4 +1,4 @@
-use burn::tensor::DType;
+use burn::tensor::{DType, Device, Tensor};
 use firebrick_tensor::ops::{AttentionOptions, attention};
 
 use super::support::{Case, devices, flat, host, normal};
@@ -153,7 +153,7 @@ fn reads_transposed_heads_and_a_single_step_like_the_whole() {
         let o = options(true, None, None);
         let n = b * heads * t * d;
         let whole = attention(q.clone(), k.clone(), v.clone(), o.clone());
-        let copy = |x: burn::tensor::Tensor<4>| {
+        let copy = |x: Tensor<4>| {
             let (shape, n) = (x.dims(), x.shape().num_elements());
             x.reshape([n]).reshape(shape)
         };
@@ -165,4 +165,11 @@ fn reads_transposed_heads_and_a_single_step_like_the_whole() {
         let e = super::support::error(&host(step.reshape([n / t])), &host(last.reshape([n / t])));
         assert!(e < 2e-6, "the last token alone is off by {e:e} on {device:?}");
     }
+}
+
+#[test]
+#[should_panic(expected = "soft cap Some(0.0)")]
+fn a_soft_cap_of_zero_is_refused() {
+    let x = || Tensor::zeros([1, 1, 2, 4], &Device::flex());
+    attention(x(), x(), x(), options(true, None, Some(0.0)));
 }

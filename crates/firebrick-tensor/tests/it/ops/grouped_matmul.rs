@@ -1,7 +1,7 @@
 use burn::tensor::{DType, Device, Tensor};
 use firebrick_tensor::ops::grouped_matmul;
 
-use super::support::{Case, devices, flat, host, normal};
+use super::support::{Case, devices, error, flat, host, normal};
 
 fn reference(x: &[f64], w: &[f64], d_in: usize, d_out: usize, offsets: &[usize]) -> Vec<f64> {
     let rows = x.len() / d_in;
@@ -66,10 +66,18 @@ fn identical_experts_equal_the_dense_product() {
     for device in devices() {
         let x: Tensor<2> = flat(&normal("x", 9 * 8), &device, DType::F32).reshape([9, 8]);
         let w: Tensor<2> = flat(&normal("w", 8 * 5), &device, DType::F32).reshape([8, 5]);
-        let experts = w.clone().reshape([1, 8, 5]).repeat_dim(0, 3);
-        let got = host(grouped_matmul(x.clone(), experts, &[0, 4, 4, 9]).reshape([45]));
-        let e = super::support::error(&got, &host(x.matmul(w).reshape([45])));
+        let expert = w.clone().reshape([1, 8, 5]);
+        let product = |experts| host(grouped_matmul(x.clone(), experts, &[0, 4, 4, 9]).reshape([45]));
+        let same = product(expert.clone().repeat_dim(0, 3));
+        let dense = host(x.clone().matmul(w).reshape([45]));
+        let e = error(&same, &dense);
         assert!(e < 1e-6, "off by {e:e} on {device:?}");
+        // Control: another last expert shows in its rows and nowhere else.
+        let other = product(Tensor::cat(vec![expert.clone(), expert.clone(), expert * 1.5], 0));
+        for row in 0..9 {
+            let e = error(&other[row * 5..][..5], &dense[row * 5..][..5]);
+            assert_eq!(e > 1e-3, row >= 4, "row {row}: off by {e:e} on {device:?}");
+        }
     }
 }
 

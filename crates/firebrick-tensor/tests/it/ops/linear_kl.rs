@@ -1,7 +1,7 @@
-use burn::tensor::DType;
+use burn::tensor::{DType, Tensor};
 use firebrick_tensor::ops::{Divergence, linear_kl};
 
-use super::support::{Case, devices, flat, host, normal, wide};
+use super::support::{Case, devices, error, flat, host, normal, wide};
 
 fn log_probabilities(x: &[f64], w: &[f64], d: usize, temperature: f64) -> Vec<Vec<f64>> {
     let vocab = w.len() / d;
@@ -65,13 +65,73 @@ fn agrees_with_the_reference() {
 }
 
 #[test]
-fn nothing_from_itself_and_no_gradient_for_the_teacher() {
+fn nothing_from_itself() {
+    for device in devices() {
+        let hidden = flat(&normal("x", 5 * 8), &device, DType::F32).reshape([5, 8]);
+        let weight = flat(&normal("w", 8 * 33), &device, DType::F32).reshape([8, 33]);
+        for divergence in [Divergence::ForwardKl, Divergence::ReverseKl] {
+            let from = |teacher: Tensor<2>, tape: bool| {
+                let to = |x: Tensor<2>| if tape { Tensor::from_inner(x) } else { x };
+                let (h, w) = (to(hidden.clone()), to(weight.clone()));
+                let kl = linear_kl(h, w.clone(), to(teacher), w, 1.0, divergence);
+                host(if tape { kl.inner() } else { kl })
+            };
+            for tape in [false, true] {
+                assert_eq!(from(hidden.clone(), tape), [0.0; 5], "{divergence:?} on {device:?}");
+                let near = from(hidden.clone() * 1.01, tape);
+                assert!(near.iter().all(|&kl| kl > 1e-6), "control: a teacher that is near has {near:?}");
+            }
+        }
+    }
+}
+
+/// 90 rows of 50021 logits are two chunks; 45 rows are one.
+#[test]
+fn chunks_of_rows_join() {
+    let (n, d, vocab) = (90, 3, 50_021);
+    let [x, w, y, v, weights] =
+        [("x", n * d), ("w", d * vocab), ("y", n * d), ("v", d * vocab), ("weights", n)]
+            .map(|(name, len)| normal(name, len));
+    for device in devices().iter().map(|device| device.clone().autodiff()) {
+        let run = |rows: std::ops::Range<usize>| {
+            let some =
+                |x: &[f32], width: usize| flat(&x[rows.start * width..rows.end * width], &device, DType::F32);
+            let (student, weight) =
+                (some(&x, d).require_grad(), flat(&w, &device, DType::F32).require_grad());
+            let kl = linear_kl(
+                student.clone().reshape([rows.len(), d]),
+                weight.clone().reshape([d, vocab]),
+                some(&y, d).reshape([rows.len(), d]),
+                flat(&v, &device, DType::F32).reshape([d, vocab]),
+                1.0,
+                Divergence::ReverseKl,
+            );
+            let grads = (kl.clone() * some(&weights, 1)).sum().backward();
+            let grad = |leaf: &Tensor<1>| host(leaf.grad(&grads).expect("a gradient"));
+            (host(kl.inner()), grad(&student), grad(&weight))
+        };
+        let (whole, first, second) = (run(0..n), run(0..n / 2), run(n / 2..n));
+        let join = |a: &[f64], b: &[f64]| [a, b].concat();
+        let sum: Vec<f64> = first.2.iter().zip(&second.2).map(|(a, b)| a + b).collect();
+        for (what, got, want) in [
+            ("values", &whole.0, &join(&first.0, &second.0)),
+            ("gradient of the student", &whole.1, &join(&first.1, &second.1)),
+            ("gradient of the weight", &whole.2, &sum),
+        ] {
+            let e = error(got, want);
+            assert!(e < 1e-5, "{what}: off by {e:e} on {device:?}");
+        }
+        assert!(error(&whole.0, &join(&second.0, &first.0)) > 1e-2, "control: the halves differ");
+        assert!(error(&whole.2, &first.2) > 1e-2, "control: one chunk is not all of the gradient");
+    }
+}
+
+#[test]
+fn no_gradient_for_the_teacher() {
     for device in devices().iter().map(|device| device.clone().autodiff()) {
         let hidden = flat(&normal("x", 5 * 8), &device, DType::F32).require_grad();
         let weight = flat(&normal("w", 8 * 33), &device, DType::F32).require_grad();
         let (h, w) = (hidden.clone().reshape([5, 8]), weight.clone().reshape([8, 33]));
-        let zero = linear_kl(h.clone(), w.clone(), h.clone(), w.clone(), 1.0, Divergence::ForwardKl);
-        assert_eq!(host(zero.inner()), [0.0; 5]);
         let teacher = flat(&normal("y", 5 * 8), &device, DType::F32).require_grad();
         let t = teacher.clone().reshape([5, 8]);
         let grads = linear_kl(h, w.clone(), t, w, 1.0, Divergence::ReverseKl).sum().backward();

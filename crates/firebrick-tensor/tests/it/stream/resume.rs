@@ -137,3 +137,89 @@ fn an_old_output_survives_a_crash_between_the_renames() {
     assert!(matches!(refused, Err(StreamError::Exists { .. })), "{refused:?}");
     assert_eq!(contents(target.path()), before);
 }
+
+#[test]
+fn an_old_output_and_something_in_its_place_are_both_kept() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = model(&folder.path().join("a.safetensors"), 1);
+    let target = Target::folder(folder.path().join("out"));
+    let staging = folder.path().join(".out.partial");
+    for name in ["out", "old"] {
+        std::fs::create_dir_all(staging.join(name)).unwrap();
+    }
+    std::fs::write(staging.join("old/mine"), "").unwrap();
+    std::fs::create_dir(target.path()).unwrap();
+    let executor = Executor { overwrite: true, ..Executor::default() };
+    let refused = executor.run(&Convert::copy("a", &source), &target);
+    assert!(
+        matches!(&refused, Err(StreamError::Exists { path }) if path.ends_with(".out.partial/old")),
+        "{refused:?}"
+    );
+    assert!(staging.join("old/mine").exists());
+}
+
+#[test]
+fn what_comes_to_exist_while_a_run_computes_is_not_replaced() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = model(&folder.path().join("a.safetensors"), 1);
+    let path = folder.path().join("out");
+    let spec = source.tensor("norm.weight").unwrap().spec();
+    let run = |side_file: &str, overwrite: bool, meanwhile: Option<&str>| {
+        let odd = Odd {
+            source: &source,
+            spec: OutputSpec::elementwise(spec.clone(), vec![(0, "norm.weight".into())]),
+            compute: |job: &mut Job<'_>| {
+                if let Some(name) = meanwhile {
+                    std::fs::create_dir_all(&path).unwrap();
+                    std::fs::write(path.join(name), "mine").unwrap();
+                }
+                job.copy()
+            },
+        };
+        let side_files = vec![(side_file.to_owned(), Vec::new())];
+        let target = Target::Folder { path: path.clone(), stem: "model".into(), side_files };
+        Executor { overwrite, ..Executor::default() }.run(&odd, &target)
+    };
+    let refused = run("first.json", false, Some("notes.txt"));
+    assert!(matches!(refused, Err(StreamError::Exists { .. })), "{refused:?}");
+    assert_eq!(entries(&path), ["notes.txt"]);
+    assert_eq!(entries(folder.path()), [".out.partial", "a.safetensors", "out"]);
+    // What was computed is kept, and nothing of the first run's other files.
+    std::fs::remove_dir_all(&path).unwrap();
+    assert!(folder.path().join(".out.partial/out/first.json").exists());
+    let report = run("second.json", false, None).unwrap();
+    assert_eq!((report.resumed_parts, report.computed_parts), (1, 0));
+    assert_eq!(entries(&path), ["README.md", "firebrick.json", "model.safetensors", "second.json"]);
+    let refused = run("second.json", true, Some("notes.txt"));
+    assert!(matches!(refused, Err(StreamError::WouldDelete { .. })), "{refused:?}");
+    assert!(path.join("notes.txt").exists() && path.join("second.json").exists());
+}
+
+#[test]
+fn a_gguf_file_and_its_provenance_appear_together() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = model(&folder.path().join("a.safetensors"), 1);
+    let target = Target::Gguf { path: folder.path().join("out.gguf"), metadata: Default::default() };
+    let provenance = folder.path().join("out.gguf.firebrick.json");
+    let run = || Executor::default().run(&Convert::copy("a", &source), &target);
+    std::fs::write(&provenance, "mine").unwrap();
+    let refused = run();
+    assert!(matches!(&refused, Err(StreamError::Exists { path }) if *path == provenance), "{refused:?}");
+    std::fs::remove_file(&provenance).unwrap();
+    run().unwrap();
+    // As if the run had died between the two renames; a run that only began over has an empty journal.
+    let expected = std::fs::read(&provenance).unwrap();
+    let staging = folder.path().join(".out.gguf.partial");
+    for (journal, finished) in [("", false), ("a line\n", true)] {
+        std::fs::create_dir_all(staging.join("out")).unwrap();
+        std::fs::write(staging.join("journal.jsonl"), journal).unwrap();
+        std::fs::rename(&provenance, staging.join("out/out.gguf.firebrick.json")).unwrap();
+        assert!(matches!(run(), Err(StreamError::Exists { .. })));
+        assert_eq!((provenance.exists(), staging.exists()), (finished, !finished));
+        if !finished {
+            std::fs::rename(staging.join("out/out.gguf.firebrick.json"), &provenance).unwrap();
+        }
+    }
+    assert_eq!(std::fs::read(&provenance).unwrap(), expected);
+    assert_eq!(entries(folder.path()), ["a.safetensors", "out.gguf", "out.gguf.firebrick.json"]);
+}
