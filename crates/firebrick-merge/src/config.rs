@@ -2,13 +2,10 @@
 //!
 //! Keys that nothing reads are errors with a suggestion: a misplaced `weight:` would otherwise change the result silently.
 
-use std::path::Path;
 use std::str::FromStr;
 
 use firebrick_tensor::block::DType;
 use serde_json::Value as Json;
-
-use crate::MergeError;
 
 /// A merge method.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -103,7 +100,14 @@ impl Value {
             return item.as_f64().map(|v| (None, Value::Scalar(v)));
         };
         unknown_keys(map, &["filter", "value"], at, problems);
-        let filter = map.get("filter").and_then(Json::as_str).map(String::from);
+        let filter = match map.get("filter") {
+            None | Some(Json::Null) => None,
+            Some(Json::String(filter)) => Some(filter.clone()),
+            Some(other) => {
+                problems.push(format!("`{at}`: `filter` should be a text, found {other}"));
+                return None;
+            }
+        };
         Some((filter, Self::parse(map.get("value")?, at, problems)?))
     }
 }
@@ -152,14 +156,10 @@ const TOP: &[&str] = &[
 ];
 
 impl MergeConfig {
-    /// Reads a YAML file.
-    pub fn load(path: &Path) -> Result<Self, MergeError> {
-        let text =
-            std::fs::read_to_string(path).map_err(|source| MergeError::Io { path: path.into(), source })?;
-        Self::parse(&text).map_err(|problems| MergeError::Config { path: path.into(), problems })
-    }
-
-    /// Reads YAML text; the error lists every problem.
+    /// Reads YAML text.
+    ///
+    /// # Errors
+    /// Every problem of the text, one line each.
     pub fn parse(text: &str) -> Result<Self, Vec<String>> {
         let json: Json = serde_saphyr::from_str(text).map_err(|e| vec![e.to_string()])?;
         let Json::Object(map) = &json else { return Err(vec!["should be a map of keys".into()]) };
@@ -202,8 +202,12 @@ impl MergeConfig {
                 Numerics::F32
             }
         };
-        if let Some(source) = map.get("tokenizer_source").and_then(Json::as_str).filter(|s| *s != "base") {
-            problems.push(format!("`tokenizer_source: {source}` is not supported yet (only `base`)"));
+        match map.get("tokenizer_source") {
+            None | Some(Json::Null) => {}
+            Some(source) if source == "base" => {}
+            Some(other) => {
+                problems.push(format!("`tokenizer_source: {other}` is not supported yet (only `base`)"));
+            }
         }
         let [weight, normalize, lambda] = parameters(
             map.get("parameters"),
@@ -369,6 +373,18 @@ parameters:
             assert!(problems.iter().any(|p| p.contains(part)), "{part} in {problems:?}");
         }
         assert!(MergeConfig::parse(&GOOD.replace("base_model: base", "")).is_err());
+        for (change, part) in [
+            ("tokenizer_source: {model: a}", "`tokenizer_source: {"),
+            ("tokenizer_source: union", "union"),
+            ("parameters:\n  normalize:\n    - {filter: 5, value: 1}", "`filter` should be a text, found 5"),
+        ] {
+            let text = GOOD.replace("parameters:\n  weight: 0.3\n  lambda: 0.7\n", change);
+            let problems = MergeConfig::parse(&text).unwrap_err();
+            assert!(problems.iter().any(|p| p.contains(part)), "{part} in {problems:?}");
+        }
+        for fine in ["tokenizer_source: base", "tokenizer_source: null"] {
+            MergeConfig::parse(&format!("{GOOD}{fine}\n")).unwrap();
+        }
         assert!(MergeConfig::parse("[1, 2]").is_err());
         assert!(MergeConfig::parse("a: [").is_err());
     }

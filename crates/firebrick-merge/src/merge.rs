@@ -1,6 +1,6 @@
 //! A merge as a transformation on the streaming executor.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use firebrick_tensor::block::DType;
 use firebrick_tensor::checkpoint::{Checkpoint, TensorSpec};
@@ -32,7 +32,6 @@ pub struct Merge {
     /// One per entry of `names`.
     pub(crate) checkpoints: Vec<Checkpoint>,
     pub(crate) names: Vec<String>,
-    folders: Vec<PathBuf>,
     /// Position of the base among them.
     pub(crate) base: Option<usize>,
     layers: usize,
@@ -42,7 +41,7 @@ impl Merge {
     /// Reads a YAML file and opens its models; relative paths are taken from the current folder.
     ///
     /// # Errors
-    /// Lists every problem of the configuration, and every tensor that is missing or of another shape in some model.
+    /// Lists every problem of the configuration, and every tensor that is missing, of another shape or without a weight in some model.
     pub fn open(path: &Path) -> Result<Self, MergeError> {
         let text =
             std::fs::read_to_string(path).map_err(|source| MergeError::Io { path: path.into(), source })?;
@@ -55,18 +54,22 @@ impl Merge {
                 names.len() - 1
             })
         });
-        let folders: Vec<PathBuf> = names.iter().map(PathBuf::from).collect();
-        let checkpoints = folders.iter().map(Checkpoint::open).collect::<Result<Vec<_>, _>>()?;
-        let layers =
-            checkpoints[0].tensors().iter().filter_map(|t| layer_of(&t.name)).max().map_or(0, |l| l + 1);
-        let merge = Merge { config, text, checkpoints, names, folders, base, layers };
+        let checkpoints = names.iter().map(Checkpoint::open).collect::<Result<Vec<_>, _>>()?;
+        let first = checkpoints[base.unwrap_or(0)].tensors();
+        let layers = first.iter().filter_map(|t| layer_of(&t.name)).max().map_or(0, |l| l as usize + 1);
+        let merge = Merge { config, text, checkpoints, names, base, layers };
         merge.check()?;
         Ok(merge)
     }
 
-    /// The folder `path`, with the configuration and tokenizer of the base (or of the first model).
+    /// The folder `path`, with the configuration and tokenizer of the base (or of the first model): from its folder, or from beside
+    /// its file.
+    ///
+    /// # Errors
+    /// If one of these files is there but cannot be read.
     pub fn target(&self, path: &Path) -> Result<Target, MergeError> {
-        let from = &self.folders[self.base.unwrap_or(0)];
+        let model = Path::new(&self.names[self.base.unwrap_or(0)]);
+        let from = if model.is_dir() { model } else { model.parent().unwrap_or(model) };
         let mut files = vec![("mergekit_config.yml".to_string(), self.text.clone().into_bytes())];
         for name in SIDE_FILES {
             let file = from.join(name);
@@ -121,6 +124,14 @@ impl Merge {
                 extra.map(|t| format!("`{}` of {name} would be lost: the base has no such tensor", t.name)),
             );
         }
+        for i in self.weighed() {
+            let without = first.tensors().iter().filter(|t| self.weight(i, &t.name).is_none());
+            problems.extend(
+                without.map(|t| {
+                    format!("`{}` of {} has no weight: no filter matches it", t.name, self.names[i])
+                }),
+            );
+        }
         for info in first.tensors() {
             if self.config.method == MergeMethod::Linear && self.normalize(&info.name) {
                 let total: f32 = self.weights(&info.name).iter().sum();
@@ -140,37 +151,39 @@ impl Merge {
     }
 
     fn weights(&self, tensor: &str) -> Vec<f32> {
-        let depth = self.depth(tensor);
-        let of = |i: usize| {
-            let own = self.config.models[i].weight.as_ref().and_then(|v| v.at(tensor, depth));
-            own.or_else(|| self.config.weight.as_ref().and_then(|v| v.at(tensor, depth))).unwrap_or(0.0)
-                as f32
-        };
-        self.weighed().into_iter().map(of).collect()
+        // `open` made sure that there is one.
+        self.weighed().into_iter().map(|i| self.weight(i, tensor).unwrap_or(0.0) as f32).collect()
+    }
+
+    /// The weight of model `i` at a tensor; `None` if no filter matches.
+    fn weight(&self, i: usize, tensor: &str) -> Option<f64> {
+        let own = &self.config.models[i].weight;
+        self.value(own, tensor).or_else(|| self.value(&self.config.weight, tensor))
     }
 
     fn normalize(&self, tensor: &str) -> bool {
         let default = self.config.method == MergeMethod::Linear;
-        self.global(&self.config.normalize, tensor).map_or(default, |v| v != 0.0)
+        self.value(&self.config.normalize, tensor).map_or(default, |v| v != 0.0)
     }
 
-    fn global(&self, value: &Option<Value>, tensor: &str) -> Option<f64> {
+    fn value(&self, value: &Option<Value>, tensor: &str) -> Option<f64> {
         value.as_ref().and_then(|v| v.at(tensor, self.depth(tensor)))
     }
 
     /// 0 at the first layer, 1 at the last; 0 for tensors outside the layers.
     fn depth(&self, tensor: &str) -> f64 {
         match layer_of(tensor) {
-            Some(_) if self.layers == 1 => 1.0,
-            Some(layer) => layer as f64 / (self.layers - 1) as f64,
+            Some(_) if self.layers <= 1 => 1.0,
+            Some(layer) => f64::from(layer) / (self.layers - 1) as f64,
             None => 0.0,
         }
     }
 }
 
-/// The first number that is a whole part of a dotted name.
-fn layer_of(tensor: &str) -> Option<usize> {
-    tensor.split('.').find_map(|part| part.parse().ok())
+/// The first number that is a whole part of a dotted name; a larger one than any layer's counts as none.
+fn layer_of(tensor: &str) -> Option<u32> {
+    let digits = |part: &&str| part.bytes().all(|b| b.is_ascii_digit());
+    tensor.split('.').filter(digits).find_map(|part| part.parse().ok())
 }
 
 /// Rounding to the type in which mergekit would hold an intermediate result.
@@ -218,17 +231,12 @@ impl Transform for Merge {
             Numerics::Mergekit => load,
             Numerics::F32 => |v| v,
         };
-        // mergekit's linear sums in f32, each term fused, and rounds once; its task vectors are in the type of the models.
-        let add: fn(f32, f32, f32) -> f32 = match self.config.numerics {
-            Numerics::Mergekit => |sum, w, x| w.mul_add(x, sum),
-            Numerics::F32 => |sum, w, x| sum + w * x,
-        };
         let mut weights = self.weights(&name);
         if self.config.method == MergeMethod::TaskArithmetic {
             weights.iter_mut().for_each(|w| *w = round(*w));
         }
         let normalize = self.normalize(&name);
-        let lambda = self.global(&self.config.lambda, &name).unwrap_or(1.0) as f32;
+        let lambda = self.value(&self.config.lambda, &name).unwrap_or(1.0) as f32;
         // Inputs in another type than `dtype` are rounded to it first, as mergekit loads them.
         let cast = self.config.dtype.is_some_and(|d| job.inputs().iter().any(|i| i.info.dtype != d));
         job.elementwise(|_, inputs, out| {
@@ -239,7 +247,10 @@ impl Transform for Merge {
                 views = rounded.iter().map(|v| &v[..]).collect();
             }
             match self.config.method {
-                MergeMethod::Linear => linear(&views, &weights, normalize, out, add, round),
+                // mergekit's linear sums in f32 and rounds once; its task vectors are in the type of the models.
+                MergeMethod::Linear => {
+                    linear(&views, &weights, normalize, out, self.config.numerics, round);
+                }
                 MergeMethod::TaskArithmetic => {
                     task_arithmetic(&views, &weights, normalize, lambda, out, round)
                 }

@@ -1,6 +1,9 @@
 //! Task arithmetic (arXiv 2212.04089): `y = base + lambda * sum w_m (x_m - base)`.
 
 /// One chunk: `inputs[0]` is the base, the others the models of `weights`; `round` is applied to every intermediate result.
+///
+/// # Panics
+/// If `inputs` is empty.
 pub fn task_arithmetic(
     inputs: &[&[f32]],
     weights: &[f32],
