@@ -26,6 +26,12 @@ pub enum PeftError {
         /// The setting and its range.
         what: String,
     },
+    /// Parts that make no bank; every problem is listed.
+    #[error("not a bank of adapters: {}", problems.join("; "))]
+    Parts {
+        /// One line each, naming the site.
+        problems: Vec<String>,
+    },
     /// Two banks, or a bank and a model, do not fit together.
     #[error("`{site}`: adapter of shape {found:?} on a layer of shape {expected:?} (d_in, d_out)")]
     Shape {

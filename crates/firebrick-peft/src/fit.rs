@@ -10,6 +10,9 @@ use crate::LoraBank;
 /// Trains `bank` on `data` over the frozen `decoder` and returns it; `below` are frozen bricks under the bank, such as packed weights.
 ///
 /// `decoder`, `below` and `bank` must be on a device that records gradients; only the bank has any.
+///
+/// # Errors
+/// As [`fit`].
 pub fn fit_lora(
     decoder: &Decoder,
     below: &[&dyn Brick],

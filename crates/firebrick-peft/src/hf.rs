@@ -1,7 +1,8 @@
 //! Hugging Face PEFT's adapter folders: `adapter_config.json` and `adapter_model.safetensors`, both ways.
 //!
-//! Format as peft 0.21 writes and reads it. Keys of the configuration that this crate has no field for are kept by
-//! [`AdapterConfig::extra`], so that reading and writing loses nothing.
+//! Format as peft 0.21 writes and reads it. What a configuration says beyond the fields here is in [`AdapterConfig::extra`] after
+//! [`load`]. A bank holds factors, ranks, alphas and dropout only: [`save`] writes these and a new configuration around them, so
+//! other keys of a loaded one (task type, revision, initialization) do not reach the file.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -47,12 +48,12 @@ pub struct AdapterConfig {
     /// Whether the scale is `alpha / sqrt(r)`.
     #[serde(default)]
     pub use_rslora: bool,
-    /// Ranks by module path (a regular expression on its end).
+    /// Ranks by module path (a regular expression on its end); the first that matches holds, in the order of the file.
     #[serde(default)]
-    pub rank_pattern: BTreeMap<String, usize>,
-    /// Alphas by module path (a regular expression on its end).
+    pub rank_pattern: Map<String, Value>,
+    /// Alphas by module path (a regular expression on its end); the first that matches holds, in the order of the file.
     #[serde(default)]
-    pub alpha_pattern: BTreeMap<String, f64>,
+    pub alpha_pattern: Map<String, Value>,
     /// Every other key.
     #[serde(flatten)]
     pub extra: Map<String, Value>,
@@ -69,6 +70,10 @@ fn eight_f() -> f64 {
 /// Writes `bank` as a PEFT adapter folder that `PeftModel.from_pretrained` loads.
 ///
 /// `base` is the name of the base model as transformers should find it. The folder is created; files in it are replaced atomically.
+/// Where only some sites have rank-stabilized scales, alphas of the plain rule that scale alike are written for those.
+///
+/// # Errors
+/// [`PeftError::NotLinear`] for a site that `sites` has no tensor for, and files that cannot be written.
 pub fn save(bank: &LoraBank, sites: &SiteTable, base: &str, dir: &Path) -> Result<(), PeftError> {
     std::fs::create_dir_all(dir).map_err(|source| PeftError::Io { path: dir.into(), source })?;
     let mut tensors = Vec::new();
@@ -111,9 +116,12 @@ fn config_of(
     base: &str,
     settings: &[(Site, String, LoraSettings)],
 ) -> Value {
+    // One flag holds for the whole file.
+    let rslora = settings.iter().all(|(_, _, s)| s.rslora);
+    let alpha_of = |s: &LoraSettings| if s.rslora == rslora { s.alpha } else { s.scale() * s.rank as f64 };
     let mut counts = BTreeMap::<(usize, u64), usize>::new();
     for (_, _, s) in settings {
-        *counts.entry((s.rank, s.alpha.to_bits())).or_default() += 1;
+        *counts.entry((s.rank, alpha_of(s).to_bits())).or_default() += 1;
     }
     // The commonest setting is the default, the others are patterns.
     let ((rank, alpha), _) = counts.into_iter().max_by_key(|(_, n)| *n).expect("a bank is not empty");
@@ -130,14 +138,14 @@ fn config_of(
         "r": rank,
         "lora_alpha": number(alpha),
         "lora_dropout": bank.dropout(),
-        "use_rslora": settings[0].2.rslora,
+        "use_rslora": rslora,
         "use_dora": false,
         "bias": "none",
         "fan_in_fan_out": false,
         "init_lora_weights": true,
         "target_modules": target_modules(sites, settings),
         "rank_pattern": odd(&|s| s.rank != rank, &|s| json!(s.rank)),
-        "alpha_pattern": odd(&|s| s.alpha != alpha, &|s| number(s.alpha)),
+        "alpha_pattern": odd(&|s| alpha_of(s) != alpha, &|s| number(alpha_of(s))),
         "modules_to_save": null,
         "layers_to_transform": null,
         "layers_pattern": null,
@@ -207,8 +215,9 @@ pub fn load(dir: &Path, sites: &SiteTable, device: &Device) -> Result<(LoraBank,
             )),
         }
     }
-    let rank_pattern = patterns(&config.rank_pattern, &mut problems);
-    let alpha_pattern = patterns(&config.alpha_pattern, &mut problems);
+    let whole = |v: &Value| v.as_u64().and_then(|r| usize::try_from(r).ok());
+    let rank_pattern = patterns(&config.rank_pattern, whole, &mut problems);
+    let alpha_pattern = patterns(&config.alpha_pattern, Value::as_f64, &mut problems);
     let mut parts = Vec::new();
     for (site, pair) in pairs {
         let [Some((a, [r, a_in])), Some((b, [b_out, b_r]))] = pair else {
@@ -238,7 +247,11 @@ pub fn load(dir: &Path, sites: &SiteTable, device: &Device) -> Result<(LoraBank,
     if !problems.is_empty() {
         return Err(invalid(problems));
     }
-    Ok((LoraBank::from_parts(parts, config.lora_dropout)?, config))
+    match LoraBank::from_parts(parts, config.lora_dropout) {
+        Ok(bank) => Ok((bank, config)),
+        Err(PeftError::Parts { problems }) => Err(invalid(problems)),
+        Err(e) => Err(e),
+    }
 }
 
 /// What in this configuration is beyond plain LoRA.
@@ -255,9 +268,24 @@ fn unsupported(config: &AdapterConfig) -> Vec<String> {
     if let Some(Value::String(bias)) = config.extra.get("bias").filter(|b| *b != "none") {
         problems.push(format!("`bias: {bias}` is not supported"));
     }
-    for key in ["modules_to_save", "layer_replication", "trainable_token_indices"] {
-        let empty =
-            config.extra.get(key).is_none_or(|v| v.is_null() || v.as_array().is_some_and(|a| a.is_empty()));
+    // Other initializations (PiSSA, OLoRA, LoftQ, CorDA) move part of the base's weights into the adapter.
+    if let Some(Value::String(name)) = config.extra.get("init_lora_weights")
+        && !["gaussian", "eva", "orthogonal"].contains(&name.as_str())
+    {
+        problems
+            .push(format!("`init_lora_weights: {name}` may change the base model, which is not supported"));
+    }
+    for key in [
+        "modules_to_save",
+        "layer_replication",
+        "trainable_token_indices",
+        "target_parameters",
+        "alora_invocation_tokens",
+    ] {
+        let empty = |v: &Value| {
+            v.is_null() || v.as_array().is_some_and(Vec::is_empty) || v.as_object().is_some_and(Map::is_empty)
+        };
+        let empty = config.extra.get(key).is_none_or(empty);
         if !empty {
             problems.push(format!("`{key}` is not supported"));
         }
@@ -276,13 +304,18 @@ fn parse_name(name: &str, sites: &SiteTable) -> Option<(Site, usize)> {
     sites.linear(site).map(|_| (site, which))
 }
 
-/// PEFT's rule: a pattern holds for a module path whose end it matches, `(.*\.)?(pattern)$`.
-fn patterns<T: Copy>(map: &BTreeMap<String, T>, problems: &mut Vec<String>) -> Vec<(Regex, T)> {
+/// PEFT's rule: a pattern holds for a module path whose end it matches, `(.*\.)?(pattern)$`; the first one wins.
+fn patterns<T>(
+    map: &Map<String, Value>,
+    read: impl Fn(&Value) -> Option<T>,
+    problems: &mut Vec<String>,
+) -> Vec<(Regex, T)> {
     let mut out = Vec::new();
     for (key, value) in map {
-        match Regex::new(&format!(r"^(?:.*\.)?(?:{key})$")) {
-            Ok(regex) => out.push((regex, *value)),
-            Err(e) => problems.push(format!("pattern `{key}`: {e}")),
+        match (Regex::new(&format!(r"^(?:.*\.)?(?:{key})$")), read(value)) {
+            (Ok(regex), Some(value)) => out.push((regex, value)),
+            (Err(e), _) => problems.push(format!("pattern `{key}`: {e}")),
+            (_, None) => problems.push(format!("pattern `{key}`: {value} is no rank or alpha")),
         }
     }
     out

@@ -86,7 +86,7 @@ impl LoraConfig {
     /// Adapters of this rank and strength on every site of `targets`.
     ///
     /// # Errors
-    /// If `targets` is empty or holds a site without a linear layer, or the rank is out of range.
+    /// If `targets` is empty or holds a site without a linear layer, or the rank, alpha or dropout is out of range.
     pub fn init(
         &self,
         sites: &SiteTable,
@@ -98,8 +98,12 @@ impl LoraConfig {
         self.init_each(sites, targets.iter().map(|s| (s, same)), seed, device)
     }
 
-    /// Adapters as `plan` says: its `rank` and `alpha` per linear layer inside the blocks, this configuration where it is silent on alpha;
-    /// sites without a rank get no adapter.
+    /// Adapters as `plan` says: its `rank` and `alpha` per linear layer inside the blocks; sites without a rank, or of rank 0, get no
+    /// adapter. Where the plan is silent on alpha, the site gets the alpha that makes its scale the one of this configuration,
+    /// so that ranks do not change how strongly a site is adapted.
+    ///
+    /// # Errors
+    /// As [`LoraConfig::init`].
     pub fn init_plan(
         &self,
         sites: &SiteTable,
@@ -109,8 +113,10 @@ impl LoraConfig {
     ) -> Result<LoraBank, PeftError> {
         let of = |s: &Settings| {
             let rank = s.rank?;
-            let alpha = s.alpha.unwrap_or(self.alpha / self.rank.max(1) as f64 * rank as f64);
-            (rank > 0).then_some(LoraSettings { rank, alpha, rslora: self.rslora })
+            let same = LoraSettings { rank: self.rank.max(1), alpha: self.alpha, rslora: self.rslora };
+            let alpha =
+                s.alpha.unwrap_or_else(|| same.scale() / LoraSettings { rank, alpha: 1.0, ..same }.scale());
+            (rank > 0).then_some(LoraSettings { rank, alpha, ..same })
         };
         let linears = sites.block_linears();
         let each = linears.iter().filter_map(|site| Some((site, plan.get(site).and_then(of)?)));
@@ -144,7 +150,11 @@ impl LoraConfig {
 }
 
 impl LoraBank {
-    /// A bank of given factors: site, settings, `A: [d_in, rank]`, `B: [rank, d_out]`.
+    /// A bank of given factors: site, settings, `A: [d_in, rank]`, `B: [rank, d_out]`; `dropout` lies in `0..1`.
+    ///
+    /// # Errors
+    /// [`PeftError::Nothing`] without parts, else [`PeftError::Parts`] with every rank of 0, alpha that is not finite, factor of
+    /// another shape, site that comes twice, and a dropout out of range.
     pub fn from_parts(
         parts: Vec<(Site, LoraSettings, Tensor<2>, Tensor<2>)>,
         dropout: f64,
@@ -152,7 +162,30 @@ impl LoraBank {
         if parts.is_empty() {
             return Err(PeftError::Nothing);
         }
-        let sites: SiteSet = parts.iter().map(|p| p.0).collect();
+        let mut problems = Vec::new();
+        if !(0.0..1.0).contains(&dropout) {
+            problems.push(format!("dropout {dropout} should lie in 0..1"));
+        }
+        let mut sites = SiteSet::default();
+        for (site, settings, a, b) in &parts {
+            let LoraSettings { rank, alpha, .. } = *settings;
+            if !sites.insert(*site) {
+                problems.push(format!("`{site}` comes twice"));
+            }
+            if rank == 0 {
+                problems.push(format!("`{site}`: rank 0"));
+            }
+            if !alpha.is_finite() {
+                problems.push(format!("`{site}`: alpha {alpha}"));
+            }
+            if a.dims()[1] != rank || b.dims()[0] != rank {
+                let (a, b) = (a.dims(), b.dims());
+                problems.push(format!("`{site}`: factors {a:?} and {b:?} for rank {rank}"));
+            }
+        }
+        if !problems.is_empty() {
+            return Err(PeftError::Parts { problems });
+        }
         let index = parts.iter().enumerate().map(|(i, p)| (p.0, i)).collect();
         let settings = parts.iter().map(|p| p.1).collect();
         let factors = parts
@@ -187,11 +220,17 @@ impl LoraBank {
     }
 
     /// `decoder` with `weight` times the updates added to its weights; at weight 1 it computes without the bank what it computed with it.
+    ///
+    /// # Errors
+    /// [`PeftError::NotLinear`] or [`PeftError::Shape`] if the decoder has no such layer.
     pub fn merge(&self, decoder: Decoder, weight: f64) -> Result<Decoder, PeftError> {
         self.shift(decoder, weight)
     }
 
     /// The inverse of [`LoraBank::merge`], up to rounding.
+    ///
+    /// # Errors
+    /// As [`LoraBank::merge`].
     pub fn unmerge(&self, decoder: Decoder, weight: f64) -> Result<Decoder, PeftError> {
         self.shift(decoder, -weight)
     }

@@ -3,7 +3,7 @@ use burn::optim::GradientsParams;
 use burn::tensor::{Device, Tensor};
 use firebrick_core::{Brick, LayerPlan, Mode, Run, Seed, Settings, Silent, Site};
 use firebrick_moe::AdapterGates;
-use firebrick_peft::{LoraConfig, PeftError, fit_lora};
+use firebrick_peft::{LoraBank, LoraConfig, LoraSettings, PeftError, fit_lora};
 use firebrick_train::{TextData, TrainConfig};
 
 use crate::{decoder, fresh, largest, logits, tokens, trained};
@@ -75,7 +75,7 @@ fn dropout_is_seeded_and_off_in_inference() {
             (s, settings, f.a.val(), f.b.val() + 0.05)
         })
         .collect();
-    let bank = firebrick_peft::LoraBank::from_parts(parts, 0.5).unwrap();
+    let bank = LoraBank::from_parts(parts, 0.5).unwrap();
     let run = |mode, seed| {
         let bricks: [&dyn Brick; 1] = [&bank];
         let mut run = Run::new(&bricks);
@@ -107,6 +107,20 @@ fn plans_decide_where_and_how_much() {
     assert_eq!(names, expected);
     let site: Site = "layers.1.mlp.down".parse().unwrap();
     assert_eq!((bank.get(site).unwrap().0.rank, bank.get(site).unwrap().0.alpha), (4, 3.0));
+    // Where the plan is silent on alpha, the scale is the configuration's at any rank.
+    for rslora in [false, true] {
+        let config = LoraConfig { rslora, ..LoraConfig::default() };
+        let bank = config.init_plan(decoder.sites(), &plan, Seed(1), &device).unwrap();
+        let scale = LoraSettings { rank: config.rank, alpha: config.alpha, rslora }.scale();
+        let at = |site: &str| bank.get(site.parse().unwrap()).unwrap().0;
+        let silent = at("layers.0.attn.q");
+        assert_eq!(silent.rank, 2);
+        assert!((silent.scale() / scale - 1.0).abs() < 1e-12, "{silent:?}");
+        assert!(
+            (at("layers.1.mlp.down").scale() / scale - 1.0).abs() > 0.1,
+            "control: a plan's alpha counts"
+        );
+    }
     let nothing = LayerPlan::from_sites([(site, Settings { bits: Some(4), ..Settings::default() })]);
     let nothing = nothing.resolve(decoder.sites()).unwrap();
     let error = LoraConfig::default().init_plan(decoder.sites(), &nothing, Seed(1), &device).unwrap_err();
@@ -123,34 +137,43 @@ fn gradients_are_those_of_the_composed_weight() {
     let bricks: [&dyn Brick; 1] = [&bank];
     let loss = decoder.nll(tokens(&device), &mut Run::new(&bricks)).mean();
     let gradients = GradientsParams::from_grads(loss.backward(), &bank);
-    let site: Site = "layers.1.attn.k".parse().unwrap();
+    let site: Site = "layers.1.mlp.down".parse().unwrap();
     let factors = bank.get(site).unwrap().1;
-    let analytic: f32 = gradients.get::<2>(factors.b.id).unwrap().slice([0..1, 0..1]).into_scalar();
-    let nudged = |by: f32| -> f64 {
-        let parts = bank
-            .sites()
-            .iter()
-            .map(|s| {
-                let (settings, f) = bank.get(s).unwrap();
-                let mut b = f.b.val().inner();
-                if s == site {
-                    let corner = b.clone().slice([0..1, 0..1]) + by;
-                    b = b.slice_assign([0..1, 0..1], corner);
-                }
-                (s, settings, f.a.val().inner(), b)
-            })
-            .collect();
-        let bank = firebrick_peft::LoraBank::from_parts(parts, 0.0).unwrap();
+    // The loss with `by` added to one element of a factor.
+    let nudged = |of_a: bool, [row, column]: [usize; 2], by: f32| -> f64 {
+        let part = |s| {
+            let (settings, f) = bank.get(s).unwrap();
+            let (mut a, mut b) = (f.a.val().inner(), f.b.val().inner());
+            if s == site {
+                let factor = if of_a { &mut a } else { &mut b };
+                let at = [row..row + 1, column..column + 1];
+                let element = factor.clone().slice(at.clone()) + by;
+                *factor = factor.clone().slice_assign(at, element);
+            }
+            (s, settings, a, b)
+        };
+        let bank = LoraBank::from_parts(bank.sites().iter().map(part).collect(), 0.0).unwrap();
         let bricks: [&dyn Brick; 1] = [&bank];
         let inner = decoder.valid();
-        f64::from(inner.nll(tokens(&inner.device()), &mut Run::new(&bricks)).mean().into_scalar::<f32>())
+        let nll = inner.nll(tokens(&inner.device()), &mut Run::new(&bricks)).into_data();
+        nll.iter::<f32>().map(f64::from).sum::<f64>() / 12.0
     };
-    let numeric = (nudged(0.02) - nudged(-0.02)) / 0.04;
-    assert!(
-        (f64::from(analytic) - numeric).abs() < 2e-3 * (1.0 + numeric.abs()),
-        "{analytic} against {numeric}"
-    );
-    assert!(numeric.abs() > 1e-5, "control: the gradient is not just zero");
+    for (of_a, factor) in [(true, &factors.a), (false, &factors.b)] {
+        let gradient = gradients.get::<2>(factor.id).unwrap().into_data();
+        let [_, columns] = factor.val().dims();
+        let values: Vec<f32> = gradient.iter::<f32>().collect();
+        // Where it is largest: a difference of losses says nothing about small ones.
+        let largest = (0..values.len()).max_by(|a, b| values[*a].abs().total_cmp(&values[*b].abs())).unwrap();
+        let analytic = f64::from(values[largest]);
+        let at = [largest / columns, largest % columns];
+        let numeric = (nudged(of_a, at, 0.05) - nudged(of_a, at, -0.05)) / 0.1;
+        assert!((analytic / numeric - 1.0).abs() < 0.02, "A {of_a} {at:?}: {analytic} against {numeric}");
+        let other = f64::from(values[(largest + 1) % values.len()]);
+        assert!(
+            (other / numeric - 1.0).abs() > 0.2,
+            "control: another element has another gradient: {other}"
+        );
+    }
 }
 
 #[test]
@@ -174,4 +197,31 @@ fn training_lowers_the_loss_and_touches_only_the_bank() {
     let bank = bank.valid();
     let valid = decoder.valid();
     assert!(largest(logits(&valid, &[&bank]), logits(&valid, &[])) > 1e-2, "control");
+}
+
+#[test]
+fn parts_that_make_no_bank_are_all_listed() {
+    let device = Device::flex();
+    let decoder = decoder(&device);
+    let bank = trained(&decoder, &device);
+    let sound = || -> Vec<_> {
+        let part = |s| {
+            let (settings, f) = bank.get(s).unwrap();
+            (s, settings, f.a.val(), f.b.val())
+        };
+        bank.sites().iter().map(part).collect()
+    };
+    assert!(LoraBank::from_parts(sound(), 0.0).is_ok(), "control");
+    let mut parts = sound();
+    parts[0].1.rank = 0;
+    parts[1].1.alpha = f64::INFINITY;
+    parts[2].2 = parts[2].3.clone();
+    let again = parts[3].clone();
+    parts.push(again);
+    let Err(PeftError::Parts { problems }) = LoraBank::from_parts(parts, 1.0) else { panic!("accepted") };
+    // A rank of 0 fits no factors either.
+    assert_eq!(problems.len(), 6, "{problems:?}");
+    for part in ["dropout 1", "rank 0", "alpha inf", "comes twice", "for rank"] {
+        assert!(problems.iter().any(|p| p.contains(part)), "{part} in {problems:?}");
+    }
 }
