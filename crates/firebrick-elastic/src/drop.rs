@@ -84,6 +84,9 @@ impl DropPlan {
     /// a cosine cannot see what the head needs from them.
     ///
     /// Ties go to the later layer; sites whose score is not a number count as important.
+    ///
+    /// # Errors
+    /// [`DropError::TooMany`] if there are fewer candidates.
     pub fn lowest(scores: &Scores, kind: DropKind, count: usize, keep_ends: bool) -> Result<Self, DropError> {
         let last = scores.keys().filter_map(|s| s.layer).max();
         let inner = |s: &Site| !keep_ends || (s.layer != Some(0) && s.layer != last);
@@ -100,6 +103,9 @@ impl DropPlan {
     }
 
     /// One site at a time, measuring again after each: `measure` gives the scores of the model without the sites left out so far.
+    ///
+    /// # Errors
+    /// As [`DropPlan::lowest`], and what `measure` answers.
     pub fn iterative<E: From<DropError>>(
         kind: DropKind,
         count: usize,
@@ -109,10 +115,12 @@ impl DropPlan {
         let mut plan = DropPlan::default();
         for _ in 0..count {
             let mut scores = measure(&plan.skip())?;
-            for site in plan.sites.iter() {
-                // Sites left out already look perfectly redundant.
-                scores.insert(site, f64::INFINITY);
+            if plan.sites.is_empty() {
+                // Too many are refused as a whole, not when candidates run out.
+                DropPlan::lowest(&scores, kind, count, keep_ends)?;
             }
+            // Sites left out already look perfectly redundant.
+            scores.retain(|site, _| !plan.sites.contains(*site));
             let next = DropPlan::lowest(&scores, kind, 1, keep_ends)?;
             plan.sites = plan.sites.iter().chain(next.sites.iter()).collect();
         }
@@ -131,6 +139,9 @@ impl DropPlan {
     }
 
     /// The layers of a model of `layers` layers that remain, if the plan holds whole blocks only.
+    ///
+    /// # Errors
+    /// [`DropError::NotBlock`] if it holds a sublayer.
     pub fn kept_layers(&self, layers: usize) -> Result<Vec<usize>, DropError> {
         match self.sites.iter().find(|s| s.part != Part::Block) {
             Some(site) => Err(DropError::NotBlock { site }),
@@ -139,6 +150,9 @@ impl DropPlan {
     }
 
     /// `decoder` without the plan's blocks.
+    ///
+    /// # Errors
+    /// As [`DropPlan::kept_layers`].
     pub fn cut(&self, decoder: Decoder) -> Result<Decoder, DropError> {
         let kept = self.kept_layers(decoder.config().layers)?;
         Ok(decoder.with_layers(&kept))
@@ -215,5 +229,19 @@ mod tests {
             Ok(scores())
         });
         assert_eq!(plan.unwrap().sites.len(), 3);
+        // Not even where nothing is left to tell them apart.
+        let blind: Scores = scores().into_keys().map(|site| (site, f64::NAN)).collect();
+        let iterative = |kind, count, ends, scores: &Scores| {
+            DropPlan::iterative::<DropError>(kind, count, ends, |_| Ok(scores.clone()))
+        };
+        for count in 0..=4 {
+            assert_eq!(iterative(DropKind::Attn, count, false, &blind).unwrap().sites.len(), count);
+        }
+        assert_eq!(
+            names(&iterative(DropKind::Attn, 2, true, &scores()).unwrap()),
+            names(&DropPlan::lowest(&scores(), DropKind::Attn, 2, true).unwrap())
+        );
+        let error = iterative(DropKind::Attn, 3, true, &scores()).unwrap_err();
+        assert_eq!(error, DropError::TooMany { count: 3, available: 2 });
     }
 }
