@@ -80,6 +80,13 @@ pub enum Verb {
     Devices(devices::Devices),
 }
 
+impl Verb {
+    /// Whether an interrupted run of the verb can go on where it stopped.
+    pub fn resumes(&self) -> bool {
+        matches!(self, Verb::Specialize(_) | Verb::Train(_) | Verb::Merge(_) | Verb::Convert(_))
+    }
+}
+
 /// A number of bytes, such as `512MiB`, `1GiB`, `2G` or `4096`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Size(pub u64);

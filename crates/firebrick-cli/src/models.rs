@@ -1,13 +1,20 @@
 //! What a model argument may be, and how the verbs open it.
 
+use std::collections::BTreeMap;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use burn::tensor::Device;
-use firebrick_models::{Model, ModelFiles};
+use firebrick_core::{Site, write_atomic};
+use firebrick_models::tokenizer::Tokenizer;
+use firebrick_models::{EncodedWeight, Model, ModelError, ModelFiles};
 use firebrick_peft::LoraBank;
 use firebrick_peft::hf;
-use firebrick_tensor::stream::{Executor, StreamReport};
+use firebrick_quant::QuantizedMatrix;
+use firebrick_tensor::stream::{Executor, StreamError, StreamPlan, StreamReport};
+use firebrick_train::TextData;
+use serde_json::json;
 
 use crate::args::{Global, Usage};
 use crate::ui::Terminal;
@@ -24,11 +31,11 @@ pub fn open(model: &str) -> Result<ModelFiles> {
     if let Some((name, file)) = FETCHED.iter().find(|(name, _)| *name == model)
         && !path.exists()
     {
-        path = Path::new("target/models").join(name).join(file);
-        if !path.exists() {
-            let hint = format!("`{name}` is not here; fetch it with `cargo xtask model {name}`");
-            return Err(Usage(hint).into());
-        }
+        let starts = [std::env::current_dir(), std::env::current_exe()];
+        let fetched = Path::new("target/models").join(name).join(file);
+        path = upward(starts.iter().flatten(), &fetched).ok_or_else(|| {
+            Usage(format!("`{name}` is not here; fetch it with `cargo xtask model {name}`"))
+        })?;
         let mut files = ModelFiles::open(&path)?;
         files.name = name.to_string();
         return Ok(files);
@@ -42,6 +49,11 @@ pub fn open(model: &str) -> Result<ModelFiles> {
         .into());
     }
     Ok(ModelFiles::open(&path)?)
+}
+
+/// The first `relative` that exists in one of `starts` or in a folder above.
+fn upward<'a>(starts: impl Iterator<Item = &'a PathBuf>, relative: &Path) -> Option<PathBuf> {
+    starts.flat_map(|start| start.ancestors()).map(|folder| folder.join(relative)).find(|path| path.exists())
 }
 
 /// The device of the command line.
@@ -71,6 +83,35 @@ pub fn executor<'a>(global: &Global, terminal: &'a Terminal) -> Executor<'a> {
     }
 }
 
+/// Prints what the executor would do; what stands against it is an error.
+pub fn planned(plan: &StreamPlan, terminal: &Terminal) -> Result<()> {
+    terminal.result(plan, || plan.to_string())?;
+    match &plan.problems[..] {
+        [] => Ok(()),
+        problems => bail!("{} can't run: {}", plan.transform, problems.join("; ")),
+    }
+}
+
+/// For --dry-run: prints what a verb would read, write and need; `facts` is what more there is to say.
+pub fn preview(
+    files: &ModelFiles,
+    texts: &[&Path],
+    writes: &[&Path],
+    facts: serde_json::Value,
+    terminal: &Terminal,
+) -> Result<()> {
+    let parameters: usize = files.checkpoint.tensors().iter().map(|t| t.elements()).sum();
+    let mut output =
+        json!({"reads": texts, "model": files.name, "writes": writes, "weights_bytes": 4 * parameters});
+    if let (Some(output), serde_json::Value::Object(facts)) = (output.as_object_mut(), facts) {
+        output.extend(facts);
+    }
+    terminal.result(&output, || {
+        let line = |(key, value): (&String, &serde_json::Value)| format!("{key:20} {value}\n");
+        output.as_object().map(|o| o.iter().map(line).collect()).unwrap_or_default()
+    })
+}
+
 /// Prints what the executor wrote.
 pub fn written(report: &StreamReport, terminal: &Terminal) -> Result<()> {
     terminal.result(report, || {
@@ -83,10 +124,108 @@ pub fn written(report: &StreamReport, terminal: &Terminal) -> Result<()> {
     })
 }
 
-/// Refuses an output that exists unless told to go on or to replace it.
-pub fn check_output(path: &Path, global: &Global) -> Result<()> {
-    if path.exists() && !global.overwrite && !global.resume {
-        return Err(Usage(format!("{} exists; say --overwrite to replace it", path.display())).into());
+/// Bytes of quantized weights in a GGUF file, where those without a block type are f16.
+pub fn stored_bytes(
+    matrices: &BTreeMap<Site, QuantizedMatrix>,
+    encoded: &BTreeMap<Site, EncodedWeight>,
+) -> u64 {
+    let of =
+        |(site, m): (&Site, &QuantizedMatrix)| encoded.get(site).map_or(2 * m.codes.len(), |e| e.bytes.len());
+    matrices.iter().map(of).sum::<usize>() as u64
+}
+
+/// Refuses an output that exists, unless it is an empty folder or to be replaced; `unfinished` is where an interrupted run
+/// leaves its work, and allows to go on.
+pub fn check_output(path: &Path, unfinished: Option<&Path>, global: &Global) -> Result<()> {
+    let begun = unfinished.is_some_and(Path::exists);
+    if !path.exists() || is_empty(path) || global.overwrite || (begun && global.resume) {
+        return Ok(());
+    }
+    let how = match (begun, global.resume) {
+        (true, _) => "holds an interrupted run; say --resume to go on or --overwrite to start anew",
+        (_, true) => "holds no interrupted run; say --overwrite to replace it",
+        _ => "exists; say --overwrite to replace it",
+    };
+    Err(Usage(format!("{} {how}", path.display())).into())
+}
+
+fn is_empty(folder: &Path) -> bool {
+    std::fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_none())
+}
+
+/// Why the executor left an output alone.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Occupied {
+    /// It may be replaced.
+    Ours,
+    /// It holds files of others.
+    Foreign,
+}
+
+/// Whether this error says that the output is there already.
+pub fn is_occupied(error: &anyhow::Error) -> Option<Occupied> {
+    let found = error.downcast_ref::<StreamError>().or(match error.downcast_ref::<ModelError>() {
+        Some(ModelError::Stream(inner)) => Some(inner),
+        _ => None,
+    });
+    match found? {
+        StreamError::Exists { .. } => Some(Occupied::Ours),
+        StreamError::WouldDelete { .. } => Some(Occupied::Foreign),
+        _ => None,
+    }
+}
+
+/// Removes a folder if it is there. Renamed first, so that a kill leaves nothing half removed under its name.
+pub fn discard(folder: &Path) -> Result<()> {
+    let aside = folder.with_extension("old");
+    let remove = |path: &Path| match std::fs::remove_dir_all(path) {
+        Err(e) if e.kind() != ErrorKind::NotFound => Err(e).with_context(|| path.display().to_string()),
+        _ => Ok(()),
+    };
+    remove(&aside)?;
+    match std::fs::rename(folder, &aside) {
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(()),
+        renamed => {
+            renamed.with_context(|| folder.display().to_string())?;
+            remove(&aside)
+        }
+    }
+}
+
+/// Removes the files that a kill in the middle of a [`write_atomic`] left in a folder of ours or below.
+pub fn sweep(folder: &Path) -> Result<()> {
+    for entry in std::fs::read_dir(folder).with_context(|| folder.display().to_string())? {
+        let (path, name) = entry.map(|e| (e.path(), e.file_name()))?;
+        let name = name.to_string_lossy();
+        if path.is_dir() {
+            sweep(&path)?;
+        } else if name.starts_with(".firebrick-") && name.ends_with(".part") {
+            std::fs::remove_file(&path).with_context(|| path.display().to_string())?;
+        }
+    }
+    Ok(())
+}
+
+/// Copies a log that may be needed again where it lies.
+pub fn copy_log(from: &Path, to: &Path) -> Result<()> {
+    let bytes = std::fs::read(from).with_context(|| from.display().to_string())?;
+    write_atomic(to, &bytes).with_context(|| to.display().to_string())
+}
+
+/// Reads a text that has to fill a window.
+pub fn text(path: &Path, tokenizer: &Tokenizer, window: usize) -> Result<TextData> {
+    let data = TextData::from_file(path, tokenizer)?;
+    fills(data.ids.len(), window, path)?;
+    Ok(data)
+}
+
+/// An error unless `tokens` of a text fill one window.
+pub fn fills(tokens: usize, window: usize, path: &Path) -> Result<()> {
+    if tokens < window {
+        let name = path.display();
+        bail!(
+            "{name}: {tokens} tokens do not fill one window of {window}; give more text or a smaller --window"
+        );
     }
     Ok(())
 }
@@ -98,4 +237,34 @@ pub fn read_text(path: &Path) -> Result<String> {
         let at = e.utf8_error().valid_up_to();
         anyhow::anyhow!("{}: not UTF-8 text at byte {at}", path.display())
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_found_from_below() {
+        let root = tempfile::tempdir().unwrap();
+        let (deep, file) = (root.path().join("a/b/c"), root.path().join("a/models/x"));
+        std::fs::create_dir_all(&deep).unwrap();
+        std::fs::create_dir_all(file.parent().unwrap()).unwrap();
+        let found = || upward([&root.path().join("nowhere"), &deep].into_iter(), Path::new("models/x"));
+        assert_eq!(found(), None);
+        std::fs::write(&file, "").unwrap();
+        assert_eq!(found(), Some(file));
+    }
+
+    #[test]
+    fn a_folder_is_discarded_with_what_an_interrupted_removal_left() {
+        let root = tempfile::tempdir().unwrap();
+        let folder = root.path().join(".train");
+        for _ in 0..2 {
+            std::fs::create_dir_all(folder.join("in")).unwrap();
+            std::fs::create_dir_all(root.path().join(".train.old/in")).unwrap();
+            discard(&folder).unwrap();
+            assert!(is_empty(root.path()));
+        }
+        discard(&folder).unwrap();
+    }
 }

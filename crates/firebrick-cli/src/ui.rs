@@ -1,7 +1,7 @@
 //! Progress bars on stderr, results on stdout, and Ctrl-C.
 
 use std::collections::HashMap;
-use std::io::IsTerminal;
+use std::io::{ErrorKind, IsTerminal, Write};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -20,13 +20,26 @@ pub fn on_interrupt() -> Result<(), ctrlc::Error> {
         if INTERRUPTED.swap(true, Ordering::SeqCst) {
             std::process::exit(130);
         }
-        eprintln!("\nstopping after this step; press Ctrl-C again to stop at once");
+        complain("\nstopping after this step; press Ctrl-C again to stop at once");
     })
 }
 
 /// Whether Ctrl-C was pressed.
 pub fn interrupted() -> bool {
     INTERRUPTED.load(Ordering::SeqCst)
+}
+
+/// Writes a line to stdout. A reader that went away has read enough.
+pub fn print(line: &str) -> std::io::Result<()> {
+    match writeln!(std::io::stdout().lock(), "{line}") {
+        Err(e) if e.kind() == ErrorKind::BrokenPipe => Ok(()),
+        written => written,
+    }
+}
+
+/// Writes a line to stderr, if anybody reads it.
+pub fn complain(line: &str) {
+    let _ = writeln!(std::io::stderr().lock(), "{line}");
 }
 
 /// An error and its causes on one line, none twice.
@@ -72,12 +85,8 @@ impl Terminal {
 
     /// Prints a result: `value` as JSON with `--json`, else `text`.
     pub fn result(&self, value: &impl Serialize, text: impl FnOnce() -> String) -> anyhow::Result<()> {
-        if self.json {
-            println!("{}", serde_json::to_string(value)?);
-        } else {
-            println!("{}", text().trim_end());
-        }
-        Ok(())
+        let line = if self.json { serde_json::to_string(value)? } else { text().trim_end().to_string() };
+        Ok(print(&line)?)
     }
 
     /// Says something on stderr, above the bars.
@@ -86,9 +95,9 @@ impl Terminal {
             return;
         }
         if self.animated {
-            self.bars.suspend(|| eprintln!("{text}"));
+            self.bars.suspend(|| complain(text));
         } else {
-            eprintln!("{text}");
+            complain(text);
         }
     }
 
@@ -130,7 +139,7 @@ impl Progress for Terminal {
                 if !self.animated && !self.quiet && due {
                     line.said = Instant::now();
                     let total = line.total.map_or(String::new(), |t| format!("/{t}"));
-                    eprintln!("{task}: {done}{total} {} {note}", line.unit);
+                    complain(&format!("{task}: {done}{total} {} {note}", line.unit));
                 }
             }
             Event::End { task } => {

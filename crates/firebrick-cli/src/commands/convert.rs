@@ -6,7 +6,7 @@ use anyhow::Result;
 use clap::Args;
 use firebrick_models::{Export, ExportType};
 
-use crate::args::Global;
+use crate::args::{Global, Usage};
 use crate::models;
 use crate::ui::Terminal;
 
@@ -25,12 +25,17 @@ pub struct Convert {
 
 impl Convert {
     pub fn run(&self, global: &Global, terminal: &Terminal) -> Result<()> {
+        models::check_output(&self.output, None, global)?;
+        let gguf = self.output.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf"));
+        if self.dtype.dtype().is_packed() && !gguf {
+            let what = format!("--type {}: packed types need an OUT that ends in .gguf", self.dtype.dtype());
+            return Err(Usage(what).into());
+        }
         let files = models::open(&self.input)?;
         let export = Export::files(&files, self.dtype);
         let executor = models::executor(global, terminal);
         if global.dry_run {
-            let plan = export.plan(&self.output, &executor)?;
-            return terminal.result(&plan, || plan.to_string());
+            return models::planned(&export.plan(&self.output, &executor)?, terminal);
         }
         let report = export.write(&self.output, &executor)?;
         models::written(&report, terminal)

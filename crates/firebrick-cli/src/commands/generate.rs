@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::Args;
-use firebrick_core::{Brick, Seed};
+use firebrick_core::{Brick, Cancelled, Seed};
 use firebrick_models::chat::{ChatOptions, ChatTemplate, Message};
 use firebrick_models::sampling::{Sampler, Sampling};
 use firebrick_models::{GenerateOptions, generate};
@@ -14,7 +14,7 @@ use serde_json::json;
 
 use crate::args::Global;
 use crate::models;
-use crate::ui::{Terminal, interrupted};
+use crate::ui::{Terminal, interrupted, print};
 
 #[derive(Args)]
 pub struct Generate {
@@ -78,19 +78,25 @@ impl Generate {
         let mut stream = tokenizer.decode_stream(true);
         let live = !global.json && !global.quiet;
         let on_token = &mut |token| {
+            let mut heard = true;
             if live && let Ok(Some(text)) = stream.step(token) {
-                print!("{text}");
-                let _ = std::io::stdout().flush();
+                let mut out = std::io::stdout().lock();
+                heard = out.write_all(text.as_bytes()).and_then(|()| out.flush()).is_ok();
             }
-            if interrupted() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+            if interrupted() || !heard { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         };
         let mut sampler = Sampler::new(settings)?;
         let ids = generate(&model.decoder, &bricks, &prompt, &mut sampler, &options, on_token)?;
-        let text = tokenizer.decode(&ids, true)?;
         if live {
-            println!();
+            print("")?;
+        }
+        if interrupted() {
+            return Err(Cancelled.into());
+        }
+        if live {
             return Ok(());
         }
+        let text = tokenizer.decode(&ids, true)?;
         let output = json!({"prompt_ids": prompt, "ids": ids, "text": text});
         terminal.result(&output, || text.clone())
     }

@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 
 use anyhow::Result;
 use clap::Args;
+use firebrick_core::Part;
+use firebrick_models::ModelFiles;
 use serde_json::json;
 
 use crate::args::Global;
@@ -68,6 +70,9 @@ impl Inspect {
             for (name, (count, elements, bytes)) in &types {
                 text += &format!("  {name:5} {count:4} tensors {elements:>12} values {bytes:>12} bytes\n");
             }
+            for (part, (d_in, d_out), count) in linears(&files) {
+                text += &format!("  {:9} {count:4} sites   {d_in} -> {d_out}\n", part.name());
+            }
             if self.tensors {
                 for t in files.checkpoint.tensors() {
                     text += &format!("  {:50} {:5} {:?}\n", t.name, t.dtype.name(), t.shape);
@@ -76,4 +81,17 @@ impl Inspect {
             text
         })
     }
+}
+
+/// The linear layers by part and shape `(d_in, d_out)`, and how many there are of each.
+fn linears(files: &ModelFiles) -> Vec<(Part, (usize, usize), usize)> {
+    let mut found: Vec<(Part, (usize, usize), usize)> = Vec::new();
+    for entry in files.sites().entries() {
+        let Some(shape) = files.sites().linear(entry.site) else { continue };
+        match found.iter_mut().find(|(part, s, _)| (*part, *s) == (entry.site.part, shape)) {
+            Some((_, _, count)) => *count += 1,
+            None => found.push((entry.site.part, shape, 1)),
+        }
+    }
+    found
 }

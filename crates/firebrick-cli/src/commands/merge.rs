@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::Args;
 
-use crate::args::Global;
+use crate::args::{Global, Usage};
 use crate::models;
 use crate::ui::Terminal;
 
@@ -24,6 +24,12 @@ pub struct Merge {
 
 impl Merge {
     pub fn run(&self, global: &Global, terminal: &Terminal) -> Result<()> {
+        if self.analyze && global.dry_run {
+            return Err(Usage("--dry-run: --analyze writes nothing anyway".into()).into());
+        }
+        if !self.analyze {
+            models::check_output(&self.output, None, global)?;
+        }
         let merge = firebrick_merge::Merge::open(&self.config)?;
         if self.analyze {
             let analysis = merge.analyze(terminal)?;
@@ -32,8 +38,7 @@ impl Merge {
         let target = merge.target(&self.output)?;
         let executor = models::executor(global, terminal);
         if global.dry_run {
-            let plan = executor.plan(&merge, &target)?;
-            return terminal.result(&plan, || plan.to_string());
+            return models::planned(&executor.plan(&merge, &target)?, terminal);
         }
         let report = executor.run(&merge, &target)?;
         models::written(&report, terminal)

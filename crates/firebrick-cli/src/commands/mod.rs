@@ -25,6 +25,10 @@ pub fn run(cli: &Cli, terminal: &Terminal) -> Result<()> {
         }
         rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?;
     }
+    let idle = matches!(cli.verb, Verb::Generate(_) | Verb::Inspect(_) | Verb::Devices(_));
+    if global.dry_run && idle {
+        return Err(Usage("--dry-run: this verb writes nothing that could be foreseen".into()).into());
+    }
     match &cli.verb {
         Verb::Specialize(v) => v.run(global, terminal),
         Verb::Eval(v) => v.run(global, terminal),

@@ -2,14 +2,13 @@
 
 use std::path::PathBuf;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::Args;
 use firebrick_analysis::{ProfileOptions, RankBudget, Report, bit_plans, profile, rank_plans};
 use firebrick_core::Seed;
-use firebrick_train::TextData;
 use serde_json::json;
 
-use crate::args::Global;
+use crate::args::{Global, Usage};
 use crate::models;
 use crate::ui::Terminal;
 
@@ -40,9 +39,18 @@ pub struct Profile {
 
 impl Profile {
     pub fn run(&self, global: &Global, terminal: &Terminal) -> Result<()> {
-        models::check_output(&self.out, global)?;
-        let model = models::load(&self.model, &models::device(global)?)?;
-        let data = TextData::from_file(&self.data, &model.tokenizer)?;
+        models::check_output(&self.out, None, global)?;
+        if self.window < 2 || self.windows == 0 {
+            return Err(Usage("--window must be at least 2 and --windows at least 1".into()).into());
+        }
+        let files = models::open(&self.model)?;
+        let data = models::text(&self.data, &files.tokenizer, self.window)?;
+        if global.dry_run {
+            let windows = data.spread(self.window, self.windows).len();
+            let facts = json!({"tokens": windows * self.window, "linear_layers": files.sites().block_linears().len()});
+            return models::preview(&files, &[&self.data], &[&self.out], facts, terminal);
+        }
+        let model = files.load(&models::device(global)?)?;
         let options = ProfileOptions {
             model: model.name.clone(),
             window: self.window,
@@ -55,7 +63,7 @@ impl Profile {
         let seeds: Vec<Seed> = (0..3).map(|i| Seed(global.seed).derive(&format!("plan/{i}"))).collect();
         let bits = bit_plans(&found, sites, self.mean_bits, &options.bits, &seeds)?;
         let ranks = rank_plans(&found, sites, RankBudget::MeanRank(self.mean_rank), &options.ranks, &seeds)?;
-        std::fs::create_dir_all(&self.out)?;
+        std::fs::create_dir_all(&self.out).with_context(|| self.out.display().to_string())?;
         found.save(self.out.join("profile.json"))?;
         bits.planned.plan.save(self.out.join("bits.toml"))?;
         ranks.planned.plan.save(self.out.join("ranks.toml"))?;

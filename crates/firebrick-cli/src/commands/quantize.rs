@@ -1,13 +1,12 @@
 //! `firebrick quantize`.
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::{Args, ValueEnum};
 use firebrick_core::LayerPlan;
 use firebrick_models::{Export, ExportType};
-use firebrick_quant::{GptqConfig, Method, QuantConfig, encode, quantize};
+use firebrick_quant::{GptqConfig, Method, QuantConfig, gguf_weights, quantize};
 use firebrick_tensor::grid::{Grid, GridKind};
 use firebrick_train::TextData;
 use serde_json::json;
@@ -22,6 +21,12 @@ enum How {
     Gptq,
 }
 
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Switch {
+    On,
+    Off,
+}
+
 #[derive(Args)]
 pub struct Quantize {
     /// Model: a folder, a .gguf file, `embedded`, or a fetched name.
@@ -33,7 +38,7 @@ pub struct Quantize {
     /// How codes are chosen.
     #[arg(long, value_enum, default_value = "gptq")]
     method: How,
-    /// Bits per weight: 2, 3, 4 or 8.
+    /// Bits per code: 2, 3, 4 or 8. GGUF stores codes of 2 to 4 bits in 4-bit blocks.
     #[arg(long, default_value_t = 4, value_name = "B")]
     bits: u8,
     /// Weights that share a scale; 0 for a whole row.
@@ -45,6 +50,9 @@ pub struct Quantize {
     /// Quantize the columns with the largest activations first.
     #[arg(long)]
     act_order: bool,
+    /// Shrink the range of each group to the least squared error; on for gptq and off for rtn if absent.
+    #[arg(long, value_enum, value_name = "on|off")]
+    clip: Option<Switch>,
     /// Bits per site, as `firebrick profile` writes them.
     #[arg(long, value_name = "FILE")]
     plan: Option<PathBuf>,
@@ -61,44 +69,50 @@ pub struct Quantize {
 
 impl Quantize {
     pub fn run(&self, global: &Global, terminal: &Terminal) -> Result<()> {
-        models::check_output(&self.out, global)?;
-        if ![2, 3, 4, 8].contains(&self.bits) {
-            return Err(Usage(format!("--bits {}: choose 2, 3, 4 or 8", self.bits)).into());
-        }
-        let model = models::load(&self.model, &models::device(global)?)?;
-        let data = TextData::from_file(&self.data, &model.tokenizer)?;
+        models::check_output(&self.out, None, global)?;
+        self.check()?;
+        let files = models::open(&self.model)?;
+        let (method, data) = match self.method {
+            How::Rtn => (Method::Rtn, TextData::from_file(&self.data, &files.tokenizer)?),
+            How::Gptq => {
+                let config = GptqConfig { act_order: self.act_order, ..Default::default() };
+                (Method::Gptq(config), models::text(&self.data, &files.tokenizer, self.window)?)
+            }
+        };
         let plan = match &self.plan {
-            Some(path) => Some(LayerPlan::load(path)?.resolve(model.decoder.sites())?),
+            Some(path) => Some(LayerPlan::load(path)?.resolve(files.sites())?),
             None => None,
         };
+        // Spread over the whole text: its beginning may be of one kind, and GPTQ fits what it is shown.
+        let text = data.spread(self.window, self.windows).concat();
+        if global.dry_run {
+            let facts =
+                json!({"calibration_tokens": text.len(), "sites": files.sites().block_linears().len()});
+            return models::preview(&files, &[&self.data], &[&self.out], facts, terminal);
+        }
+        let model = files.load(&models::device(global)?)?;
         let config = QuantConfig {
-            method: match self.method {
-                How::Rtn => Method::Rtn,
-                How::Gptq => Method::Gptq(GptqConfig { act_order: self.act_order, ..Default::default() }),
-            },
+            method,
             grid: Grid {
                 bits: self.bits,
                 group: self.group,
                 kind: if self.asymmetric { GridKind::Asym } else { GridKind::SymHalf },
-                clip: false,
+                clip: self.clip.unwrap_or(match self.method {
+                    How::Rtn => Switch::Off,
+                    How::Gptq => Switch::On,
+                }) == Switch::On,
             },
             plan,
             true_sequential: false,
             window: self.window,
         };
-        // Spread over the whole text: its beginning may be of one kind, and GPTQ fits what it is shown.
-        let all: Vec<&[u32]> = data.windows(self.window.max(2)).collect();
-        let count = self.windows.min(all.len());
-        let text: Vec<u32> = match count {
-            0 => data.ids.clone(),
-            _ => (0..count).flat_map(|i| all[i * all.len() / count]).copied().collect(),
-        };
         let quantized = quantize(model.decoder, &text, &config, terminal)?;
         let gguf = self.out.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf"));
-        let encoded = if gguf { encode(&quantized.matrices) } else { BTreeMap::new() };
-        let missing = if gguf { quantized.matrices.len() - encoded.len() } else { 0 };
-        if missing > 0 {
-            terminal.say(&format!("warning: {missing} layers fit no GGUF block type and are written as f16"));
+        let (encoded, fallback) = if gguf { gguf_weights(&quantized.matrices) } else { Default::default() };
+        let stored = models::stored_bytes(&quantized.matrices, &encoded);
+        if !fallback.is_empty() {
+            let count = fallback.len();
+            terminal.say(&format!("warning: {count} layers fit no GGUF block type and are written as f16"));
         }
         let dtype = if gguf { ExportType::F16 } else { ExportType::F32 };
         let settings = json!({"method": format!("{:?}", config.method), "grid": config.grid});
@@ -110,18 +124,42 @@ impl Quantize {
         let bits: f64 =
             quantized.matrices.values().map(|m| m.codes.len() as f64 * m.bits_per_weight()).sum::<f64>()
                 / weights;
+        let codes: f64 =
+            quantized.matrices.values().map(|m| m.codes.len() as f64 * f64::from(m.grid.bits)).sum::<f64>()
+                / weights;
+        // A folder holds what the codes stand for, in single precision.
+        let stored = if gguf { 8.0 * stored as f64 / weights } else { 32.0 };
         let output = json!({
             "out": self.out,
+            "code_bits_per_weight": codes,
             "bits_per_weight": bits,
+            "stored_bits_per_weight": stored,
+            "stored_as_f16": fallback,
             "written_bytes": report.written_bytes,
             "sites": quantized.reports,
         });
         terminal.result(&output, || {
             format!(
-                "wrote {}: {bits:.2} bits per quantized weight, {} bytes in all",
+                "wrote {}: codes of {codes:.2} bits ({bits:.2} with scales), stored in {stored:.2} bits per quantized weight, \
+                 {} bytes in all",
                 self.out.display(),
                 report.written_bytes
             )
         })
+    }
+
+    /// What makes no sense, before anything is read.
+    fn check(&self) -> Result<()> {
+        let wrong = |what: String| Err(Usage(what).into());
+        if ![2, 3, 4, 8].contains(&self.bits) {
+            return wrong(format!("--bits {}: choose 2, 3, 4 or 8", self.bits));
+        }
+        if self.window < 2 || self.windows == 0 {
+            return wrong("--window must be at least 2 and --windows at least 1".into());
+        }
+        if self.act_order && matches!(self.method, How::Rtn) {
+            return wrong("--act-order is an order of GPTQ; --method rtn has none".into());
+        }
+        Ok(())
     }
 }

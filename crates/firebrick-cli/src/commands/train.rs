@@ -6,7 +6,7 @@ use anyhow::Result;
 use clap::Args;
 use firebrick_core::{LayerPlan, Seed};
 use firebrick_peft::{LoraConfig, fit_lora, hf};
-use firebrick_train::{TextData, TrainConfig};
+use firebrick_train::TrainConfig;
 use serde_json::json;
 
 use crate::args::{Global, Usage};
@@ -18,13 +18,13 @@ pub struct Train {
     /// Model: a folder, a .gguf file, `embedded`, or a fetched name.
     #[arg(long, value_name = "M")]
     model: String,
-    /// Text file; documents are separated by empty lines.
+    /// Text file, one document; or .jsonl, one document a line under `text`.
     #[arg(long, value_name = "FILE")]
     data: PathBuf,
     /// What to train.
     #[arg(long, default_value = "lora", value_parser = ["lora"])]
     method: String,
-    /// Rank of the adapters, where the plan is silent.
+    /// Rank of the adapters, if there is no plan.
     #[arg(long, default_value_t = 8, value_name = "R")]
     rank: usize,
     /// Strength of the adapters; twice the rank if absent.
@@ -33,7 +33,7 @@ pub struct Train {
     /// Probability that an element of the adapters' input is dropped.
     #[arg(long, default_value_t = 0.0, value_name = "P")]
     dropout: f64,
-    /// Ranks per site, as `firebrick profile` writes them.
+    /// Ranks per site, as `firebrick profile` writes them; where it gives none there is no adapter.
     #[arg(long, value_name = "FILE")]
     plan: Option<PathBuf>,
     /// Optimizer steps.
@@ -61,19 +61,19 @@ pub struct Train {
 
 impl Train {
     pub fn run(&self, global: &Global, terminal: &Terminal) -> Result<()> {
-        models::check_output(&self.out, global)?;
-        let files = models::open(&self.model)?;
-        let targets = files.sites().block_linears();
-        let plan = match &self.plan {
-            Some(path) => Some(LayerPlan::load(path)?.resolve(files.sites())?),
-            None => None,
-        };
-        let data = TextData::from_file(&self.data, &files.tokenizer)?;
         let work = self.out.join(".train");
-        if global.overwrite && work.exists() {
-            std::fs::remove_dir_all(&work)?;
+        models::check_output(&self.out, Some(&work), global)?;
+        let lora = LoraConfig {
+            rank: self.rank,
+            alpha: self.alpha.unwrap_or(2.0 * self.rank as f64),
+            dropout: self.dropout,
+            rslora: false,
+        };
+        if lora.rank == 0 || !lora.alpha.is_finite() || !(0.0..1.0).contains(&lora.dropout) {
+            let what = "--rank must be at least 1, --alpha a number, and --dropout at least 0 and below 1";
+            return Err(Usage(what.into()).into());
         }
-        let config = TrainConfig {
+        let mut config = TrainConfig {
             steps: self.steps,
             batch: self.batch,
             accumulate: self.accumulate,
@@ -88,21 +88,38 @@ impl Train {
         if !problems.is_empty() {
             return Err(Usage(problems.join("; ")).into());
         }
+        let files = models::open(&self.model)?;
+        let targets = files.sites().block_linears();
+        let plan = match &self.plan {
+            Some(path) => Some(LayerPlan::load(path)?.resolve(files.sites())?),
+            None => None,
+        };
+        let data = models::text(&self.data, &files.tokenizer, self.window)?;
         if global.dry_run {
             let tokens = self.steps * self.batch * self.accumulate * self.window;
             let facts =
                 json!({"tokens_in_text": data.ids.len(), "tokens_to_train": tokens, "sites": targets.len()});
-            return terminal
-                .result(&facts, || format!("{tokens} tokens to train, the text has {}", data.ids.len()));
+            return models::preview(&files, &[&self.data], &[&self.out], facts, terminal);
+        }
+        let alphas: Vec<String> = targets
+            .iter()
+            .filter_map(|site| Some(format!(", {site} {}", plan.as_ref()?.get(site)?.alpha?)))
+            .collect();
+        config.identity = Some(format!(
+            "model {}, rank {}, alpha {}, dropout {}{}",
+            files.digest()?,
+            lora.rank,
+            lora.alpha,
+            lora.dropout,
+            alphas.concat()
+        ));
+        if global.resume && work.exists() {
+            models::sweep(&self.out)?;
+        } else if global.overwrite {
+            models::discard(&work)?;
         }
         let device = models::device(global)?.autodiff();
         let model = files.load(&device)?;
-        let lora = LoraConfig {
-            rank: self.rank,
-            alpha: self.alpha.unwrap_or(2.0 * self.rank as f64),
-            dropout: self.dropout,
-            rslora: false,
-        };
         let seed = Seed(global.seed);
         let bank = match &plan {
             Some(plan) => lora.init_plan(model.decoder.sites(), plan, seed, &device)?,
@@ -110,8 +127,8 @@ impl Train {
         };
         let (bank, report) = fit_lora(&model.decoder, &[], bank, &config, &data, terminal, global.resume)?;
         hf::save(&bank, model.decoder.sites(), &model.name, &self.out)?;
-        std::fs::rename(work.join("log.jsonl"), self.out.join("log.jsonl"))?;
-        std::fs::remove_dir_all(&work)?;
+        models::copy_log(&work.join("log.jsonl"), &self.out.join("log.jsonl"))?;
+        models::discard(&work)?;
         let output = json!({
             "out": self.out,
             "steps": report.steps,

@@ -1,20 +1,23 @@
 //! `firebrick specialize`: the whole way on one model and a set of text domains.
 
+mod evaluate;
 mod pipeline;
 mod report;
+mod results;
 mod stages;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::Args;
+use firebrick_models::ModelFiles;
 use firebrick_train::{TextData, domains};
 use serde_json::json;
 
 use crate::args::{Global, NamedFile, Usage};
 use crate::models;
 use crate::ui::Terminal;
-use pipeline::{Domain, Pipeline};
+use pipeline::{Domain, Pipeline, Start};
 
 #[derive(Args)]
 pub struct Specialize {
@@ -70,10 +73,31 @@ pub struct Settings {
     pub thorough: bool,
 }
 
+impl Settings {
+    /// What is wrong with these settings for a model of `layers` layers.
+    fn problems(&self, layers: usize) -> Vec<String> {
+        let checks = [
+            (self.window >= 2, "--window must be at least 2".to_string()),
+            (self.batch >= 1, "--batch must be at least 1".to_string()),
+            (self.steps >= 1, "--steps must be at least 1".to_string()),
+            (self.rank >= 1, "--rank must be at least 1".to_string()),
+            ((2.0..=8.0).contains(&self.bits), format!("--bits {} is not between 2 and 8", self.bits)),
+            (
+                self.learning_rate.is_finite() && self.learning_rate > 0.0,
+                format!("--learning-rate {} is not more than 0", self.learning_rate),
+            ),
+            (
+                self.drop_blocks + 2 <= layers,
+                format!("--drop-blocks {} leaves no layer between the first and the last", self.drop_blocks),
+            ),
+        ];
+        checks.into_iter().filter(|(fine, _)| !fine).map(|(_, problem)| problem).collect()
+    }
+}
+
 impl Specialize {
     pub fn run(&self, global: &Global, terminal: &Terminal) -> Result<()> {
         let files = models::open(&self.model)?;
-        let domains = self.domains(&files)?;
         let parameters: usize = files.checkpoint.tensors().iter().map(|t| t.elements()).sum();
         let small = parameters < 20_000_000;
         let settings = Settings {
@@ -89,34 +113,28 @@ impl Specialize {
             eval_tokens: self.eval_tokens.unwrap_or(if small { 8192 } else { 4096 }),
             thorough: small,
         };
-        if settings.window < 2 || settings.batch == 0 || settings.rank == 0 {
-            return Err(Usage("--window must be at least 2, --batch and --rank at least 1".into()).into());
+        let problems = settings.problems(files.config.layers);
+        if !problems.is_empty() {
+            return Err(Usage(problems.join("; ")).into());
         }
-        if settings.drop_blocks + 2 > files.config.layers {
-            let what = format!(
-                "--drop-blocks {} leaves no layer between the first and the last",
-                settings.drop_blocks
-            );
-            return Err(Usage(what).into());
-        }
+        let domains = self.domains(&files, settings.window)?;
         if global.dry_run {
             let tokens = settings.steps * settings.batch * settings.window * domains.len();
             let names: Vec<&str> = domains.iter().map(|d| d.name.as_str()).collect();
             let facts = json!({"settings": settings, "domains": names, "tokens_to_train": tokens});
-            return terminal.result(&facts, || {
-                format!(
-                    "{} domains, {tokens} tokens to train, output in {}",
-                    domains.len(),
-                    self.out.display()
-                )
-            });
+            let texts: Vec<&Path> = self.data.iter().map(|d| d.path.as_path()).collect();
+            return models::preview(&files, &texts, &[&self.out], facts, terminal);
         }
-        let pipeline = Pipeline::begin(files, domains, settings, &self.out, global, terminal)?;
-        let summary = pipeline.run()?;
+        let mut summary = match Pipeline::begin(files, domains, settings, &self.out, global, terminal)? {
+            Start::Run(pipeline) => pipeline.run()?,
+            Start::Complete(summary) => summary,
+        };
+        // Not in the file: the same run has the same bytes wherever it lies.
+        summary.out = Some(self.out.clone());
         terminal.result(&summary, || summary.to_string())
     }
 
-    fn domains(&self, files: &firebrick_models::ModelFiles) -> Result<Vec<Domain>> {
+    fn domains(&self, files: &ModelFiles, window: usize) -> Result<Vec<Domain>> {
         let tokenizer = &files.tokenizer;
         if self.data.is_empty() {
             return domains()
@@ -137,7 +155,13 @@ impl Specialize {
             .iter()
             .map(|d| {
                 let all = TextData::from_file(&d.path, tokenizer)?;
-                let (train, held) = all.split(0.15, self.window)?;
+                let short = || {
+                    let (name, path) = (&d.name, d.path.display());
+                    format!(
+                        "domain `{name}` ({path}) is too short for --window {window}, held-out part included"
+                    )
+                };
+                let (train, held) = all.split(0.15, window).with_context(short)?;
                 Ok(Domain { name: d.name.clone(), train, held })
             })
             .collect()

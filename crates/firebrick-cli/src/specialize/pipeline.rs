@@ -1,31 +1,30 @@
 //! The stages of a specialization, in order. Every stage leaves its result on disk and the next one reads it from there, so
 //! that a run in one go and a resumed run compute with the same numbers.
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use anyhow::Result;
+use anyhow::{Context, Result, ensure};
 use burn::module::Module;
 use burn::tensor::Device;
 use firebrick_analysis::{
     Allocation, Plans, Profile, ProfileOptions, RankBudget, bit_plans, profile, rank_plans,
 };
-use firebrick_core::{Brick, LayerPlan, Seed};
+use firebrick_core::{Brick, LayerPlan, Seed, Settings as SiteSettings, SiteTable};
 use firebrick_distill::{KdConfig, LogitKd, Teacher, distill_lora};
 use firebrick_elastic::{DropKind, DropPlan};
 use firebrick_models::{Decoder, Export, ExportType, Model, ModelFiles};
 use firebrick_moe::{AdapterRouter, fit_adapter_router};
 use firebrick_peft::{LoraBank, LoraConfig, fit_lora, hf};
-use firebrick_quant::{GptqConfig, Method, QuantConfig, encode, quantize};
+use firebrick_quant::{GptqConfig, Method, QuantConfig, gguf_weights, gptq_bit_losses, quantize};
 use firebrick_tensor::grid::{Grid, GridKind};
 use firebrick_tensor::stream::Executor;
 use firebrick_train::{TextData, TrainConfig, perplexity};
-use serde::{Deserialize, Serialize};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::Settings;
 use super::report;
-use super::stages::Stages;
+use super::results::{Learned, Merged, Results, Routed, Student, Summary, TriedPlan};
+use super::stages::{Begun, SUMMARY, Stages};
 use crate::args::Global;
 use crate::models;
 use crate::ui::Terminal;
@@ -37,113 +36,31 @@ pub struct Domain {
     pub held: TextData,
 }
 
-/// Held-out perplexity of one variant on every domain, in the order of the domains; none where it was not measured.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Variant {
-    pub name: String,
-    pub perplexity: Vec<Option<f64>>,
-    /// Bytes of the linear layers' weights inside the blocks.
-    pub bytes: Option<u64>,
-}
-
-/// One bit plan, tried out.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct TriedPlan {
-    pub name: String,
-    pub mean_bits: f64,
-    /// Mean over the domains of the nats per token.
-    pub mean_nll: f64,
-    pub perplexity: Vec<f64>,
-}
-
-/// How one adapter learned.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Learned {
-    pub first_loss: f64,
-    pub final_loss: f64,
-    pub losses: Vec<f64>,
-    pub parameters: usize,
-}
-
-/// The router, after training.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Routed {
-    pub accuracy: f64,
-}
-
-/// The merged model.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Merged {
-    /// Weight of every task vector.
-    pub weight: f64,
-    /// Weight and mean nats per token of every candidate.
-    pub tried: Vec<(f64, f64)>,
-}
-
-/// The student, after distillation.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Student {
-    pub dropped: Vec<String>,
-    pub losses: Vec<f64>,
-}
-
-/// Everything the report shows.
-pub struct Results {
-    pub model: String,
-    pub domains: Vec<String>,
-    pub profile: Profile,
-    pub ranks: Plans,
-    pub bits: Plans,
-    pub learned: Vec<Learned>,
-    pub merged: Merged,
-    pub routed: Routed,
-    pub tried: Vec<TriedPlan>,
-    pub student: Student,
-    pub variants: Vec<Variant>,
-}
-
-/// What a finished run prints.
-#[derive(Serialize)]
-pub struct Summary {
-    pub out: PathBuf,
-    pub domains: Vec<String>,
-    pub variants: Vec<Variant>,
-    pub bit_plans: Vec<TriedPlan>,
-}
-
-impl std::fmt::Display for Summary {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{:24}", "held-out perplexity")?;
-        for domain in &self.domains {
-            write!(f, " {domain:>11.11}")?;
-        }
-        writeln!(f)?;
-        for variant in &self.variants {
-            write!(f, "{:24}", variant.name)?;
-            for value in &variant.perplexity {
-                match value {
-                    Some(v) => write!(f, " {v:>11.3}")?,
-                    None => write!(f, " {:>11}", "")?,
-                }
-            }
-            writeln!(f)?;
-        }
-        write!(f, "report: {}", self.out.join("report.html").display())
-    }
-}
-
 /// One run.
 pub struct Pipeline<'a> {
-    files: ModelFiles,
-    domains: Vec<Domain>,
-    settings: Settings,
-    out: PathBuf,
-    stages: Stages,
+    pub(super) files: ModelFiles,
+    pub(super) domains: Vec<Domain>,
+    pub(super) settings: Settings,
+    pub(super) out: PathBuf,
+    pub(super) stages: Stages,
+    /// All that changes the results.
+    identity: Value,
+    /// Of the model's configuration and weights.
+    digest: String,
+    global: &'a Global,
     terminal: &'a Terminal,
     /// Records gradients.
     outer: Device,
     /// Does not.
-    inner: Device,
+    pub(super) inner: Device,
+}
+
+/// Where a run stands.
+pub enum Start<'a> {
+    /// It begins or goes on.
+    Run(Box<Pipeline<'a>>),
+    /// It was complete already.
+    Complete(Summary),
 }
 
 impl<'a> Pipeline<'a> {
@@ -152,23 +69,42 @@ impl<'a> Pipeline<'a> {
         domains: Vec<Domain>,
         settings: Settings,
         out: &Path,
-        global: &Global,
+        global: &'a Global,
         terminal: &'a Terminal,
-    ) -> Result<Self> {
+    ) -> Result<Start<'a>> {
+        let inner = models::device(global)?;
+        let digest = files.digest()?;
         let texts: Vec<_> = domains.iter().map(|d| (&d.name, d.train.digest(), d.held.digest())).collect();
-        let weights: u64 = files.checkpoint.tensors().iter().map(|t| t.len as u64).sum();
         let identity = json!({
             "version": env!("CARGO_PKG_VERSION"),
             "model": files.name,
-            "config": files.config,
-            "weight_bytes": weights,
+            "digest": digest,
+            "device": format!("{inner:?}"),
             "texts": texts,
             "settings": settings,
         });
-        let inner = models::device(global)?;
-        let stages = Stages::begin(out, &identity, global)?;
+        let stages = match Stages::begin(out, &identity, global)? {
+            Begun::Open(stages) => stages,
+            Begun::Complete(summary) => {
+                let summary = serde_json::from_value(summary)
+                    .with_context(|| out.join(SUMMARY).display().to_string())?;
+                return Ok(Start::Complete(summary));
+            }
+        };
         let outer = inner.clone().autodiff();
-        Ok(Pipeline { files, domains, settings, out: out.into(), stages, terminal, outer, inner })
+        Ok(Start::Run(Box::new(Pipeline {
+            files,
+            domains,
+            settings,
+            out: out.into(),
+            stages,
+            identity,
+            digest,
+            global,
+            terminal,
+            outer,
+            inner,
+        })))
     }
 
     pub fn run(self) -> Result<Summary> {
@@ -198,11 +134,12 @@ impl<'a> Pipeline<'a> {
             variants: variants.clone(),
         };
         report::build(&results, &self.settings).save(&self.out)?;
-        self.stages.finish()?;
-        Ok(Summary { out: self.out, domains, variants, bit_plans: tried })
+        let summary = Summary { out: None, run: self.identity, domains, variants, bit_plans: tried };
+        self.stages.finish(&self.out, &summary)?;
+        Ok(summary)
     }
 
-    fn say(&self, text: &str) {
+    pub(super) fn say(&self, text: &str) {
         self.terminal.say(text);
     }
 
@@ -215,13 +152,13 @@ impl<'a> Pipeline<'a> {
     }
 
     /// A model this run has written.
-    fn written(&self, name: &str, device: &Device) -> Result<Model> {
+    pub(super) fn written(&self, name: &str, device: &Device) -> Result<Model> {
         Ok(Model::open(&self.out.join(name), device)?)
     }
 
     fn executor(&self) -> Executor<'_> {
         // A stage that is done again replaces what an interrupted one left.
-        Executor { overwrite: true, resume: false, ..Executor::default() }
+        Executor { overwrite: true, resume: false, ..models::executor(self.global, self.terminal) }
     }
 
     fn train_config(&self, steps: usize, name: &str) -> TrainConfig {
@@ -236,29 +173,42 @@ impl<'a> Pipeline<'a> {
             checkpoint_every: 20,
             log_every: 1,
             out: Some(self.stages.scratch(name)),
+            identity: Some(format!("{name} on {}, rank {}", self.digest, s.rank)),
             ..TrainConfig::default()
         }
     }
 
     /// A mixture of all domains' training text, window by window in turn.
     fn mixture(&self) -> TextData {
-        let mut windows: Vec<_> =
-            self.domains.iter().map(|d| d.train.windows(self.settings.window)).collect();
-        let mut ids = Vec::new();
-        while let Some(round) = windows.iter_mut().map(Iterator::next).collect::<Option<Vec<_>>>() {
-            round.into_iter().for_each(|w| ids.extend_from_slice(w));
-        }
-        TextData::new(ids, 0)
+        let texts: Vec<TextData> = self.domains.iter().map(|d| d.train.clone()).collect();
+        TextData::interleave(&texts, self.settings.window)
+    }
+
+    /// About `windows` windows of training text, as many of each domain, spread over it.
+    fn calibration(&self, windows: usize) -> TextData {
+        let window = self.settings.window;
+        let each = windows.div_ceil(self.domains.len());
+        let spread = |d: &Domain| TextData::new(d.train.spread(window, each).concat(), 0);
+        let texts: Vec<TextData> = self.domains.iter().map(spread).collect();
+        TextData::interleave(&texts, window)
     }
 
     /// Mean nats per token on `ids`, at most `limit` of them.
-    fn nll(&self, decoder: &Decoder, bricks: &[&dyn Brick], ids: &[u32], limit: usize) -> Result<f64> {
+    pub(super) fn nll(
+        &self,
+        decoder: &Decoder,
+        bricks: &[&dyn Brick],
+        ids: &[u32],
+        limit: usize,
+    ) -> Result<f64> {
         let ids = &ids[..ids.len().min(limit.max(self.settings.window))];
         let batch = if self.settings.thorough { 8 } else { 2 };
-        Ok(perplexity(decoder, bricks, ids, 0, self.settings.window, batch, self.terminal)?.mean_nll)
+        let nll = perplexity(decoder, bricks, ids, 0, self.settings.window, batch, self.terminal)?.mean_nll;
+        ensure!(nll.is_finite(), "the mean loss is {nll}");
+        Ok(nll)
     }
 
-    fn held_out(&self, decoder: &Decoder, bricks: &[&dyn Brick]) -> Result<Vec<f64>> {
+    pub(super) fn held_out(&self, decoder: &Decoder, bricks: &[&dyn Brick]) -> Result<Vec<f64>> {
         let limit = self.settings.eval_tokens;
         self.domains.iter().map(|d| self.nll(decoder, bricks, &d.held.ids, limit)).collect()
     }
@@ -270,9 +220,15 @@ impl<'a> Pipeline<'a> {
                 model: self.files.name.clone(),
                 window: self.settings.window,
                 seed: self.seed("profile"),
+                bits: self.bit_choices().into(),
+                kind: self.grid_kind(),
                 ..ProfileOptions::default()
             };
-            let found = profile(&decoder.valid(), &self.mixture().ids, &options, self.terminal)?;
+            let decoder = decoder.valid();
+            let found = profile(&decoder, &self.mixture().ids, &options, self.terminal)?;
+            // GPTQ leaves some layers half of the error of rounding to nearest and others a hundredth: plan for what it does.
+            let text = self.calibration(12).ids;
+            let found = gptq_bit_losses(found, &decoder, &text, self.gptq(), self.terminal)?;
             found.save(self.out.join("profile.json"))?;
             Ok(())
         })?;
@@ -285,7 +241,7 @@ impl<'a> Pipeline<'a> {
         let rank_choices = [2, 4, 8, 16, 32];
         let ranks = RankBudget::MeanRank(self.settings.rank as f64);
         let ranks = rank_plans(profile, sites, ranks, &rank_choices, &seeds)?;
-        let bits = bit_plans(profile, sites, self.settings.bits, &[2, 3, 4, 8], &seeds)?;
+        let bits = bit_plans(profile, sites, self.settings.bits, self.bit_choices(), &seeds)?;
         ranks.planned.plan.save(self.out.join("ranks.toml"))?;
         bits.planned.plan.save(self.out.join("bits.toml"))?;
         Ok((ranks, bits))
@@ -312,10 +268,11 @@ impl<'a> Pipeline<'a> {
                     fit_lora(decoder, &[], bank, &config, &domain.train, self.terminal, true)?;
                 let dir = self.adapter_dir(&domain.name);
                 hf::save(&bank, decoder.sites(), &self.files.name, &dir)?;
-                std::fs::rename(self.stages.scratch(&stage).join("log.jsonl"), dir.join("log.jsonl"))?;
+                models::copy_log(&self.stages.scratch(&stage).join("log.jsonl"), &dir.join("log.jsonl"))?;
+                let (first, last) = (report.first_loss(), report.final_loss());
                 Ok(Learned {
-                    first_loss: report.first_loss().unwrap_or(f64::NAN),
-                    final_loss: report.final_loss().unwrap_or(f64::NAN),
+                    first_loss: first.context("no step was taken")?,
+                    final_loss: last.context("no step was taken")?,
                     losses: report.losses,
                     parameters,
                 })
@@ -364,12 +321,14 @@ impl<'a> Pipeline<'a> {
         self.stages.once("route", || {
             self.say("route: a causal router over the adapters");
             let texts: Vec<TextData> = self.domains.iter().map(|d| d.train.clone()).collect();
+            let held: Vec<TextData> = self.domains.iter().map(|d| d.held.clone()).collect();
             let d_model = self.files.config.d_model;
             let router = AdapterRouter::new(d_model, texts.len(), None, self.seed("router"), &self.outer);
             let (router, accuracy) = fit_adapter_router(
                 &decoder.valid(),
                 router,
                 &texts,
+                &held,
                 400,
                 texts.len() * 2,
                 self.settings.window,
@@ -383,10 +342,23 @@ impl<'a> Pipeline<'a> {
         })
     }
 
+    fn gptq(&self) -> GptqConfig {
+        GptqConfig { act_order: true, ..GptqConfig::default() }
+    }
+
+    /// GGUF's blocks with an offset hold at most 4 bits, its 8-bit blocks have none.
+    fn grid_kind(&self) -> GridKind {
+        if self.settings.bits <= 4.0 { GridKind::Asym } else { GridKind::SymHalf }
+    }
+
+    fn bit_choices(&self) -> &'static [u8] {
+        if self.settings.bits <= 4.0 { &[2, 3, 4] } else { &[2, 3, 4, 8] }
+    }
+
     fn quant_config(&self, plan: &LayerPlan) -> Result<QuantConfig> {
         Ok(QuantConfig {
-            method: Method::Gptq(GptqConfig { act_order: true, ..Default::default() }),
-            grid: Grid { bits: 3, group: 64, kind: GridKind::SymHalf, clip: false },
+            method: Method::Gptq(self.gptq()),
+            grid: Grid { bits: 3, group: 64, kind: self.grid_kind(), clip: true },
             plan: Some(plan.resolve(self.files.sites())?),
             true_sequential: false,
             window: self.settings.window,
@@ -395,9 +367,7 @@ impl<'a> Pipeline<'a> {
 
     /// GPTQ of the merged model with the planned bits, into a GGUF; and the same with the baselines' plans, for comparison.
     fn quantize(&self, bits: &Plans) -> Result<Vec<TriedPlan>> {
-        let mixture = self.mixture();
-        let windows = if self.settings.thorough { 24 } else { 12 };
-        let text = &mixture.ids[..mixture.ids.len().min(windows * self.settings.window)];
+        let text = self.calibration(24).ids;
         let all = bits.all();
         let chosen = if self.settings.thorough { &all[..] } else { &all[..2] };
         let one = |(name, plan): &(String, &Allocation)| {
@@ -405,10 +375,12 @@ impl<'a> Pipeline<'a> {
                 self.say(&format!("quantize: {name} bits"));
                 let merged = self.written("merged", &self.inner)?;
                 let config = self.quant_config(&plan.plan)?;
-                let quantized = quantize(merged.decoder, text, &config, self.terminal)?;
+                let quantized = quantize(merged.decoder, &text, &config, self.terminal)?;
+                let (encoded, _) = gguf_weights(&quantized.matrices);
+                let file_bytes = models::stored_bytes(&quantized.matrices, &encoded);
                 if *name == all[0].0 {
                     Export::decoder(&self.files.name, &quantized.decoder, &merged.tokenizer, ExportType::F16)
-                        .with_encoded(encode(&quantized.matrices))
+                        .with_encoded(encoded)
                         .with_settings(json!({"method": "gptq", "mean_bits": self.settings.bits}))
                         .write(&self.out.join("model.gguf"), &self.executor())?;
                 }
@@ -419,12 +391,24 @@ impl<'a> Pipeline<'a> {
                 Ok(TriedPlan {
                     name: name.clone(),
                     mean_bits: code_bits as f64 / weights as f64,
+                    file_bytes,
                     mean_nll: nll.iter().sum::<f64>() / nll.len() as f64,
                     perplexity: nll.iter().map(|v| v.exp()).collect(),
                 })
             })
         };
         chosen.iter().map(one).collect()
+    }
+
+    /// Twice the adapters' rank, as far as a layer has as many, at the same scale.
+    fn student_ranks(&self, sites: &SiteTable) -> LayerPlan {
+        let linears = sites.block_linears();
+        LayerPlan::from_sites(linears.iter().filter_map(|site| {
+            let (d_in, d_out) = sites.linear(site)?;
+            let rank = (2 * self.settings.rank).min(d_in).min(d_out);
+            let alpha = Some(2.0 * rank as f64);
+            Some((site, SiteSettings { rank: Some(rank), alpha, ..SiteSettings::default() }))
+        }))
     }
 
     /// A student without the least influential blocks, taught by the merged model.
@@ -435,15 +419,10 @@ impl<'a> Pipeline<'a> {
             let scores = profile.influence();
             let plan = DropPlan::lowest(&scores, DropKind::Block, self.settings.drop_blocks, true)?;
             let student = plan.cut(self.written("merged", &self.outer)?.decoder)?;
-            let lora = LoraConfig {
-                rank: 2 * self.settings.rank,
-                alpha: 4.0 * self.settings.rank as f64,
-                ..self.lora()
-            };
-            let targets = student.sites().block_linears();
-            let bank = lora.init(student.sites(), &targets, self.seed("student"), &self.outer)?;
+            let ranks = self.student_ranks(student.sites()).resolve(student.sites())?;
+            let bank = self.lora().init_plan(student.sites(), &ranks, self.seed("student"), &self.outer)?;
             let config = self.train_config(self.settings.student_steps, "distill-run");
-            let kd = LogitKd::new(KdConfig { temperature: 1.0, soft: 0.9, reverse: false });
+            let kd = LogitKd::new(KdConfig { temperature: 1.0, soft: 0.9, reverse: false })?;
             let teaching = Teacher { decoder: &teacher.decoder, bricks: &[] };
             let (bank, report) =
                 distill_lora(kd, &teaching, &student, bank, &config, &self.mixture(), self.terminal, true)?;
@@ -454,71 +433,5 @@ impl<'a> Pipeline<'a> {
             let dropped = plan.sites.iter().map(|s| s.to_string()).collect();
             Ok(Student { dropped, losses: report.losses })
         })
-    }
-
-    fn evaluate(&self, decoder: &Decoder, banks: &[LoraBank]) -> Result<Vec<Variant>> {
-        let base = decoder.valid();
-        let shape = |layers: usize| {
-            let linears = self.files.sites().block_linears();
-            let weights: usize = linears
-                .iter()
-                .filter(|s| s.layer.is_some_and(|l| l < layers))
-                .filter_map(|s| self.files.sites().linear(s))
-                .map(|(a, b)| a * b)
-                .sum();
-            weights as u64
-        };
-        let layers = self.files.config.layers;
-        let variant = |name: &str, bytes: Option<u64>, nll: Vec<Option<f64>>| Variant {
-            name: name.into(),
-            perplexity: nll.into_iter().map(|v| v.map(f64::exp)).collect(),
-            bytes,
-        };
-        let everywhere = |nll: Vec<f64>| nll.into_iter().map(Some).collect::<Vec<_>>();
-        let measure = |name: &str, bytes: Option<u64>, decoder: &Decoder, bricks: &[&dyn Brick]| {
-            self.stages.once(&format!("evaluate-{}", name.replace(' ', "-")), || {
-                self.say(&format!("evaluate: {name}"));
-                Ok(variant(name, bytes, everywhere(self.held_out(decoder, bricks)?)))
-            })
-        };
-        let mut variants = vec![measure("base", Some(4 * shape(layers)), &base, &[])?];
-        let specialists = self.stages.once("evaluate-specialists", || {
-            self.say("evaluate: every adapter");
-            let mut rows = Vec::new();
-            for (i, (bank, domain)) in banks.iter().zip(&self.domains).enumerate() {
-                // On its own the bank answers to no router.
-                let bricks: [&dyn Brick; 1] = [bank];
-                let one = |(j, d): (usize, &Domain)| {
-                    let measured = i == j || self.settings.thorough;
-                    measured
-                        .then(|| self.nll(&base, &bricks, &d.held.ids, self.settings.eval_tokens))
-                        .transpose()
-                };
-                let nll: Vec<Option<f64>> =
-                    self.domains.iter().enumerate().map(one).collect::<Result<_>>()?;
-                rows.push(variant(&format!("adapter {}", domain.name), None, nll));
-            }
-            Ok(rows)
-        })?;
-        variants.extend(specialists);
-        let router = AdapterRouter::load(&self.out.join("router"), &self.inner)?;
-        let mut mixture: Vec<&dyn Brick> = banks.iter().map(|b| b as &dyn Brick).collect();
-        mixture.push(&router);
-        variants.push(measure("routed adapters", None, &base, &mixture)?);
-        let merged = self.written("merged", &self.inner)?;
-        variants.push(measure("merged", Some(4 * shape(layers)), &merged.decoder, &[])?);
-        let gguf = self.written("model.gguf", &self.inner)?;
-        let packed: BTreeMap<_, _> = ModelFiles::open(&self.out.join("model.gguf"))?
-            .checkpoint
-            .tensors()
-            .iter()
-            .map(|t| (t.name.clone(), t.len))
-            .collect();
-        let bytes = packed.iter().filter(|(n, _)| n.starts_with("blk.")).map(|(_, len)| *len as u64).sum();
-        variants.push(measure("quantized (GGUF)", Some(bytes), &gguf.decoder, &[])?);
-        let student = self.written("student", &self.inner)?;
-        let kept = student.decoder.config().layers;
-        variants.push(measure("student", Some(4 * shape(kept)), &student.decoder, &[])?);
-        Ok(variants)
     }
 }

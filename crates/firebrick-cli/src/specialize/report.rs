@@ -3,7 +3,7 @@
 use firebrick_analysis::{Bars, Cell, Heatmap, Lines, Report, Row, Section, Table};
 
 use super::Settings;
-use super::pipeline::{Results, Variant};
+use super::results::{Results, Variant};
 
 /// Everything on one page.
 pub fn build(results: &Results, settings: &Settings) -> Report {
@@ -119,7 +119,10 @@ fn merging(results: &Results) -> Section {
 
 fn bit_plans(results: &Results, settings: &Settings) -> Section {
     let mut bars = Bars::new("Mean nats per token on held-out text, after GPTQ");
-    let mut table = Table::new("Plans of equal size").text_column("plan").number_column("mean bits");
+    let mut table = Table::new("Plans of equal code size")
+        .text_column("plan")
+        .number_column("bits per code")
+        .number_column("MB in a GGUF file");
     for domain in &results.domains {
         table = table.number_column(domain);
     }
@@ -129,14 +132,17 @@ fn bit_plans(results: &Results, settings: &Settings) -> Section {
             bars = bars.highlighted();
         }
         let cells = plan.perplexity.iter().map(|p| Cell::Number(*p));
-        table =
-            table.row([Cell::Text(plan.name.clone()), Cell::Number(plan.mean_bits)].into_iter().chain(cells));
+        let sizes = [Cell::Number(plan.mean_bits), Cell::Number(plan.file_bytes as f64 / 1e6)];
+        table = table.row([Cell::Text(plan.name.clone())].into_iter().chain(sizes).chain(cells));
     }
+    let others: Vec<&str> = results.tried.iter().skip(1).map(|plan| plan.name.as_str()).collect();
     Section::new("Does the plan pay?")
         .text(format!(
-            "The merged model quantized to {} bits per weight on average: bits where the profile wants them, beside the same \
-             budget spent evenly, on the first layers, on the last layers, and at random.",
-            settings.bits
+            "The merged model quantized to codes of {} bits on average: bits where the profile wants them, beside the same \
+             budget of code bits spent otherwise ({}). A GGUF file stores codes of 2 to 4 bits in 4-bit blocks, so that its \
+             size does not follow the bits of the codes.",
+            settings.bits,
+            others.join(", ")
         ))
         .bars(bars)
         .table(table)

@@ -68,7 +68,7 @@ fn train_prune_quantize_profile() {
         json(dir.path(), &[&base[..], &common[..], extra].concat())
     };
     let trained = train("adapter", &["--plan", "profile/ranks.toml"]);
-    assert!(trained["final_loss"].as_f64() < trained["first_loss"].as_f64());
+    assert!(trained["final_loss"].as_f64().unwrap() < trained["first_loss"].as_f64().unwrap());
     let eval = |extra: &[&str]| {
         json(dir.path(), &[&["eval"], &common[..], extra].concat())["mean_nll"].as_f64().unwrap()
     };
@@ -135,6 +135,7 @@ fn merge_writes_what_was_asked() {
 fn wrong_calls_say_what_to_do_and_leave_nothing() {
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("short.txt"), "too short").unwrap();
+    text(dir.path(), "known.txt", "stone", 4);
     std::fs::write(dir.path().join("binary"), [0xff, 0xfe, 0x00]).unwrap();
     std::fs::write(dir.path().join("broken.gguf"), b"GGUF\x03\0\0\0\xff\xff\xff\xff\xff\xff\xff\xff")
         .unwrap();
@@ -148,7 +149,9 @@ fn wrong_calls_say_what_to_do_and_leave_nothing() {
         (&["inspect", "broken.gguf"], 1, "broken.gguf"),
         (&["merge", "m.yml", "out"], 1, "modles"),
         (&["convert", "embedded", "out", "--type", "q3_9"], 2, "q8_0"),
-        (&["convert", "embedded", "out", "--type", "q4_0"], 1, ".gguf"),
+        (&["convert", "embedded", "out", "--type", "q4_0"], 2, ".gguf"),
+        (&["convert", "embedded", "m.yml"], 2, "--overwrite"),
+        (&["merge", "m.yml", "binary"], 2, "--overwrite"),
         (&["inspect", "embedded", "--device", "tpu"], 2, "tpu"),
         (&["train", "--model", "embedded", "--data", "short.txt", "--out", "out"], 1, "window"),
         (
@@ -157,23 +160,46 @@ fn wrong_calls_say_what_to_do_and_leave_nothing() {
             "2, 3, 4 or 8",
         ),
         (
+            &["quantize", "--model", "embedded", "--data", "short.txt", "--windows", "0", "--out", "out"],
+            2,
+            "--windows",
+        ),
+        (
+            &[
+                "quantize",
+                "--model",
+                "embedded",
+                "--data",
+                "short.txt",
+                "--method",
+                "rtn",
+                "--act-order",
+                "--out",
+                "out",
+            ],
+            2,
+            "--act-order",
+        ),
+        (
             &[
                 "prune",
                 "--model",
                 "embedded",
                 "--data",
-                "short.txt",
+                "known.txt",
                 "--drop",
                 "attn",
                 "--count",
-                "1",
+                "99",
                 "--out",
-                "o",
+                "out",
             ],
             2,
-            ".toml",
+            "99",
         ),
         (&["specialize", "--data", "../up=short.txt"], 2, "name"),
+        (&["specialize", "--steps", "0", "--bits", "1.5"], 2, "--steps must be at least 1; --bits 1.5"),
+        (&["specialize", "--data", "law=short.txt"], 1, "`law` (short.txt) is too short for --window"),
     ];
     for (arguments, code, part) in cases {
         let output = run(dir.path(), arguments);
@@ -188,5 +214,5 @@ fn wrong_calls_say_what_to_do_and_leave_nothing() {
         .map(|e| e.unwrap().file_name().to_string_lossy().into_owned())
         .collect();
     left.sort();
-    assert_eq!(left, ["binary", "broken.gguf", "m.yml", "short.txt"]);
+    assert_eq!(left, ["binary", "broken.gguf", "known.txt", "m.yml", "short.txt"]);
 }

@@ -3,9 +3,14 @@
 #![allow(clippy::disallowed_methods, reason = "tests are told by the environment what is there")]
 
 mod contract;
+#[cfg(unix)]
+mod interrupts;
+mod methods;
+mod outputs;
 mod python;
 mod specialize;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -24,6 +29,24 @@ fn json(dir: &Path, arguments: &[&str]) -> Value {
     serde_json::from_slice(&output.stdout).unwrap_or_else(|e| {
         panic!("{arguments:?}: stdout is not JSON ({e}): {}", String::from_utf8_lossy(&output.stdout))
     })
+}
+
+/// Every file in `dir` and below, by its path from there.
+fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
+    fn walk(dir: &Path, root: &Path, out: &mut BTreeMap<String, Vec<u8>>) {
+        for entry in std::fs::read_dir(dir).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                walk(&path, root, out);
+            } else {
+                let name = path.strip_prefix(root).unwrap().to_string_lossy().into_owned();
+                out.insert(name, std::fs::read(&path).unwrap());
+            }
+        }
+    }
+    let mut out = BTreeMap::new();
+    walk(dir, dir, &mut out);
+    out
 }
 
 /// A text of `kilobytes` that a small model can learn something from.

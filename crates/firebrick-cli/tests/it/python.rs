@@ -1,6 +1,7 @@
 //! Files that go to Python and come back: transformers, peft, gguf, mergekit, llama.cpp.
 //!
-//! Runs when FIREBRICK_PYTHON names a Python that has them (`cargo xtask python` makes one).
+//! Runs when FIREBRICK_PYTHON names a Python that has them (`cargo xtask python` makes one); fails without one when
+//! FIREBRICK_REQUIRE names `python`.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -10,9 +11,10 @@ use serde_json::Value;
 use crate::{json, text};
 
 fn python() -> Option<PathBuf> {
-    #[allow(clippy::disallowed_methods, reason = "tests are told where Python is by the environment")]
     let path = std::env::var_os("FIREBRICK_PYTHON").map(PathBuf::from);
     if path.is_none() {
+        let required = std::env::var("FIREBRICK_REQUIRE").unwrap_or_default();
+        assert!(!required.contains("python"), "a Python is required: FIREBRICK_PYTHON does not name one");
         eprintln!(
             "skipped: FIREBRICK_PYTHON does not name a Python with transformers, peft, gguf, mergekit and xllamacpp"
         );
@@ -38,10 +40,21 @@ fn script(python: &Path, dir: &Path, name: &str, arguments: &[&str]) -> Value {
     serde_json::from_str(line).unwrap_or_else(|e| panic!("{name}: {e} in {stdout}"))
 }
 
+/// Evaluates in windows of 64, and leaves the last logits in `ours.safetensors`.
 fn nll(dir: &Path, model: &str, data: &str, adapter: Option<&str>) -> f64 {
-    let mut arguments = vec!["eval", "--model", model, "--data", data, "--window", "64"];
+    let mut arguments = vec!["eval", "--model", model, "--data", data, "--window", "64", "--overwrite"];
+    arguments.extend(["--logits", "ours.safetensors"]);
     arguments.extend(adapter.map(|a| ["--adapter", a]).iter().flatten());
     json(dir, &arguments)["mean_nll"].as_f64().unwrap()
+}
+
+/// Checks what a script found against our mean loss and `ours.safetensors`.
+fn agree(theirs: &Value, ours: f64) {
+    assert!((theirs["mean_nll"].as_f64().unwrap() - ours).abs() < 1e-4, "{theirs} against {ours}");
+    assert_eq!(theirs["shape"][0], theirs["shape"][1]);
+    assert!(theirs["largest_difference"].as_f64().unwrap() < 5e-3, "{theirs}");
+    assert!(theirs["control"].as_f64().unwrap() > 0.5, "control: other windows, other logits: {theirs}");
+    eprintln!("{theirs}");
 }
 
 #[test]
@@ -54,14 +67,11 @@ fn transformers_and_gguf_load_what_we_write() {
         json(dir.path(), &["convert", "embedded", &format!("{dtype}.gguf"), "--type", dtype]);
     }
     let ours = nll(dir.path(), "folder", "t.txt", None);
-    let theirs = script(&python, dir.path(), "logits.py", &["folder", "t.txt", "64"]);
-    assert!((theirs["mean_nll"].as_f64().unwrap() - ours).abs() < 1e-4, "{theirs} against {ours}");
+    agree(&script(&python, dir.path(), "logits.py", &["folder", "t.txt", "64", "ours.safetensors"]), ours);
     for dtype in ["f32", "q8_0", "q4_0", "q4_1"] {
         let name = format!("{dtype}.gguf");
         let ours = nll(dir.path(), &name, "t.txt", None);
-        let theirs = script(&python, dir.path(), "logits.py", &[&name, "t.txt", "64"]);
-        let difference = (theirs["mean_nll"].as_f64().unwrap() - ours).abs();
-        assert!(difference < 1e-4, "{name}: {theirs} against {ours}");
+        agree(&script(&python, dir.path(), "logits.py", &[&name, "t.txt", "64", "ours.safetensors"]), ours);
         // Every block decodes in our reader as in the gguf package.
         let back = format!("{dtype}-back");
         json(dir.path(), &["convert", &name, &back]);
@@ -106,8 +116,8 @@ fn adapters_go_both_ways() {
     json(dir.path(), &train);
     let base = nll(dir.path(), "folder", "t.txt", None);
     let ours = nll(dir.path(), "folder", "t.txt", Some("ours"));
-    let theirs = script(&python, dir.path(), "peft_eval.py", &["folder", "ours", "t.txt", "64"]);
-    assert!((theirs["mean_nll"].as_f64().unwrap() - ours).abs() < 1e-4, "{theirs} against {ours}");
+    let arguments = ["folder", "ours", "t.txt", "64", "ours.safetensors"];
+    agree(&script(&python, dir.path(), "peft_eval.py", &arguments), ours);
     assert!((base - ours).abs() > 1e-3, "control: the adapter changes something");
 
     let saved = script(&python, dir.path(), "peft_save.py", &["folder", "theirs", "t.txt", "64"]);

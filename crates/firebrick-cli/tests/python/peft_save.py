@@ -2,7 +2,7 @@
 import json, sys
 import torch
 from peft import LoraConfig, get_peft_model
-from common import load, mean_nll
+from common import evaluate, load
 
 torch.manual_seed(0)
 tokenizer, model = load(sys.argv[1])
@@ -14,4 +14,4 @@ for name, p in model.named_parameters():
         torch.nn.init.normal_(p, std=0.05)
 model.eval()
 model.save_pretrained(sys.argv[2])
-print(json.dumps({"mean_nll": mean_nll(tokenizer, model, sys.argv[3], int(sys.argv[4]))}))
+print(json.dumps(evaluate(tokenizer, model, sys.argv[3], int(sys.argv[4]))))
