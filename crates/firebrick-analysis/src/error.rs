@@ -3,7 +3,6 @@
 use std::path::PathBuf;
 
 use firebrick_core::{BudgetError, Cancelled, Site};
-use firebrick_tensor::checkpoint::CheckpointError;
 use firebrick_tensor::linalg::LinalgError;
 
 /// A profile cannot be taken, read or spent.
@@ -76,9 +75,6 @@ pub enum AnalysisError {
         /// The version this release reads.
         expected: u32,
     },
-    /// A file cannot be put in place.
-    #[error(transparent)]
-    File(#[from] CheckpointError),
     /// A file cannot be read or written.
     #[error("{}: {error}", path.display())]
     Io {

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use firebrick_core::write_atomic;
+use serde::de::DeserializeOwned;
 
 use crate::AnalysisError;
 
@@ -14,4 +15,13 @@ pub(crate) fn write(path: &Path, text: &str) -> Result<(), AnalysisError> {
 /// Reads a text file.
 pub(crate) fn read(path: &Path) -> Result<String, AnalysisError> {
     std::fs::read_to_string(path).map_err(|error| AnalysisError::Io { path: path.into(), error })
+}
+
+/// Reads JSON with a `version`; that of another version is refused as such, whatever else it holds.
+pub(crate) fn versioned<T: DeserializeOwned>(text: &str, expected: u32) -> Result<T, AnalysisError> {
+    let value: serde_json::Value = serde_json::from_str(text)?;
+    match value.get("version").and_then(serde_json::Value::as_u64) {
+        Some(found) if found != u64::from(expected) => Err(AnalysisError::Version { found, expected }),
+        _ => Ok(serde_json::from_value(value)?),
+    }
 }

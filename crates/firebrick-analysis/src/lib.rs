@@ -13,6 +13,7 @@ use firebrick_core::{Part, Site};
 mod allocation;
 mod error;
 mod file;
+mod host;
 mod profile;
 mod report;
 mod residual_flow;
@@ -21,6 +22,7 @@ mod stats;
 
 pub use allocation::{Allocation, Plans, RankBudget, allocate_bits, allocate_ranks, bit_plans, rank_plans};
 pub use error::AnalysisError;
+pub use host::{output_energies, weight_on_host};
 pub use profile::{
     BitLoss, LinearProfile, Profile, ProfileOptions, RankLoss, ResidualProfile, SplitHalf, WeightSkew,
     profile,

@@ -1,11 +1,13 @@
 //! Second moments of what goes into each linear layer, `X^T X`: GPTQ's Hessian, imatrix's diagonal, RegMean's Gram matrix.
 
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 
 use burn::tensor::Tensor;
 use firebrick_core::{Base, Brick, Part, Run, Site, SiteSet};
 use firebrick_tensor::linalg::Matrix;
+
+use crate::AnalysisError;
 
 /// Adds up `X^T X` over all tokens of the inputs of its sites, on the device.
 ///
@@ -14,7 +16,6 @@ use firebrick_tensor::linalg::Matrix;
 pub struct SecondMoments {
     sites: SiteSet,
     sums: RefCell<BTreeMap<Site, Tensor<2>>>,
-    rows: Cell<usize>,
     skip: usize,
 }
 
@@ -45,16 +46,15 @@ impl SecondMoments {
     }
 
     /// The sum of `site`'s input so far, on the host.
-    pub fn matrix(&self, site: Site) -> Option<Matrix> {
-        let sum = self.sum(site)?;
+    ///
+    /// # Errors
+    /// [`AnalysisError::Site`] if nothing passed the site, or the sum cannot be read.
+    pub fn matrix(&self, site: Site) -> Result<Matrix, AnalysisError> {
+        let fail = |what: String| AnalysisError::Site { site, what };
+        let sum = self.sum(site).ok_or_else(|| fail("nothing passed this site".into()))?;
         let n = sum.dims()[0];
-        let values: Vec<f32> = sum.into_data().try_into_vec_as::<f32>().ok()?;
-        Matrix::from_f32(n, n, &values).ok()
-    }
-
-    /// Number of tokens seen by the first site.
-    pub fn rows(&self) -> usize {
-        self.rows.get()
+        let values = sum.into_data().try_into_vec_as::<f32>().map_err(|e| fail(e.to_string()))?;
+        Matrix::from_f32(n, n, &values).map_err(|error| AnalysisError::Linalg { site, error })
     }
 }
 
@@ -78,9 +78,6 @@ impl Brick for SecondMoments {
         };
         sums.insert(site, sum);
         drop(sums);
-        if self.sites.iter().next() == Some(site) {
-            self.rows.set(self.rows.get() + batch * kept);
-        }
         base(x, run)
     }
 }

@@ -9,6 +9,21 @@ pub enum QuantError {
     /// A setting is out of range.
     #[error("{0}")]
     Setting(String),
+    /// Settings no model can be quantized with; every problem is listed.
+    #[error("quantization settings: {}", problems.join("; "))]
+    Invalid {
+        /// One line each.
+        problems: Vec<String>,
+    },
+    /// A number is infinite or NaN.
+    #[error("the {what} is not finite")]
+    NotFinite {
+        /// `weight` or `Hessian`.
+        what: &'static str,
+    },
+    /// A Hessian that no damping makes positive definite.
+    #[error("the Hessian is not positive definite even with damping 1: {0}")]
+    NotDefinite(String),
     /// Sizes of a weight and its Hessian or codes disagree.
     #[error("{what}: expected {expected}, found {found}")]
     Size {
@@ -35,12 +50,9 @@ pub enum QuantError {
         /// Why not.
         what: String,
     },
-    /// The model failed.
+    /// The weights or second moments of a site cannot be read.
     #[error(transparent)]
-    Model(#[from] firebrick_models::ModelError),
-    /// A file could not be read or written.
-    #[error(transparent)]
-    Checkpoint(#[from] firebrick_tensor::checkpoint::CheckpointError),
+    Analysis(#[from] firebrick_analysis::AnalysisError),
     /// Stopped from outside.
     #[error(transparent)]
     Cancelled(#[from] Cancelled),

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use firebrick_core::Site;
+use firebrick_core::{Site, SiteSet};
 use firebrick_models::EncodedWeight;
 use firebrick_tensor::block::DType;
 use half::f16;
@@ -26,7 +26,7 @@ pub struct Blocks {
 ///
 /// `None` where no block type holds the codes: groups that are not a multiple of 32, rows that are not, asymmetric codes of
 /// more than 4 bits, 5 to 7 bits.
-pub fn blocks(matrix: &QuantizedMatrix) -> Option<Blocks> {
+pub fn gguf_blocks(matrix: &QuantizedMatrix) -> Option<Blocks> {
     let (grid, d_in) = (matrix.grid, matrix.d_in);
     let len = grid.group_len(d_in);
     if !d_in.is_multiple_of(BLOCK) || !len.is_multiple_of(BLOCK) {
@@ -67,17 +67,28 @@ pub fn blocks(matrix: &QuantizedMatrix) -> Option<Blocks> {
     Some(Blocks { dtype, bytes, exact })
 }
 
-/// The matrices that a GGUF block type holds, ready for [`Export::with_encoded`](firebrick_models::Export::with_encoded).
-pub fn encode(matrices: &BTreeMap<Site, QuantizedMatrix>) -> BTreeMap<Site, EncodedWeight> {
-    let encoded = matrices.iter().filter_map(|(site, m)| Some((*site, blocks(m)?)));
-    encoded.map(|(site, b)| (site, EncodedWeight { dtype: b.dtype, bytes: b.bytes })).collect()
+/// The matrices that a GGUF block type holds, ready for [`Export::with_encoded`](firebrick_models::Export::with_encoded), and the
+/// sites of those that none holds.
+pub fn gguf_weights(matrices: &BTreeMap<Site, QuantizedMatrix>) -> (BTreeMap<Site, EncodedWeight>, SiteSet) {
+    let (mut encoded, mut left_out) = (BTreeMap::new(), SiteSet::default());
+    for (site, matrix) in matrices {
+        match gguf_blocks(matrix) {
+            Some(b) => {
+                encoded.insert(*site, EncodedWeight { dtype: b.dtype, bytes: b.bytes });
+            }
+            None => {
+                left_out.insert(*site);
+            }
+        }
+    }
+    (encoded, left_out)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::rtn;
-    use firebrick_core::Seed;
+    use firebrick_core::{Part, Seed};
     use firebrick_tensor::block::decode;
     use firebrick_tensor::grid::{Grid, GridKind};
 
@@ -94,7 +105,7 @@ mod tests {
             (8, GridKind::SymHalf, DType::Q8_0),
         ] {
             let q = rtn(&weight, d_in, Grid { bits, group: 64, kind, clip: false }).unwrap();
-            let blocks = blocks(&q).unwrap();
+            let blocks = gguf_blocks(&q).unwrap();
             assert_eq!(blocks.dtype, dtype);
             let mut values = vec![0.0; weight.len()];
             decode(blocks.dtype, &blocks.bytes, &mut values).unwrap();
@@ -112,12 +123,19 @@ mod tests {
     fn what_no_block_type_holds_is_refused() {
         let weight = Seed(5).normal("blocks", 96, 1.0);
         let of = |bits, group, kind, d_in| {
-            blocks(&rtn(&weight, d_in, Grid { bits, group, kind, clip: false }).unwrap())
+            gguf_blocks(&rtn(&weight, d_in, Grid { bits, group, kind, clip: false }).unwrap())
         };
         assert!(of(4, 16, GridKind::SymHalf, 96).is_none());
         assert!(of(4, 32, GridKind::SymHalf, 48).is_none());
         assert!(of(6, 32, GridKind::SymHalf, 96).is_none());
         assert!(of(8, 32, GridKind::Asym, 96).is_none());
         assert!(of(4, 32, GridKind::SymHalf, 96).is_some());
+
+        let on =
+            |bits| rtn(&weight, 96, Grid { bits, group: 32, kind: GridKind::SymHalf, clip: false }).unwrap();
+        let sites = [0, 1].map(|layer| Site::layer(layer, Part::AttnQ));
+        let (encoded, left_out) = gguf_weights(&sites.into_iter().zip([on(6), on(4)]).collect());
+        assert_eq!(left_out.iter().collect::<Vec<_>>(), [sites[0]]);
+        assert_eq!(encoded.keys().copied().collect::<Vec<_>>(), [sites[1]]);
     }
 }

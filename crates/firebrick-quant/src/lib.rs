@@ -4,6 +4,7 @@
 //! [`PackedLinear`] is the brick that computes with them, [`quantize`] walks a whole model, block after block.
 #![forbid(unsafe_code)]
 
+mod bit_losses;
 mod error;
 mod gguf;
 mod gptq;
@@ -12,8 +13,9 @@ mod packed_linear;
 mod rtn;
 mod sequential;
 
+pub use bit_losses::gptq_bit_losses;
 pub use error::QuantError;
-pub use gguf::{Blocks, blocks, encode};
+pub use gguf::{Blocks, gguf_blocks, gguf_weights};
 pub use gptq::{GptqConfig, GptqReport, gptq};
 pub use matrix::QuantizedMatrix;
 pub use packed_linear::PackedLinear;

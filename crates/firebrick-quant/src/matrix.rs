@@ -43,13 +43,11 @@ impl QuantizedMatrix {
     }
 
     /// The packed form that [`PackedLinear`](crate::PackedLinear) computes with, `[d_in, d_out]` on `device`.
+    ///
+    /// # Errors
+    /// If the bits are not in 1..=8, a size disagrees with the shape, or a code needs more bits.
     pub fn pack(&self, device: &Device) -> Result<PackedMatrix, QuantError> {
-        if ![2, 3, 4, 8].contains(&self.grid.bits) {
-            return Err(QuantError::Setting(format!(
-                "{} bits cannot be packed; choose 2, 3, 4 or 8",
-                self.grid.bits
-            )));
-        }
+        self.check()?;
         let (m, n, groups) = (self.d_out, self.d_in, self.groups());
         let codes: Vec<u8> = (0..n).flat_map(|c| (0..m).map(move |r| self.codes[r * n + c])).collect();
         let table = |of: fn(&GroupParams) -> f32| {
@@ -59,5 +57,52 @@ impl QuantizedMatrix {
         let group = self.grid.group_len(n);
         let (scale, zero) = (table(|p| p.scale), table(|p| p.zero));
         Ok(PackedMatrix::pack(&codes, n, m, self.grid.bits, group, scale, zero))
+    }
+
+    /// Whether codes and parameters are those of a matrix of this shape on this grid.
+    fn check(&self) -> Result<(), QuantError> {
+        let (m, n, bits) = (self.d_out, self.d_in, self.grid.bits);
+        if !(1..=8).contains(&bits) {
+            return Err(QuantError::Setting(format!("{bits} bits cannot be packed; choose 1 to 8")));
+        }
+        if m == 0 || n == 0 {
+            return Err(QuantError::Setting(format!("a matrix of {m} x {n} cannot be packed")));
+        }
+        let size = |what, expected, found| match expected == found {
+            true => Ok(()),
+            false => Err(QuantError::Size { what, expected, found }),
+        };
+        size("number of codes", m.saturating_mul(n), self.codes.len())?;
+        size("number of group parameters", m.saturating_mul(self.groups()), self.params.len())?;
+        match self.codes.iter().find(|c| u32::from(**c) >> bits != 0) {
+            Some(code) => Err(QuantError::Setting(format!("code {code} needs more than {bits} bits"))),
+            None => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rtn;
+    use firebrick_tensor::grid::GridKind;
+
+    #[test]
+    fn only_sound_matrices_are_packed() {
+        let grid = Grid { bits: 3, group: 4, kind: GridKind::Asym, clip: false };
+        let sound = rtn(&[0.5, -1.0, 2.0, 0.25, 1.0, -2.0, 0.0, 3.0, 1.0, 1.5], 5, grid).unwrap();
+        let device = Device::flex();
+        let fails = |change: fn(&mut QuantizedMatrix)| {
+            let mut matrix = sound.clone();
+            change(&mut matrix);
+            matrix.pack(&device).is_err()
+        };
+        assert!(!fails(|_| {}), "control");
+        assert!(fails(|m| m.grid.bits = 9));
+        assert!(fails(|m| m.codes[3] = 8));
+        assert!(fails(|m| m.codes.truncate(9)));
+        assert!(fails(|m| m.params.truncate(3)));
+        assert!(fails(|m| m.d_out = usize::MAX));
+        assert!(fails(|m| m.d_in = 0));
     }
 }

@@ -23,6 +23,9 @@ pub struct PackedLinear {
 
 impl PackedLinear {
     /// Packs the quantized weight of each site onto `device`.
+    ///
+    /// # Errors
+    /// As [`QuantizedMatrix::pack`].
     pub fn new<'a>(
         weights: impl IntoIterator<Item = (Site, &'a QuantizedMatrix)>,
         device: &Device,

@@ -7,7 +7,7 @@ use crate::{QuantError, QuantizedMatrix};
 /// Quantizes `weight: [d_out, d_in]` (row-major) to the nearest codes of `grid`.
 ///
 /// # Errors
-/// If the bits are not in 2..=8 or the length of `weight` is not a multiple of `d_in`.
+/// If the bits are not in 2..=8, the length of `weight` is not a multiple of `d_in`, or a weight is not finite.
 pub fn rtn(weight: &[f32], d_in: usize, grid: Grid) -> Result<QuantizedMatrix, QuantError> {
     let d_out = rows(weight, d_in, grid)?;
     let mut codes = Vec::with_capacity(weight.len());
@@ -22,11 +22,12 @@ pub fn rtn(weight: &[f32], d_in: usize, grid: Grid) -> Result<QuantizedMatrix, Q
 
 /// The number of rows of `weight`, after checking it and the grid.
 pub(crate) fn rows(weight: &[f32], d_in: usize, grid: Grid) -> Result<usize, QuantError> {
-    if !(2..=8).contains(&grid.bits) {
-        return Err(QuantError::Setting(format!("{} bits; they should lie in 2..=8", grid.bits)));
-    }
+    grid.check().map_err(QuantError::Setting)?;
     if d_in == 0 || !weight.len().is_multiple_of(d_in) {
         return Err(QuantError::Size { what: "length of the weight", expected: d_in, found: weight.len() });
+    }
+    if weight.iter().any(|v| !v.is_finite()) {
+        return Err(QuantError::NotFinite { what: "weight" });
     }
     Ok(weight.len() / d_in)
 }
@@ -52,5 +53,9 @@ mod tests {
         }
         assert!(rtn(&weight, 52, Grid { bits: 3, group: 16, kind: GridKind::Asym, clip: false }).is_err());
         assert!(rtn(&weight, 53, Grid { bits: 1, group: 16, kind: GridKind::Asym, clip: false }).is_err());
+        let mut broken = weight.clone();
+        broken[60] = f32::NAN;
+        let fine = Grid { bits: 3, group: 16, kind: GridKind::Asym, clip: false };
+        assert!(matches!(rtn(&broken, 53, fine), Err(QuantError::NotFinite { what: "weight" })));
     }
 }

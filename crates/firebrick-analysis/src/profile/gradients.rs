@@ -4,9 +4,9 @@ use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use burn::tensor::{Int, Tensor, TensorData};
+use burn::tensor::Tensor;
 use firebrick_core::{Base, Brick, Progress, Run, Site, SiteSet, Task};
-use firebrick_models::Decoder;
+use firebrick_models::{Decoder, token_tensor};
 
 use super::ProfileOptions;
 use crate::AnalysisError;
@@ -48,10 +48,8 @@ pub(super) fn measure(
     let mut sums: BTreeMap<Site, Tensor<1>> = BTreeMap::new();
     let mut task = Task::begin(progress, "gradients", Some(windows.len() as u64), "windows");
     for window in windows {
-        let ids: Vec<i32> = ids[window.clone()].iter().map(|id| *id as i32).collect();
-        let data = TensorData::new(ids, [1, window.len()]);
         let probes = Probes { sites: sites.clone(), zeros: RefCell::default() };
-        let nll = decoder.nll(Tensor::<2, Int>::from_data(data, &device), &mut Run::new(&[&probes]));
+        let nll = decoder.nll(token_tensor(&[&ids[window.clone()]], &device), &mut Run::new(&[&probes]));
         let gradients = nll.sum().backward();
         for (site, zero) in probes.zeros.into_inner() {
             let Some(g) = zero.grad(&gradients) else { continue };
@@ -77,7 +75,7 @@ pub(super) fn measure(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use burn::tensor::Device;
+    use burn::tensor::{Device, Int, TensorData};
     use firebrick_core::{Part, Seed, Silent};
     use firebrick_models::DecoderConfig;
 

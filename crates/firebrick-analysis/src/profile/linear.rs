@@ -11,6 +11,7 @@ use firebrick_tensor::linalg::{
 use rayon::prelude::*;
 
 use super::{BitLoss, LinearProfile, ProfileOptions, RankLoss};
+use crate::host::{dot, output_energies, weight_on_host};
 use crate::{AnalysisError, SecondMoments, input_site};
 
 /// Measures the linear layers `sites` of one block; `moments` summed over `tokens` tokens, `curvature` is `E[g_o^2]`.
@@ -25,8 +26,7 @@ pub(super) fn measure(
     let inputs: SiteSet = sites.iter().map(input_site).collect();
     let mut means: BTreeMap<Site, Matrix> = BTreeMap::new();
     for site in inputs.iter() {
-        let unreadable = || AnalysisError::Site { site, what: "its second moments cannot be read".into() };
-        let mut h = moments.matrix(site).ok_or_else(unreadable)?;
+        let mut h = moments.matrix(site)?;
         h.data_mut().iter_mut().for_each(|v| *v /= tokens as f64);
         means.insert(site, h);
     }
@@ -57,11 +57,7 @@ fn at(site: Site) -> impl Fn(LinalgError) -> AnalysisError {
 }
 
 fn read(decoder: &Decoder, site: Site) -> Result<Weight, AnalysisError> {
-    let fail = |what: String| AnalysisError::Site { site, what };
-    let weight = decoder.weight(site).ok_or_else(|| fail("the model has no weight here".into()))?;
-    let [d_out, d_in] = weight.dims();
-    let data = weight.without_autodiff().into_data();
-    let values = data.try_into_vec_as::<f32>().map_err(|e| fail(e.to_string()))?;
+    let (values, [d_out, d_in]) = weight_on_host(decoder, site)?;
     Ok(Weight { site, d_out, d_in, values })
 }
 
@@ -83,7 +79,7 @@ impl Weight {
     ) -> Result<LinearProfile, LinalgError> {
         let (d_in, d_out) = (self.d_in, self.d_out);
         let w = Matrix::from_f32(d_out, d_in, &self.values)?;
-        let by_output = quadratic(&w, h)?;
+        let by_output = output_energies(&w, h)?;
         let total: f64 = by_output.iter().sum();
         let mean_curvature = if total > 0.0 { dot(curvature, &by_output) / total } else { 0.0 };
         // W = Q R turns W H W^T into R H R^T without its zero eigenvalues.
@@ -102,8 +98,8 @@ impl Weight {
         };
         let mut bits = Vec::with_capacity(options.bits.len());
         for &b in &options.bits {
-            let grid = Grid { bits: b, group: options.group, kind: options.kind, clip: options.clip };
-            let errors = quadratic(&self.rounding_difference(grid)?, h)?;
+            let grid = options.grid(b);
+            let errors = output_energies(&self.rounding_difference(grid)?, h)?;
             let (error, rise): (f64, f64) = (errors.iter().sum(), 0.5 * dot(curvature, &errors));
             let size = (grid.bits_per_weight(d_in) * (d_in * d_out) as f64).round() as u64;
             bits.push(BitLoss { bits: b, size, error, relative: relative(error), rise });
@@ -134,16 +130,6 @@ impl Weight {
             self.values.iter().zip(&rounded).map(|(w, r)| f64::from(*w) - f64::from(*r)).collect();
         Matrix::new(self.d_out, self.d_in, difference)
     }
-}
-
-/// The diagonal of `D H D^T`: the mean squared error of each output.
-fn quadratic(d: &Matrix, h: &Matrix) -> Result<Vec<f64>, LinalgError> {
-    let dh = d.matmul(h)?;
-    Ok((0..d.rows()).map(|o| dot(dh.row(o), d.row(o)).max(0.0)).collect())
-}
-
-fn dot(a: &[f64], b: &[f64]) -> f64 {
-    a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
 
 /// The eigenvalues of a positive semidefinite matrix, descending; those within its rounding error are 0.

@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
 
-use burn::tensor::{Int, Tensor, TensorData};
+use burn::tensor::Tensor;
 use firebrick_core::{Brick, Event, Part, Progress, Run, Seed, Site, SiteSet, Task};
-use firebrick_models::Decoder;
-use firebrick_tensor::grid::GridKind;
+use firebrick_models::{Decoder, token_tensor};
+use firebrick_tensor::grid::{Grid, GridKind};
 use serde::{Deserialize, Serialize};
 
 use crate::residual_flow::{ResidualFlow, TokenFlow};
@@ -81,6 +81,9 @@ pub struct Profile {
     pub layers: usize,
     /// How it was measured.
     pub options: ProfileOptions,
+    /// What chose the codes behind the bit losses: `rtn`, or what has replaced them since (`gptq`).
+    #[serde(default = "nearest")]
+    pub quantizer: String,
     /// Windows that were run.
     pub windows: usize,
     /// Tokens behind every mean.
@@ -140,7 +143,7 @@ pub struct LinearProfile {
     pub ranks: Vec<RankLoss>,
 }
 
-/// What rounding a weight to the nearest codes of `bits` bits costs.
+/// What rounding a weight to codes of `bits` bits costs, see [`Profile::quantizer`].
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct BitLoss {
     /// Bits per code.
@@ -202,9 +205,12 @@ impl ProfileOptions {
             ("gradient_windows", self.gradient_windows),
         ];
         problems.extend(sizes.iter().filter(|s| s.1 == 0).map(|s| format!("{} is 0; it is at least 1", s.0)));
-        let bad = self.bits.iter().filter(|b| !(2..=8).contains(*b));
-        problems.extend(bad.map(|b| format!("{b} bits; a grid has 2 to 8")));
+        problems.extend(self.bits.iter().filter_map(|bits| self.grid(*bits).check().err()));
         problems
+    }
+
+    fn grid(&self, bits: u8) -> Grid {
+        Grid { bits, group: self.group, kind: self.kind, clip: self.clip }
     }
 
     fn skipped(&self) -> usize {
@@ -310,6 +316,7 @@ pub fn profile(
         windows: windows.len(),
         tokens,
         text_hash: hash(ids),
+        quantizer: nearest(),
         weight_skew: weight_skew(&linear, layers),
         split_half: split_half(&flows),
         residual,
@@ -340,10 +347,8 @@ fn check(decoder: &Decoder, ids: &[u32], options: &ProfileOptions) -> Result<(),
 /// The embedded windows, `[batch, window, d_model]` each.
 fn embed(decoder: &Decoder, ids: &[u32], windows: &[Range<usize>], batch: usize) -> Vec<Tensor<3>> {
     let embed = |windows: &[Range<usize>]| {
-        let ids: Vec<i32> = windows.iter().flat_map(|w| &ids[w.clone()]).map(|id| *id as i32).collect();
-        let shape = [windows.len(), windows[0].len()];
-        let tokens = Tensor::<2, Int>::from_data(TensorData::new(ids, shape), &decoder.device());
-        decoder.embed(tokens, &mut Run::default())
+        let windows: Vec<&[u32]> = windows.iter().map(|w| &ids[w.clone()]).collect();
+        decoder.embed(token_tensor(&windows, &decoder.device()), &mut Run::default())
     };
     windows.chunks(batch).map(embed).collect()
 }
@@ -354,6 +359,10 @@ fn hash(ids: &[u32]) -> String {
         hasher.update(&id.to_le_bytes());
     });
     hasher.finalize().to_hex().to_string()
+}
+
+fn nearest() -> String {
+    "rtn".into()
 }
 
 fn weight_skew(linear: &[LinearProfile], layers: usize) -> WeightSkew {
@@ -419,15 +428,19 @@ impl Profile {
     /// Reads JSON.
     ///
     /// # Errors
-    /// [`AnalysisError::Json`], or [`AnalysisError::Version`] for a file of another version.
+    /// [`AnalysisError::Json`] for a file that is no profile or names sites outside its layers, [`AnalysisError::Version`] for one
+    /// of another version.
     pub fn from_json(text: &str) -> Result<Self, AnalysisError> {
-        let value: serde_json::Value = serde_json::from_str(text)?;
-        match value.get("version").and_then(serde_json::Value::as_u64) {
-            Some(found) if found != u64::from(VERSION) => {
-                Err(AnalysisError::Version { found, expected: VERSION })
-            }
-            _ => Ok(serde_json::from_value(value)?),
+        let profile: Profile = file::versioned(text, VERSION)?;
+        // A number of layers that nothing stands behind would be allocated for in every report.
+        let sites = profile.residual.iter().map(|r| r.site).chain(profile.linear.iter().map(|l| l.site));
+        let listed = sites.filter_map(|s| s.layer).max().map_or(0, |l| l.saturating_add(1));
+        if listed != profile.layers || profile.weight_skew.layers.len() != listed {
+            let skew = profile.weight_skew.layers.len();
+            let what = format!("{} layers, sites of {listed}, weight norms of {skew}", profile.layers);
+            return Err(<serde_json::Error as serde::de::Error>::custom(what).into());
         }
+        Ok(profile)
     }
 
     /// Writes a JSON file; an interrupted run leaves the old one.

@@ -5,7 +5,7 @@ use firebrick_core::{Part, Site};
 use super::{LinearProfile, Profile};
 use crate::by_part;
 use crate::report::{Bars, Cell, Heatmap, Lines, Row, Section, Table, number};
-use crate::stats::{mean, spearman};
+use crate::stats::mean;
 
 /// Below this the order of the layers would change with the text.
 const STABLE: f64 = 0.9;
@@ -138,7 +138,7 @@ impl Profile {
         bits.dedup();
         let error =
             |l: &LinearProfile, b: u8| l.bits.iter().find(|loss| loss.bits == b).map(|loss| loss.relative);
-        let mut table = Table::new("Output error of rounding to nearest, and what it should cost")
+        let mut table = Table::new("Output error of rounding, and what it should cost")
             .number_column("bits")
             .number_column("mean over layers")
             .number_column("largest")
@@ -162,8 +162,9 @@ impl Profile {
         }
         let mut section = Section::new("Rounding")
             .text(format!(
-                "Share of a layer's output energy lost when its weight alone is rounded to nearest, in groups of {}, for the \
-                 inputs it has on this text; and the rise of the loss to expect from the gradient at its outputs.",
+                "Share of a layer's output energy lost when its weight alone is rounded by {}, in groups of {}, for the inputs it \
+                 has on this text; and the rise of the loss to expect from the gradient at its outputs.",
+                self.quantizer.to_uppercase(),
                 self.options.group
             ))
             .table(table);
@@ -225,14 +226,5 @@ impl Profile {
         let values = self.linear.iter().filter_map(|l| Some((l.site, value(l)?)));
         let map = Heatmap::new(title, "layer", self.layers);
         by_part(values, self.layers).into_iter().fold(map, |map, (part, row)| map.row(Row::new(part, row)))
-    }
-
-    /// Spearman correlation of the sublayers' influence with another number per sublayer, such as the rise of the loss when
-    /// the sublayer is left out: how far the cheap score can be trusted. `None` for fewer than two sublayers in common.
-    pub fn influence_agreement(&self, measured: &[(Site, f64)]) -> Option<f64> {
-        let both =
-            measured.iter().filter_map(|(site, v)| Some((self.residual_at(*site)?.influence.mean, *v)));
-        let (a, b): (Vec<f64>, Vec<f64>) = both.unzip();
-        spearman(&a, &b)
     }
 }

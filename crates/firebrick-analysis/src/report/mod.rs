@@ -266,11 +266,7 @@ impl Report {
     /// # Errors
     /// [`AnalysisError::Json`], or [`AnalysisError::Version`] for a report of another version.
     pub fn from_json(text: &str) -> Result<Self, AnalysisError> {
-        let report: Report = serde_json::from_str(text)?;
-        match report.version {
-            VERSION => Ok(report),
-            found => Err(AnalysisError::Version { found: found.into(), expected: VERSION }),
-        }
+        file::versioned(text, VERSION)
     }
 
     /// The report as one HTML page: styles and charts inside, nothing loaded from anywhere, every text escaped.

@@ -1,6 +1,6 @@
 //! Numbers as a reader wants them.
 
-/// Four significant digits, thousands apart, a power of ten where there would be many zeros: `0.0123`, `1,234,567`, `1.2e-7`.
+/// Four significant digits, thousands apart, a power of ten where there would be many zeros: `0.01235`, `1,234,567`, `1.200e−7`.
 pub fn number(value: f64) -> String {
     digits(value, 4)
 }

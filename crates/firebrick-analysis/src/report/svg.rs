@@ -273,6 +273,10 @@ fn steps(scale: &mut Scale) -> Vec<f64> {
     let raw = (scale.high - scale.low) / 5.0;
     let power = 10f64.powf(raw.log10().floor());
     let step = [1.0, 2.0, 5.0, 10.0].into_iter().map(|m| m * power).find(|s| *s >= raw).unwrap_or(raw);
+    // A range too narrow or too wide for numbers holds no round ones.
+    if !step.is_normal() {
+        return vec![scale.low, scale.high];
+    }
     let (first, last) = ((scale.low / step).floor() as i64, (scale.high / step).ceil() as i64);
     // Through the decimal text, so that 3 * 0.1 is 0.3.
     let round = |k: i64| format!("{:.12e}", k as f64 * step).parse().unwrap_or(k as f64 * step);
@@ -282,8 +286,9 @@ fn steps(scale: &mut Scale) -> Vec<f64> {
 
 /// Powers of ten over a logarithmic scale, which is widened to hold them; at most about eight.
 fn decades(scale: &mut Scale) -> Vec<f64> {
-    let (first, last) = (scale.low.log10().floor() as i32, scale.high.log10().ceil() as i32);
-    let last = last.max(first + 1);
+    // Within the powers that are numbers.
+    let first = (scale.low.log10().floor() as i32).clamp(-307, 307);
+    let last = (scale.high.log10().ceil() as i32).clamp(first + 1, 308);
     (scale.low, scale.high) = (10f64.powi(first), 10f64.powi(last));
     let every = ((last - first) as usize).div_ceil(8).max(1);
     (first..=last).step_by(every).map(|k| 10f64.powi(k)).collect()
@@ -303,6 +308,13 @@ mod tests {
         let mut log = Scale::new([3e-5, 0.2].into_iter(), true);
         assert_eq!(decades(&mut log).len(), 6);
         assert!(!Scale::new([0.0, 1.0].into_iter(), true).log, "no logarithm of 0");
+        for (low, high) in
+            [(0.0, 5e-324), (-1e308, 1e308), (f64::MIN, f64::MAX), (0.0, 1e-310), (1.0, f64::MAX)]
+        {
+            assert!(steps(&mut Scale::new([low, high].into_iter(), false)).len() < 20, "{low} {high}");
+            let marks = decades(&mut Scale::new([low.abs().max(5e-324), high].into_iter(), true));
+            assert!(marks.len() < 20 && marks.iter().all(|v| v.is_normal()), "{low} {high}: {marks:?}");
+        }
     }
 
     #[test]

@@ -1,6 +1,6 @@
 use burn::tensor::Device;
-use firebrick_core::{LayerPlan, Silent};
-use firebrick_models::ModelFiles;
+use firebrick_core::{LayerPlan, Part, Run, Silent, Site};
+use firebrick_models::{Decoder, ModelFiles, token_tensor};
 use firebrick_quant::{GptqConfig, Method, QuantConfig, QuantError, quantize};
 use firebrick_tensor::grid::{Grid, GridKind};
 use firebrick_train::{TextData, domain, perplexity};
@@ -15,28 +15,109 @@ fn config(method: Method, bits: u8) -> QuantConfig {
     }
 }
 
+/// A domain's training text and held-out text.
+fn texts(files: &ModelFiles, name: &str) -> (TextData, TextData) {
+    let text = domain(name).unwrap();
+    let of = |documents| TextData::from_documents(documents, &files.tokenizer).unwrap();
+    (of(text.train_documents()), of(text.held_out_documents()))
+}
+
+fn nll(decoder: &Decoder, held: &[u32]) -> f64 {
+    perplexity(decoder, &[], held, 0, 64, 8, &Silent).unwrap().mean_nll
+}
+
 #[test]
 fn gptq_beats_rounding_on_the_embedded_model() {
     let files = ModelFiles::embedded().unwrap();
-    let text = domain("prose").unwrap();
-    let train = TextData::from_documents(text.train_documents(), &files.tokenizer).unwrap();
-    let held = TextData::from_documents(text.held_out_documents(), &files.tokenizer).unwrap();
+    let (train, held) = texts(&files, "prose");
     let model = files.load(&Device::flex()).unwrap();
-    let nll = |d: &firebrick_models::Decoder| {
-        perplexity(d, &[], &held.ids[..4096], 0, 64, 8, &Silent).unwrap().mean_nll
+    let run = |method, bits, slice: usize| {
+        let text = &train.ids[2048 * slice..2048 * (slice + 1)];
+        quantize(model.decoder.clone(), text, &config(method, bits), &Silent).unwrap()
     };
-    let run = |method, bits| {
-        let quantized =
-            quantize(model.decoder.clone(), &train.ids[..2048], &config(method, bits), &Silent).unwrap();
-        (nll(&quantized.decoder), quantized)
+    let gptq = Method::Gptq(GptqConfig { act_order: true, ..Default::default() });
+    for slice in 0..3 {
+        let held = &held.ids[3000 * slice..3000 * (slice + 1)];
+        let base = nll(&model.decoder, held);
+        let nearest = nll(&run(Method::Rtn, 3, slice).decoder, held);
+        let quantized = run(gptq, 3, slice);
+        let found = nll(&quantized.decoder, held);
+        assert!(base < found && found < nearest, "base {base}, gptq {found}, nearest {nearest}");
+        assert_eq!(quantized.reports.len(), quantized.matrices.len());
+        assert!(quantized.reports.iter().all(|r| !r.fallback && r.damp.is_some()));
+        let eight = nll(&run(Method::Rtn, 8, slice).decoder, held);
+        assert!((eight - base).abs() < 0.01, "8 bits cost nearly nothing: {eight} against {base}");
+    }
+}
+
+#[test]
+fn the_same_codes_on_any_number_of_threads() {
+    let files = ModelFiles::embedded().unwrap();
+    let (train, _) = texts(&files, "prose");
+    let decoder = files.load(&Device::flex()).unwrap().decoder;
+    let run = |threads: usize, start: usize, true_sequential: bool| {
+        let config = QuantConfig { true_sequential, ..config(Method::Gptq(GptqConfig::default()), 3) };
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        let text = &train.ids[start..start + 512];
+        pool.install(|| quantize(decoder.clone(), text, &config, &Silent)).unwrap().matrices
     };
-    let base = nll(&model.decoder);
-    let (nearest, _) = run(Method::Rtn, 3);
-    let (gptq, quantized) = run(Method::Gptq(GptqConfig { act_order: true, ..Default::default() }), 3);
-    assert!(base < gptq && gptq < nearest, "base {base}, gptq {gptq}, nearest {nearest}");
-    assert_eq!(quantized.reports.len(), quantized.matrices.len());
-    let (eight, _) = run(Method::Rtn, 8);
-    assert!((eight - base).abs() < 0.01, "8 bits cost nearly nothing: {eight} against {base}");
+    for true_sequential in [false, true] {
+        let one = run(1, 0, true_sequential);
+        assert!(one == run(3, 0, true_sequential));
+        assert!(one != run(1, 512, true_sequential), "control: other text gives other codes");
+    }
+    assert!(run(1, 0, false) != run(1, 0, true), "control: so does calibrating one after the other");
+}
+
+#[test]
+fn sixteen_bits_everywhere_are_the_base_bit_for_bit() {
+    let files = ModelFiles::embedded().unwrap();
+    let (train, held) = texts(&files, "prose");
+    let decoder = files.load(&Device::flex()).unwrap().decoder;
+    let logits = |decoder: &Decoder| {
+        let tokens = token_tensor(&[&held.ids[..64]], &decoder.device());
+        let logits = decoder.forward(tokens, &mut Run::default()).into_data();
+        logits.iter::<f32>().map(f32::to_bits).collect::<Vec<_>>()
+    };
+    let base = logits(&decoder);
+    for method in [Method::Rtn, Method::Gptq(GptqConfig::default())] {
+        let with = |bits: u32| {
+            let plan = format!("version = 1\n[[rules]]\nselect = \"layers.*\"\nbits = {bits}\n");
+            let plan = LayerPlan::from_toml(&plan).unwrap().resolve(decoder.sites()).unwrap();
+            let config = QuantConfig { plan: Some(plan), ..config(method, 4) };
+            quantize(decoder.clone(), &train.ids[..128], &config, &Silent).unwrap()
+        };
+        let untouched = with(16);
+        assert!(untouched.matrices.is_empty() && untouched.reports.is_empty());
+        assert_eq!(logits(&untouched.decoder), base);
+        assert_ne!(logits(&with(8).decoder), base, "control: 8 bits are not");
+    }
+}
+
+#[test]
+fn what_cannot_be_quantized_is_listed_before_any_work() {
+    let files = ModelFiles::embedded().unwrap();
+    let decoder = files.load(&Device::flex()).unwrap().decoder;
+    let plan = "version = 1\n[[rules]]\nselect = \"layers.0.attn.*\"\nbits = 12\n[[rules]]\nselect = \"layers.1.mlp.up\"\nbits = 1\n";
+    let plan = LayerPlan::from_toml(plan).unwrap().resolve(decoder.sites()).unwrap();
+    let damped = Method::Gptq(GptqConfig { damp: -1.0, ..Default::default() });
+    let wrong = QuantConfig { plan: Some(plan), window: 1, ..config(damped, 4) };
+    let error = quantize(decoder.clone(), &[1, 2, 1_000_000], &wrong, &Silent).unwrap_err();
+    let QuantError::Invalid { problems } = &error else { panic!("{error}") };
+    assert_eq!(problems.len(), 5, "{problems:?}");
+    for part in [
+        "window",
+        "damp",
+        "12 bits at layers.0.attn.q and 3 more",
+        "1 bits at layers.1.mlp.up",
+        "token 1000000 at position 2",
+    ] {
+        assert!(error.to_string().contains(part), "{part} in {error}");
+    }
+    let weight = Site::layer(0, Part::AttnQ);
+    let broken = decoder.clone().with_weight(weight, decoder.weight(weight).unwrap() * f32::NAN);
+    let error = quantize(broken, &[1, 2], &config(Method::Rtn, 4), &Silent).unwrap_err();
+    assert!(error.to_string().contains("layers.0.attn.q"), "{error}");
 }
 
 #[test]

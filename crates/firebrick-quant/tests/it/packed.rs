@@ -8,7 +8,12 @@ use firebrick_tensor::grid::{Grid, GridKind};
 
 fn decoder(device: &Device) -> Decoder {
     let config = DecoderConfig { d_model: 32, d_ff: 48, head_dim: 8, ..DecoderConfig::tiny(40) };
-    Decoder::random(config, Seed(5), device).unwrap()
+    let decoder = Decoder::random(config, Seed(5), device).unwrap();
+    // Large enough for their codes to matter.
+    decoder.sites().block_linears().iter().fold(decoder, |decoder, site| {
+        let weight = decoder.weight(site).unwrap() * 10.0;
+        decoder.with_weight(site, weight)
+    })
 }
 
 fn logits(decoder: &Decoder, bricks: &[&dyn Brick]) -> Tensor<3> {
@@ -42,13 +47,14 @@ fn both(decoder: &Decoder, grid: Grid) -> (PackedLinear, Decoder) {
 fn packed_equals_dequantized() {
     let decoder = decoder(&Device::flex());
     let base = logits(&decoder, &[]);
-    for bits in [2, 3, 4, 8] {
+    for bits in 2..=8 {
         for kind in [GridKind::SymHalf, GridKind::Asym] {
             let (packed, dense) = both(&decoder, Grid { bits, group: 16, kind, clip: false });
             let found = largest(logits(&decoder, &[&packed]), logits(&dense, &[]));
-            assert!(found < 1e-5, "{bits} bits {kind:?}: {found}");
             let lossy = largest(logits(&dense, &[]), base.clone());
-            assert!(lossy > 1e-6, "control: {bits} bits {kind:?} lose something");
+            println!("{bits} bits {kind:?}: packed {found:e}, against the weights themselves {lossy:e}");
+            assert!(found < 2e-6, "{bits} bits {kind:?}: {found}");
+            assert!(lossy > 2e-5, "control: {bits} bits {kind:?} lose something: {lossy}");
         }
     }
     let bytes =
@@ -74,8 +80,11 @@ fn adapters_train_above_packed_weights() {
     };
     let above_packed = gradient(&decoder, &[&packed, &bank]);
     let above_dense = gradient(&dense, &[&bank]);
-    let difference: f32 = (above_packed.clone() - above_dense).abs().max().into_scalar();
-    assert!(difference < 1e-6, "{difference}");
-    assert!(above_packed.abs().max().into_scalar::<f32>() > 1e-6, "control: there is a gradient");
+    let above_base = gradient(&decoder, &[&bank]);
+    let size = |t: Tensor<2>| t.abs().max().into_scalar::<f32>();
+    let difference = size(above_packed.clone() - above_dense.clone()) / size(above_dense);
+    assert!(difference < 1e-4, "{difference}");
+    let other = size(above_packed.clone() - above_base) / size(above_packed);
+    assert!(other > 1e-2, "control: the weights themselves give another gradient: {other}");
     assert_eq!(packed.num_params(), 0, "packed weights are constants");
 }
