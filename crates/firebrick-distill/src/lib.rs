@@ -9,4 +9,4 @@ mod logit_kd;
 
 pub use firebrick_tensor::ops::Divergence;
 pub use fit::distill_lora;
-pub use logit_kd::{KdConfig, LogitKd, Teacher};
+pub use logit_kd::{KdConfig, KdError, LogitKd, Teacher};

@@ -16,6 +16,7 @@ use firebrick_tensor::checkpoint::{Checkpoint, Metadata, TensorSpec, write_safet
 use firebrick_tensor::ops::rms_norm;
 use firebrick_train::{AdamW, Batches, TextData, TrainError, token_tensor};
 
+use crate::router::top_k;
 use crate::{AdapterGates, MoeError};
 
 /// A linear router over adapters at the `embed` site; leaves [`AdapterGates`] in the run.
@@ -39,7 +40,7 @@ struct Prefix {
 
 impl AdapterRouter {
     /// A router over `adapters` adapters that at first weighs all alike. With `top_k`, the best `top_k` gates of each token are
-    /// kept and renormalized.
+    /// kept and renormalized; of equal ones the first.
     ///
     /// # Panics
     /// If `top_k` is 0.
@@ -159,10 +160,14 @@ impl Brick for AdapterRouter {
     fn at(&self, _site: Site, x: Tensor<3>, base: &mut Base<'_>, run: &mut Run<'_>) -> Tensor<3> {
         let embedded = base(x, run);
         let scores = self.scores(embedded.clone(), run.state::<Prefix>());
-        let mut gates = softmax(scores, 2);
+        let mut gates = softmax(scores.clone(), 2);
         if let Some(k) = self.top_k.filter(|k| *k < self.adapters()) {
-            let threshold = gates.clone().topk(k, 2).narrow(2, k - 1, 1);
-            let kept = gates.clone().greater_equal(threshold).float() * gates;
+            let [batch, tokens, adapters] = gates.dims();
+            let best = top_k(scores.reshape([batch * tokens, adapters]), k);
+            let numbers = Tensor::<1, Int>::arange(0..adapters as i64, &best.device());
+            let numbers = numbers.reshape([1, 1, adapters]).expand([batch * tokens, k, adapters]);
+            let picked = best.unsqueeze_dim::<3>(2).expand([batch * tokens, k, adapters]).equal(numbers);
+            let kept = picked.float().sum_dim(1).reshape([batch, tokens, adapters]) * gates;
             let total = kept.clone().sum_dim(2);
             gates = kept / total;
         }
@@ -171,24 +176,25 @@ impl Brick for AdapterRouter {
     }
 }
 
-/// Batches on which [`fit_adapter_router`] measures the trained router.
-const HELD: usize = 8;
+/// Windows of each held-out text on which [`fit_adapter_router`] measures the trained router, at most.
+const HELD: usize = 16;
 
 /// Trains `router` to tell the texts of `data` (one per adapter, in order) from one another by the embedded tokens of
-/// the frozen `decoder`. Returns it with its accuracy: the fraction of tokens of the 8 batches that follow whose best
-/// adapter is that of their text.
+/// the frozen `decoder`. Returns it with its held-out accuracy: of at most 16 windows, spread evenly, of each text of `held` (one per
+/// adapter, too) the fraction of tokens whose best adapter is that of their text, averaged over the texts.
 ///
 /// Batches of `batch` windows of `window` tokens take the texts in turn, so that all count alike whatever their
 /// lengths. The optimizer is AdamW without weight decay at a learning rate that falls linearly to 0 (a constant one leaves the gates
 /// noisy). `router` must be on a device that records gradients.
 ///
 /// # Errors
-/// Settings that cannot work (every problem is listed), a text shorter than a window, a router without gradients, a
+/// Settings that cannot work (every problem is listed), a text of `data` shorter than a window, a router without gradients, a
 /// loss that is not finite, cancellation.
 pub fn fit_adapter_router(
     decoder: &Decoder,
     router: AdapterRouter,
     data: &[TextData],
+    held: &[TextData],
     steps: usize,
     batch: usize,
     window: usize,
@@ -204,6 +210,8 @@ pub fn fit_adapter_router(
         }
     };
     check(data.len() == adapters, format!("{} texts for {adapters} adapters", data.len()));
+    check(held.len() == adapters, format!("{} held-out texts for {adapters} adapters", held.len()));
+    check(held.iter().all(|t| !t.ids.is_empty()), "a held-out text is empty".into());
     check(width == d, format!("a router of width {width} for a decoder of width {d}"));
     check(batch > 0, "`batch` is 0".into());
     check(window > 0, "`window` is 0".into());
@@ -214,13 +222,16 @@ pub fn fit_adapter_router(
     }
     let sampler = |(i, text)| Batches::new(text, window, 1, seed.derive(&format!("adapter_router/{i}")));
     let mut samplers = data.iter().enumerate().map(sampler).collect::<Result<Vec<_>, _>>()?;
+    let inner = router.weight.val().device().inner();
+    let embed = |windows: &[&[u32]]| {
+        let tokens = token_tensor(windows, &decoder.device());
+        decoder.embed(tokens, &mut Run::default()).without_autodiff().to_device(&inner)
+    };
     let mut embedded = |step: usize| {
         let (windows, labels): (Vec<&[u32]>, Vec<usize>) = (step * batch..(step + 1) * batch)
             .map(|draw| (samplers[draw % adapters].batch(draw / adapters)[0], draw % adapters))
             .unzip();
-        let tokens = token_tensor(&windows, &decoder.device());
-        let constant = decoder.embed(tokens, &mut Run::default()).without_autodiff();
-        (constant.to_device(&router.weight.val().device().inner()), labels)
+        (embed(&windows), labels)
     };
     let mut trained = router.clone();
     let mut optimizer = AdamW::default();
@@ -242,14 +253,12 @@ pub fn fit_adapter_router(
         task.advance(1, &format!("loss {value:.4}"))?;
     }
     let fixed = trained.clone().valid();
-    let (mut right, mut all) = (0, 0);
-    for step in steps..steps + HELD {
-        let (x, labels) = embedded(step);
-        let best = fixed.logits(x).argmax(2).into_data();
-        for (i, adapter) in best.iter::<i64>().enumerate() {
-            right += usize::from(adapter as usize == labels[i / window]);
-            all += 1;
-        }
-    }
-    Ok((trained, right as f64 / all as f64))
+    let right = |(label, text): (usize, &TextData)| {
+        let windows = text.spread(window, HELD);
+        let best = fixed.logits(embed(&windows)).argmax(2).into_data();
+        let right = best.iter::<i64>().filter(|adapter| *adapter as usize == label).count();
+        right as f64 / best.num_elements() as f64
+    };
+    let accuracy = held.iter().enumerate().map(right).sum::<f64>() / adapters as f64;
+    Ok((trained, accuracy))
 }

@@ -21,6 +21,9 @@ impl AdapterGates {
     }
 
     /// The gate of adapter `slot`, `[batch, tokens, 1]` or `[1, 1, 1]`.
+    ///
+    /// # Panics
+    /// If there are no more than `slot` adapters.
     pub fn of(&self, slot: usize) -> Tensor<3> {
         self.weights.clone().narrow(2, slot, 1)
     }

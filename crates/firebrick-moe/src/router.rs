@@ -177,7 +177,7 @@ impl TopKRouter {
 
 /// The columns of the `k` largest entries of each row of `scores: [rows, columns]`, the largest first, `[rows, k]`; of
 /// equal entries the one in the lower column comes first, on every device.
-fn top_k(scores: Tensor<2>, k: usize) -> Tensor<2, Int> {
+pub(crate) fn top_k(scores: Tensor<2>, k: usize) -> Tensor<2, Int> {
     let mut left = scores.without_autodiff();
     let [rows, columns] = left.dims();
     let numbers = Tensor::<1, Int>::arange(0..columns as i64, &left.device());

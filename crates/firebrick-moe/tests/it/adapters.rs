@@ -1,6 +1,6 @@
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use firebrick_core::{Brick, Run, Seed, Silent};
+use firebrick_core::{Brick, Part, Run, Seed, Silent, Site};
 use firebrick_models::{Decoder, DecoderConfig};
 use firebrick_moe::{AdapterGates, AdapterRouter, fit_adapter_router};
 use firebrick_train::{TextData, TrainError};
@@ -17,6 +17,11 @@ fn text(first: u32, tokens: usize) -> TextData {
     TextData::new(draws.iter().map(|u| first + ((u + 8.0) as u32).min(15)).collect(), tokens)
 }
 
+fn other_text(first: u32) -> TextData {
+    let draws = Seed(77 + u64::from(first)).uniform("text", 200, 8.0);
+    TextData::new(draws.iter().map(|u| first + ((u + 8.0) as u32).min(15)).collect(), 200)
+}
+
 fn router(top_k: Option<usize>) -> AdapterRouter {
     AdapterRouter::new(64, 2, top_k, Seed(3), &Device::flex().autodiff())
 }
@@ -26,7 +31,9 @@ fn fit(
     data: &[TextData],
     learning_rate: f64,
 ) -> Result<(AdapterRouter, f64), TrainError> {
-    fit_adapter_router(&decoder(), router, data, 40, 4, 24, learning_rate, Seed(9), &Silent)
+    // Other draws of the same texts.
+    let held: Vec<TextData> = (0..data.len() as u32).map(|i| other_text(16 * i)).collect();
+    fit_adapter_router(&decoder(), router, data, &held, 40, 4, 24, learning_rate, Seed(9), &Silent)
 }
 
 /// Gates `[tokens, 2]` that `router` leaves for `ids`, passed in these pieces through one run.
@@ -99,10 +106,55 @@ fn the_best_gate_alone_counts_all() {
 }
 
 #[test]
+fn of_equal_gates_only_the_first_are_kept() {
+    let router = AdapterRouter::new(8, 4, Some(2), Seed(3), &Device::flex());
+    let bricks: [&dyn Brick; 1] = [&router];
+    let gates = |x: Tensor<3>| {
+        let mut run = Run::new(&bricks);
+        run.at(Site::global(Part::Embed), x, &mut |x, _| x);
+        run.get::<AdapterGates>().unwrap().weights().into_data().iter::<f32>().collect::<Vec<_>>()
+    };
+    // Nothing to go by: all scores are the bias, 0.
+    let device = Device::flex();
+    assert_eq!(gates(Tensor::zeros([1, 2, 8], &device)), [0.5, 0.5, 0.0, 0.0, 0.5, 0.5, 0.0, 0.0]);
+    let values = Seed(4).normal("x", 3 * 8, 1.0);
+    let found = gates(Tensor::from_data(TensorData::new(values, [1, 3, 8]), &device));
+    for token in found.chunks(4) {
+        assert_eq!(token.iter().filter(|g| **g > 0.0).count(), 2, "{token:?}");
+        assert!((token.iter().sum::<f32>() - 1.0).abs() < 1e-6);
+    }
+    assert!(found.chunks(4).any(|t| t[2] > 0.0 || t[3] > 0.0), "control: not always the first two");
+}
+
+#[test]
+fn accuracy_is_that_on_the_held_out_texts() {
+    let data = [text(0, 600), text(16, 600)];
+    let accuracy = |held: [TextData; 2]| {
+        let router = router(None);
+        fit_adapter_router(&decoder(), router, &data, &held, 40, 4, 24, 0.05, Seed(9), &Silent).unwrap().1
+    };
+    let found = accuracy([other_text(0), other_text(16)]);
+    assert!(found > 0.95, "{found}");
+    let swapped = accuracy([other_text(16), other_text(0)]);
+    assert!(
+        (found + swapped - 1.0).abs() < 1e-9,
+        "control: what is right of one adapter is wrong of the other: {swapped}"
+    );
+    // A text that fills no window counts as it is, and as much as a long one.
+    let short = TextData::new(vec![20, 17, 30], 3);
+    let wrong = accuracy([short.clone(), other_text(16)]);
+    let right = accuracy([other_text(0), short]);
+    assert!((wrong - 0.5).abs() < 0.05 && right > 0.95, "{wrong} {right}");
+}
+
+#[test]
 fn what_cannot_train_is_refused() {
     let data = [text(0, 200), text(16, 200)];
     let fail = |r, data: &[TextData]| fit(r, data, 0.05).unwrap_err();
     assert!(fail(router(None), &data[..1]).to_string().contains("1 texts for 2 adapters"));
+    let empty = [text(0, 200), TextData::new(Vec::new(), 0)];
+    let error = fit_adapter_router(&decoder(), router(None), &data, &empty, 4, 4, 24, 0.05, Seed(9), &Silent);
+    assert!(error.unwrap_err().to_string().contains("a held-out text is empty"));
     let narrow = AdapterRouter::new(8, 2, None, Seed(3), &Device::flex().autodiff());
     assert!(fail(narrow, &data).to_string().contains("width 8"));
     assert!(matches!(fail(router(None).valid(), &data), TrainError::NothingToTrain));
