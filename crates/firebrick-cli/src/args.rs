@@ -145,6 +145,15 @@ impl std::fmt::Display for Usage {
 
 impl std::error::Error for Usage {}
 
+/// What chooses the codes of a quantized weight.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Quantizer {
+    /// Round to nearest.
+    Rtn,
+    /// Let later columns absorb the errors of earlier ones.
+    Gptq,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

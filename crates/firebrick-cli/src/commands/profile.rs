@@ -6,9 +6,10 @@ use anyhow::{Context, Result};
 use clap::Args;
 use firebrick_analysis::{ProfileOptions, RankBudget, Report, bit_plans, profile, rank_plans};
 use firebrick_core::Seed;
+use firebrick_quant::{GptqConfig, gptq_bit_losses};
 use serde_json::json;
 
-use crate::args::{Global, Usage};
+use crate::args::{Global, Quantizer, Usage};
 use crate::models;
 use crate::ui::Terminal;
 
@@ -29,6 +30,9 @@ pub struct Profile {
     /// Mean bits per weight of the plan it suggests.
     #[arg(long, default_value_t = 4.0, value_name = "BITS")]
     mean_bits: f64,
+    /// What the bits are planned for; GPTQ runs on every layer at every number of bits, which takes a few times as long.
+    #[arg(long, value_enum, default_value = "rtn")]
+    quantizer: Quantizer,
     /// Mean rank of the plan it suggests.
     #[arg(long, default_value_t = 8.0, value_name = "RANK")]
     mean_rank: f64,
@@ -59,6 +63,14 @@ impl Profile {
             ..ProfileOptions::default()
         };
         let found = profile(&model.decoder, &data.ids, &options, terminal)?;
+        let found = match self.quantizer {
+            Quantizer::Rtn => found,
+            Quantizer::Gptq => {
+                let text = data.spread(self.window, self.windows).concat();
+                let settings = GptqConfig { act_order: true, ..GptqConfig::default() };
+                gptq_bit_losses(found, &model.decoder, &text, settings, terminal)?
+            }
+        };
         let sites = model.decoder.sites();
         let seeds: Vec<Seed> = (0..3).map(|i| Seed(global.seed).derive(&format!("plan/{i}"))).collect();
         let bits = bit_plans(&found, sites, self.mean_bits, &options.bits, &seeds)?;

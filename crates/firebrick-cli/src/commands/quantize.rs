@@ -11,15 +11,9 @@ use firebrick_tensor::grid::{Grid, GridKind};
 use firebrick_train::TextData;
 use serde_json::json;
 
-use crate::args::{Global, Usage};
+use crate::args::{Global, Quantizer, Usage};
 use crate::models;
 use crate::ui::Terminal;
-
-#[derive(Clone, Copy, ValueEnum)]
-enum How {
-    Rtn,
-    Gptq,
-}
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Switch {
@@ -37,7 +31,7 @@ pub struct Quantize {
     data: PathBuf,
     /// How codes are chosen.
     #[arg(long, value_enum, default_value = "gptq")]
-    method: How,
+    method: Quantizer,
     /// Bits per code: 2, 3, 4 or 8. GGUF stores codes of 2 to 4 bits in 4-bit blocks.
     #[arg(long, default_value_t = 4, value_name = "B")]
     bits: u8,
@@ -73,8 +67,8 @@ impl Quantize {
         self.check()?;
         let files = models::open(&self.model)?;
         let (method, data) = match self.method {
-            How::Rtn => (Method::Rtn, TextData::from_file(&self.data, &files.tokenizer)?),
-            How::Gptq => {
+            Quantizer::Rtn => (Method::Rtn, TextData::from_file(&self.data, &files.tokenizer)?),
+            Quantizer::Gptq => {
                 let config = GptqConfig { act_order: self.act_order, ..Default::default() };
                 (Method::Gptq(config), models::text(&self.data, &files.tokenizer, self.window)?)
             }
@@ -98,8 +92,8 @@ impl Quantize {
                 group: self.group,
                 kind: if self.asymmetric { GridKind::Asym } else { GridKind::SymHalf },
                 clip: self.clip.unwrap_or(match self.method {
-                    How::Rtn => Switch::Off,
-                    How::Gptq => Switch::On,
+                    Quantizer::Rtn => Switch::Off,
+                    Quantizer::Gptq => Switch::On,
                 }) == Switch::On,
             },
             plan,
@@ -157,7 +151,7 @@ impl Quantize {
         if self.window < 2 || self.windows == 0 {
             return wrong("--window must be at least 2 and --windows at least 1".into());
         }
-        if self.act_order && matches!(self.method, How::Rtn) {
+        if self.act_order && matches!(self.method, Quantizer::Rtn) {
             return wrong("--act-order is an order of GPTQ; --method rtn has none".into());
         }
         Ok(())
