@@ -1,7 +1,7 @@
 use burn::tensor::{DType, Tensor};
 use firebrick_tensor::ops::{Divergence, linear_kl};
 
-use super::support::{Case, devices, error, flat, host, normal, wide};
+use super::support::{Case, devices, error, flat, host, is_flex, normal, wide};
 
 fn log_probabilities(x: &[f64], w: &[f64], d: usize, temperature: f64) -> Vec<Vec<f64>> {
     let vocab = w.len() / d;
@@ -77,7 +77,10 @@ fn nothing_from_itself() {
                 host(if tape { kl.inner() } else { kl })
             };
             for tape in [false, true] {
-                assert_eq!(from(hidden.clone(), tape), [0.0; 5], "{divergence:?} on {device:?}");
+                // Two kernels of a GPU may round differently.
+                let most = if is_flex(&device) { 0.0 } else { 1e-6 };
+                let zero = from(hidden.clone(), tape);
+                assert!(zero.iter().all(|kl| kl.abs() <= most), "{divergence:?} on {device:?}: {zero:?}");
                 let near = from(hidden.clone() * 1.01, tape);
                 assert!(near.iter().all(|&kl| kl > 1e-6), "control: a teacher that is near has {near:?}");
             }
@@ -93,6 +96,8 @@ fn chunks_of_rows_join() {
         [("x", n * d), ("w", d * vocab), ("y", n * d), ("v", d * vocab), ("weights", n)]
             .map(|(name, len)| normal(name, len));
     for device in devices().iter().map(|device| device.clone().autodiff()) {
+        // A GPU adds up each row of 50021 terms in plain f32.
+        let tolerance = if is_flex(&device.clone().inner()) { 1e-5 } else { 1e-4 };
         let run = |rows: std::ops::Range<usize>| {
             let some =
                 |x: &[f32], width: usize| flat(&x[rows.start * width..rows.end * width], &device, DType::F32);
@@ -119,7 +124,7 @@ fn chunks_of_rows_join() {
             ("gradient of the weight", &whole.2, &sum),
         ] {
             let e = error(got, want);
-            assert!(e < 1e-5, "{what}: off by {e:e} on {device:?}");
+            assert!(e < tolerance, "{what}: off by {e:e} on {device:?}");
         }
         assert!(error(&whole.0, &join(&second.0, &first.0)) > 1e-2, "control: the halves differ");
         assert!(error(&whole.2, &first.2) > 1e-2, "control: one chunk is not all of the gradient");
