@@ -79,7 +79,8 @@ mod tests {
         assert_eq!(text(Schedule::Cosine { floor: 0.5 }), r#"{"cosine":{"floor":0.5}}"#);
         let parsed: Schedule = serde_json::from_str(r#"{"cosine":{}}"#).unwrap();
         assert_eq!(parsed, Schedule::Cosine { floor: 0.0 });
-        let error = serde_json::from_str::<Schedule>(r#"{"cosine":{"ceiling":0.5}}"#).unwrap_err().to_string();
+        let error =
+            serde_json::from_str::<Schedule>(r#"{"cosine":{"ceiling":0.5}}"#).unwrap_err().to_string();
         assert!(error.contains("`ceiling`"), "{error}");
     }
 }
