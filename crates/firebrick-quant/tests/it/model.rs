@@ -1,7 +1,8 @@
 use burn::tensor::Device;
+use firebrick_analysis::{ProfileOptions, profile};
 use firebrick_core::{LayerPlan, Part, Run, Silent, Site};
 use firebrick_models::{Decoder, ModelFiles, token_tensor};
-use firebrick_quant::{GptqConfig, Method, QuantConfig, QuantError, quantize};
+use firebrick_quant::{GptqConfig, Method, QuantConfig, QuantError, gptq_bit_losses, quantize};
 use firebrick_tensor::grid::{Grid, GridKind};
 use firebrick_train::{TextData, domain, perplexity};
 
@@ -137,4 +138,43 @@ fn plans_choose_bits_and_text_is_needed() {
     let error =
         quantize(decoder, &[1, 2, 3], &config(Method::Gptq(GptqConfig::default()), 4), &Silent).unwrap_err();
     assert!(matches!(error, QuantError::NoCalibration { tokens: 3, window: 64 }), "{error}");
+}
+
+#[test]
+fn bit_losses_are_those_of_the_quantizer() {
+    let files = ModelFiles::embedded().unwrap();
+    let (train, _) = texts(&files, "prose");
+    let decoder = files.load(&Device::flex()).unwrap().decoder;
+    let text = &train.ids[..2048];
+    let options = ProfileOptions {
+        window: 64,
+        bits: vec![2, 3],
+        kind: GridKind::SymHalf,
+        clip: false,
+        ..ProfileOptions::default()
+    };
+    let before = profile(&decoder, text, &options, &Silent).unwrap();
+    let after = gptq_bit_losses(before.clone(), &decoder, text, GptqConfig::default(), &Silent).unwrap();
+    assert_eq!((before.quantizer.as_str(), after.quantizer.as_str()), ("rtn", "gptq"));
+    let errors = |method| -> Vec<f64> {
+        let done = quantize(decoder.clone(), text, &config(method, 3), &Silent).unwrap();
+        done.reports.iter().map(|r| r.output_error.unwrap()).collect()
+    };
+    let (gptq, nearest) = (errors(Method::Gptq(GptqConfig::default())), errors(Method::Rtn));
+    let mut later = 0.0f64;
+    for (i, (b, a)) in before.linear.iter().zip(&after.linear).enumerate() {
+        let ratio = a.bits[1].rise / b.bits[1].rise;
+        assert!((a.bits[1].error / b.bits[1].error - ratio).abs() < 1e-9 * ratio);
+        assert!(a.bits[0].rise < b.bits[0].rise && ratio < 1.0, "{}: {ratio}", a.site);
+        // In the first block, whose inputs no quantized block has touched, a run of the quantizer says the same.
+        let off = (gptq[i] / nearest[i] / ratio - 1.0).abs();
+        if a.site.layer == Some(0) {
+            assert!(off < 1e-6, "{}: {off:e}", a.site);
+        } else {
+            later = later.max(off);
+        }
+    }
+    assert!(later > 1e-3, "control: later blocks see what the quantized ones before them produce");
+    let short = gptq_bit_losses(before, &decoder, &text[..10], GptqConfig::default(), &Silent);
+    assert!(matches!(short, Err(QuantError::NoCalibration { .. })));
 }
