@@ -161,7 +161,7 @@ impl Step {
             Self::Tidy => return None,
             Self::Fmt => cmd::cargo_with(&["fmt", "--all", "--check"]),
             Self::Typos => cmd::command(find("typos").unwrap_or_else(|| "typos".into())),
-            Self::Deny => cmd::cargo_with(&["deny", "--locked", "check", "licenses", "bans", "sources"]),
+            Self::Deny => cmd::cargo_with(&["deny", "check", "licenses", "bans", "sources"]),
             Self::Clippy => {
                 let clippy = ["clippy", "--locked", "--workspace", "--all-targets", "--", "-D", "warnings"];
                 cmd::cargo_with(&clippy)
