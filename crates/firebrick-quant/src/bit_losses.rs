@@ -6,16 +6,16 @@
 use std::collections::BTreeMap;
 
 use burn::tensor::Tensor;
-use firebrick_analysis::{Profile, SecondMoments, input_site, output_energies, weight_on_host};
-use firebrick_core::{Brick, Progress, Run, Site, SiteSet, Task};
+use firebrick_analysis::{Profile, SecondMoments, input_site, weight_on_host};
+use firebrick_core::{Brick, Progress, Run, Site, Task};
 use firebrick_models::{Decoder, token_tensor};
 use firebrick_tensor::grid::Grid;
-use firebrick_tensor::linalg::Matrix;
 use rayon::prelude::*;
 
-use crate::gptq::{Factor, GptqConfig};
+use crate::gptq::GptqConfig;
 use crate::rtn::rtn;
-use crate::{QuantError, QuantizedMatrix};
+use crate::sequential::Input;
+use crate::{Method, QuantError, QuantizedMatrix};
 
 /// `profile` with the `error`, `relative` and `rise` of every layer and number of bits turned from round-to-nearest's into GPTQ's.
 ///
@@ -51,17 +51,7 @@ pub fn gptq_bit_losses(
         for x in &mut streams {
             *x = decoder.block(layer, x.clone(), &mut Run::new(&bricks));
         }
-        let inputs: SiteSet = sites.iter().map(input_site).collect();
-        let hessians: Vec<(Site, Matrix)> =
-            inputs.iter().map(|site| Ok((site, moments.matrix(site)?))).collect::<Result<_, QuantError>>()?;
-        let factors: BTreeMap<Site, (Matrix, Option<Factor>)> = hessians
-            .into_par_iter()
-            .map(|(site, h)| match Factor::new(&h, config) {
-                Ok(factor) => Ok((site, (h, Some(factor)))),
-                Err(QuantError::NotDefinite(_)) => Ok((site, (h, None))),
-                Err(e) => Err(QuantError::Site { site, what: e.to_string() }),
-            })
-            .collect::<Result<_, _>>()?;
+        let inputs = Input::of(&sites, &moments, Method::Gptq(config))?;
         let weights: Vec<(Site, Vec<f32>)> = sites
             .iter()
             .map(|site| Ok((site, weight_on_host(decoder, site)?.0)))
@@ -70,9 +60,7 @@ pub fn gptq_bit_losses(
         let ratios: BTreeMap<(Site, u8), f64> = work
             .par_iter()
             .map(|((site, weight), bits)| {
-                let (hessian, factor) = &factors[&input_site(*site)];
-                let grid = Grid { bits: *bits, group: options.group, kind: options.kind, clip: options.clip };
-                let ratio = factor.as_ref().map_or(Ok(1.0), |f| ratio(weight, hessian, f, grid));
+                let ratio = ratio(weight, &inputs[&input_site(*site)], options.grid(*bits));
                 let ratio = ratio.map_err(|e| QuantError::Site { site: *site, what: e.to_string() })?;
                 Ok(((*site, *bits), ratio))
             })
@@ -91,15 +79,13 @@ pub fn gptq_bit_losses(
     Ok(profile)
 }
 
-/// GPTQ's squared error of the output over that of round-to-nearest.
-fn ratio(weight: &[f32], hessian: &Matrix, factor: &Factor, grid: Grid) -> Result<f64, QuantError> {
-    let error = |q: &QuantizedMatrix| -> Result<f64, QuantError> {
-        let difference = weight.iter().zip(q.dequantize()).map(|(a, b)| f64::from(*a) - f64::from(b));
-        let difference = Matrix::new(q.d_out, q.d_in, difference.collect());
-        let energies = difference.and_then(|d| output_energies(&d, hessian));
-        Ok(energies.map_err(|e| QuantError::Setting(e.to_string()))?.iter().sum())
+/// GPTQ's squared error of the output over that of round-to-nearest; 1 where there is no factored Hessian.
+fn ratio(weight: &[f32], input: &Input, grid: Grid) -> Result<f64, QuantError> {
+    let Some(factor) = &input.factor else { return Ok(1.0) };
+    let error = |q: &QuantizedMatrix| {
+        input.energy(q.difference(weight)).map_err(|e| QuantError::Setting(e.to_string()))
     };
-    let nearest = error(&rtn(weight, hessian.rows(), grid)?)?;
-    let found = error(&factor.quantize(weight, grid)?.0)?;
-    Ok(if nearest > 0.0 { found / nearest } else { 1.0 })
+    let found = factor.quantize(weight, grid)?.0;
+    let nearest = error(&rtn(weight, found.d_in, grid)?)?;
+    Ok(if nearest > 0.0 { error(&found)? / nearest } else { 1.0 })
 }

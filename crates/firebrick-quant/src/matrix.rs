@@ -37,6 +37,11 @@ impl QuantizedMatrix {
         self.codes.iter().enumerate().map(value).collect()
     }
 
+    /// What is lost of `weight: [d_out, d_in]`, the weight that was quantized.
+    pub(crate) fn difference(&self, weight: &[f32]) -> Vec<f64> {
+        weight.iter().zip(self.dequantize()).map(|(a, b)| f64::from(*a) - f64::from(b)).collect()
+    }
+
     /// Bits per weight, with scales and zero points.
     pub fn bits_per_weight(&self) -> f64 {
         self.grid.bits_per_weight(self.d_in)

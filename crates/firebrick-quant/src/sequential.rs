@@ -7,7 +7,7 @@ use firebrick_analysis::{SecondMoments, input_site, output_energies, weight_on_h
 use firebrick_core::{Brick, Event, Progress, ResolvedPlan, Run, Site, SiteSet, Task};
 use firebrick_models::{Decoder, token_tensor};
 use firebrick_tensor::grid::Grid;
-use firebrick_tensor::linalg::Matrix;
+use firebrick_tensor::linalg::{LinalgError, Matrix};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
@@ -113,15 +113,8 @@ pub fn quantize(
             for x in &streams {
                 decoder.block(layer, x.clone(), &mut Run::new(&bricks));
             }
-            let mut hessians = BTreeMap::new();
-            for site in sites.iter().map(input_site).filter(|_| !streams.is_empty()) {
-                hessians.insert(site, moments.matrix(site)?);
-            }
-            // One factorization an input, not one a layer.
-            let inputs: BTreeMap<Site, Input> = hessians
-                .into_par_iter()
-                .map(|(site, h)| Ok((site, Input::new(site, h, config.method)?)))
-                .collect::<Result<_, QuantError>>()?;
+            let seen = !streams.is_empty();
+            let inputs = if seen { Input::of(&sites, &moments, config.method)? } else { BTreeMap::new() };
             let work: Vec<(Work, Option<&Input>)> = sites
                 .iter()
                 .map(|site| Ok((Work::read(&decoder, site)?, inputs.get(&input_site(site)))))
@@ -197,15 +190,35 @@ fn stages(sites: &SiteSet, true_sequential: bool) -> Vec<SiteSet> {
 }
 
 /// What goes into some layers.
-struct Input {
+pub(crate) struct Input {
     hessian: Matrix,
     /// The factored Hessian, for GPTQ.
-    factor: Option<Factor>,
+    pub(crate) factor: Option<Factor>,
     /// Why there is none, if there should be.
     failure: Option<String>,
 }
 
 impl Input {
+    /// The inputs of `sites` by [`input_site`], each read and factored once, however many layers share it.
+    pub(crate) fn of(
+        sites: &SiteSet,
+        moments: &SecondMoments,
+        method: Method,
+    ) -> Result<BTreeMap<Site, Self>, QuantError> {
+        let inputs: SiteSet = sites.iter().map(input_site).collect();
+        let hessians: Vec<(Site, Matrix)> =
+            inputs.iter().map(|site| Ok((site, moments.matrix(site)?))).collect::<Result<_, QuantError>>()?;
+        let factored = hessians.into_par_iter().map(|(site, h)| Ok((site, Input::new(site, h, method)?)));
+        factored.collect()
+    }
+
+    /// Squared error of the output, summed over the calibration text, if `d: [d_out, d_in]` is the error of a weight.
+    pub(crate) fn energy(&self, d: Vec<f64>) -> Result<f64, LinalgError> {
+        let n = self.hessian.rows();
+        let d = Matrix::new(d.len() / n, n, d)?;
+        Ok(output_energies(&d, &self.hessian)?.iter().sum())
+    }
+
     fn new(site: Site, hessian: Matrix, method: Method) -> Result<Self, QuantError> {
         let (factor, failure) = match method {
             Method::Rtn => (None, None),
@@ -243,24 +256,13 @@ impl Work {
             None => rtn(&self.weight, self.d_in, grid).map(|matrix| (matrix, None)),
         }
         .map_err(|e| at(e.to_string()))?;
-        let rounded = matrix.dequantize();
-        let difference: Vec<f64> =
-            self.weight.iter().zip(rounded).map(|(a, b)| f64::from(*a) - f64::from(b)).collect();
+        let difference = matrix.difference(&self.weight);
         let original: Vec<f64> = self.weight.iter().map(|v| f64::from(*v)).collect();
         let square = |v: &[f64]| v.iter().map(|x| x * x).sum::<f64>();
         let ratio = |a: f64, b: f64| if b > 0.0 { a / b } else { 0.0 };
         let weight_error = ratio(square(&difference), square(&original));
-        let energy = |d: Vec<f64>, h: &Matrix| -> Result<f64, QuantError> {
-            let d = Matrix::new(matrix.d_out, matrix.d_in, d);
-            let energies = d.and_then(|d| output_energies(&d, h)).map_err(|e| at(e.to_string()))?;
-            Ok(energies.iter().sum())
-        };
-        let output_error = match input {
-            Some(Input { hessian, .. }) => {
-                Some(ratio(energy(difference, hessian)?, energy(original, hessian)?))
-            }
-            None => None,
-        };
+        let relative = |i: &Input| Ok(ratio(i.energy(difference)?, i.energy(original)?));
+        let output_error = input.map(relative).transpose().map_err(|e: LinalgError| at(e.to_string()))?;
         let report = SiteReport {
             site: self.site,
             bits: grid.bits,

@@ -209,7 +209,8 @@ impl ProfileOptions {
         problems
     }
 
-    fn grid(&self, bits: u8) -> Grid {
+    /// The grid that weights are rounded on at `bits` bits.
+    pub fn grid(&self, bits: u8) -> Grid {
         Grid { bits, group: self.group, kind: self.kind, clip: self.clip }
     }
 
