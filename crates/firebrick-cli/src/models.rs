@@ -212,6 +212,14 @@ pub fn copy_log(from: &Path, to: &Path) -> Result<()> {
     write_atomic(to, &bytes).with_context(|| to.display().to_string())
 }
 
+/// Refuses windows that hold nothing to predict, and none at all.
+pub fn check_windows(window: usize, windows: usize) -> Result<()> {
+    if window < 2 || windows == 0 {
+        return Err(Usage("--window must be at least 2 and --windows at least 1".into()).into());
+    }
+    Ok(())
+}
+
 /// Reads a text that has to fill a window.
 pub fn text(path: &Path, tokenizer: &Tokenizer, window: usize) -> Result<TextData> {
     let data = TextData::from_file(path, tokenizer)?;

@@ -7,7 +7,7 @@ use std::str::FromStr;
 use firebrick_core::{Site, SiteTable};
 use firebrick_tensor::block::DType;
 use firebrick_tensor::checkpoint::gguf::Value;
-use firebrick_tensor::checkpoint::{Format, TensorSpec};
+use firebrick_tensor::checkpoint::{Format, TensorSpec, is_gguf_name};
 use firebrick_tensor::stream::{
     Executor, Job, OutputSpec, Source, StreamError, StreamPlan, StreamReport, Target, Transform,
 };
@@ -169,7 +169,7 @@ impl<'a> Export<'a> {
     }
 
     fn target(&mut self, path: &Path) -> Result<Target, ModelError> {
-        if path.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf")) {
+        if is_gguf_name(path) {
             self.format = Format::Gguf;
             return Ok(Target::Gguf { path: path.into(), metadata: self.gguf_metadata()? });
         }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::Args;
 use firebrick_models::{Export, ExportType};
+use firebrick_tensor::checkpoint::is_gguf_name;
 
 use crate::args::{Global, Usage};
 use crate::models;
@@ -26,7 +27,7 @@ pub struct Convert {
 impl Convert {
     pub fn run(&self, global: &Global, terminal: &Terminal) -> Result<()> {
         models::check_output(&self.output, None, global)?;
-        let gguf = self.output.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf"));
+        let gguf = is_gguf_name(&self.output);
         if self.dtype.dtype().is_packed() && !gguf {
             let what = format!("--type {}: packed types need an OUT that ends in .gguf", self.dtype.dtype());
             return Err(Usage(what).into());

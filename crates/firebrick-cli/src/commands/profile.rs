@@ -9,7 +9,7 @@ use firebrick_core::Seed;
 use firebrick_quant::{GptqConfig, gptq_bit_losses};
 use serde_json::json;
 
-use crate::args::{Global, Quantizer, Usage};
+use crate::args::{Global, Quantizer};
 use crate::models;
 use crate::ui::Terminal;
 
@@ -44,9 +44,7 @@ pub struct Profile {
 impl Profile {
     pub fn run(&self, global: &Global, terminal: &Terminal) -> Result<()> {
         models::check_output(&self.out, None, global)?;
-        if self.window < 2 || self.windows == 0 {
-            return Err(Usage("--window must be at least 2 and --windows at least 1".into()).into());
-        }
+        models::check_windows(self.window, self.windows)?;
         let files = models::open(&self.model)?;
         let data = models::text(&self.data, &files.tokenizer, self.window)?;
         if global.dry_run {

@@ -49,9 +49,7 @@ pub struct Prune {
 impl Prune {
     pub fn run(&self, global: &Global, terminal: &Terminal) -> Result<()> {
         models::check_output(&self.out, None, global)?;
-        if self.window < 2 || self.windows == 0 {
-            return Err(Usage("--window must be at least 2 and --windows at least 1".into()).into());
-        }
+        models::check_windows(self.window, self.windows)?;
         let files = models::open(&self.model)?;
         let data = models::text(&self.data, &files.tokenizer, self.window)?;
         let layers = files.config.layers;

@@ -7,6 +7,7 @@ use clap::{Args, ValueEnum};
 use firebrick_core::LayerPlan;
 use firebrick_models::{Export, ExportType};
 use firebrick_quant::{GptqConfig, Method, QuantConfig, gguf_weights, quantize};
+use firebrick_tensor::checkpoint::is_gguf_name;
 use firebrick_tensor::grid::{Grid, GridKind};
 use firebrick_train::TextData;
 use serde_json::json;
@@ -101,7 +102,7 @@ impl Quantize {
             window: self.window,
         };
         let quantized = quantize(model.decoder, &text, &config, terminal)?;
-        let gguf = self.out.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf"));
+        let gguf = is_gguf_name(&self.out);
         let (encoded, fallback) = if gguf { gguf_weights(&quantized.matrices) } else { Default::default() };
         let stored = models::stored_bytes(&quantized.matrices, &encoded);
         if !fallback.is_empty() {
@@ -148,9 +149,7 @@ impl Quantize {
         if ![2, 3, 4, 8].contains(&self.bits) {
             return wrong(format!("--bits {}: choose 2, 3, 4 or 8", self.bits));
         }
-        if self.window < 2 || self.windows == 0 {
-            return wrong("--window must be at least 2 and --windows at least 1".into());
-        }
+        models::check_windows(self.window, self.windows)?;
         if self.act_order && matches!(self.method, Quantizer::Rtn) {
             return wrong("--act-order is an order of GPTQ; --method rtn has none".into());
         }

@@ -105,6 +105,11 @@ pub struct Checkpoint {
     gguf: Option<Gguf>,
 }
 
+/// Whether a file of this name holds, or is to hold, GGUF.
+pub fn is_gguf_name(path: &Path) -> bool {
+    path.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf"))
+}
+
 impl Checkpoint {
     /// Opens a `.safetensors` or `.gguf` file, or a folder that holds `model.safetensors` or
     /// `model.safetensors.index.json` with its shards.
@@ -142,8 +147,7 @@ impl Checkpoint {
             metadata: Metadata::new(),
             gguf: None,
         };
-        let named_gguf = path.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf"));
-        if map.starts_with(gguf::MAGIC) || named_gguf {
+        if map.starts_with(gguf::MAGIC) || is_gguf_name(path) {
             let (gguf, tensors) = gguf::read(path, &map)?;
             checkpoint.format = Format::Gguf;
             checkpoint.gguf = Some(gguf);
