@@ -6,7 +6,9 @@ use std::str::FromStr;
 use clap::{Args, Parser, Subcommand};
 use firebrick_core::DeviceSpec;
 
-use crate::commands::{convert, devices, eval, generate, inspect, merge, profile, prune, quantize, train};
+use crate::commands::{
+    completions, convert, devices, eval, generate, inspect, man, merge, profile, prune, quantize, train,
+};
 use crate::specialize;
 
 /// Layer-wise specialization of pretrained models.
@@ -78,6 +80,10 @@ pub enum Verb {
     Inspect(inspect::Inspect),
     /// The devices that can be computed on.
     Devices(devices::Devices),
+    /// Print what a shell needs to complete command lines.
+    Completions(completions::Completions),
+    /// Write a manual page for each verb.
+    Man(man::Man),
 }
 
 impl Verb {

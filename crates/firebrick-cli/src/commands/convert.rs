@@ -6,6 +6,7 @@ use anyhow::Result;
 use clap::Args;
 use firebrick_models::{Export, ExportType};
 use firebrick_tensor::checkpoint::is_gguf_name;
+use serde_json::json;
 
 use crate::args::{Global, Usage};
 use crate::models;
@@ -22,6 +23,9 @@ pub struct Convert {
     /// Storage type: f32, f16, bf16, q8_0, q4_0, q4_1.
     #[arg(long = "type", default_value = "f32", value_name = "TYPE")]
     dtype: ExportType,
+    /// PEFT adapter folder to merge into the weights; may be given more than once.
+    #[arg(long, value_name = "DIR")]
+    adapter: Vec<PathBuf>,
 }
 
 impl Convert {
@@ -33,12 +37,24 @@ impl Convert {
             return Err(Usage(what).into());
         }
         let files = models::open(&self.input)?;
-        let export = Export::files(&files, self.dtype);
+        if self.adapter.is_empty() {
+            return self.write(Export::files(&files, self.dtype), global, terminal);
+        }
+        let device = models::device(global)?;
+        let mut model = files.load(&device)?;
+        for bank in models::adapters(&self.adapter, &model, &device)? {
+            model.decoder = bank.merge(model.decoder, 1.0)?;
+        }
+        let export = Export::decoder(&model.name, &model.decoder, &model.tokenizer, self.dtype)
+            .with_settings(json!({"adapters": self.adapter}));
+        self.write(export, global, terminal)
+    }
+
+    fn write(&self, export: Export<'_>, global: &Global, terminal: &Terminal) -> Result<()> {
         let executor = models::executor(global, terminal);
         if global.dry_run {
             return models::planned(&export.plan(&self.output, &executor)?, terminal);
         }
-        let report = export.write(&self.output, &executor)?;
-        models::written(&report, terminal)
+        models::written(&export.write(&self.output, &executor)?, terminal)
     }
 }

@@ -1,10 +1,12 @@
 //! One file per verb.
 
+pub mod completions;
 pub mod convert;
 pub mod devices;
 pub mod eval;
 pub mod generate;
 pub mod inspect;
+pub mod man;
 pub mod merge;
 pub mod profile;
 pub mod prune;
@@ -25,7 +27,10 @@ pub fn run(cli: &Cli, terminal: &Terminal) -> Result<()> {
         }
         rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?;
     }
-    let idle = matches!(cli.verb, Verb::Generate(_) | Verb::Inspect(_) | Verb::Devices(_));
+    let idle = matches!(
+        cli.verb,
+        Verb::Generate(_) | Verb::Inspect(_) | Verb::Devices(_) | Verb::Completions(_) | Verb::Man(_)
+    );
     if global.dry_run && idle {
         return Err(Usage("--dry-run: this verb writes nothing that could be foreseen".into()).into());
     }
@@ -41,5 +46,7 @@ pub fn run(cli: &Cli, terminal: &Terminal) -> Result<()> {
         Verb::Convert(v) => v.run(global, terminal),
         Verb::Inspect(v) => v.run(global, terminal),
         Verb::Devices(v) => v.run(global, terminal),
+        Verb::Completions(v) => v.run(),
+        Verb::Man(v) => v.run(global, terminal),
     }
 }

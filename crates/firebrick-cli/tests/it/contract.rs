@@ -216,3 +216,35 @@ fn wrong_calls_say_what_to_do_and_leave_nothing() {
     left.sort();
     assert_eq!(left, ["binary", "broken.gguf", "known.txt", "m.yml", "short.txt"]);
 }
+
+#[test]
+fn completions_and_manual_pages_name_every_verb() {
+    let dir = tempfile::tempdir().unwrap();
+    let help = String::from_utf8(run(dir.path(), &["--help"]).stdout).unwrap();
+    let verbs: Vec<&str> = help
+        .lines()
+        .skip_while(|line| !line.starts_with("Commands:"))
+        .skip(1)
+        .take_while(|line| !line.is_empty())
+        .filter_map(|line| line.strip_prefix("  ")?.split(' ').next().filter(|verb| !verb.is_empty()))
+        .filter(|verb| *verb != "help")
+        .collect();
+    assert!(verbs.len() > 10 && verbs.contains(&"specialize"), "{verbs:?}");
+    for shell in ["bash", "zsh", "fish", "powershell", "elvish"] {
+        let output = run(dir.path(), &["completions", shell]);
+        let script = String::from_utf8(output.stdout).unwrap();
+        let missing: Vec<_> = verbs.iter().filter(|verb| !script.contains(**verb)).collect();
+        assert!(output.status.success() && missing.is_empty(), "{shell}: {missing:?}");
+    }
+    let written = json(dir.path(), &["man", "man1"]);
+    assert_eq!(written["pages"].as_u64().unwrap() as usize, verbs.len() + 1);
+    for verb in &verbs {
+        let page = std::fs::read_to_string(dir.path().join(format!("man1/firebrick-{verb}.1"))).unwrap();
+        assert!(page.contains(".TH") && page.contains("\\-\\-device"), "{verb}: {page}");
+    }
+    assert_eq!(
+        run(dir.path(), &["man", "man1"]).status.code(),
+        Some(2),
+        "control: nothing is replaced unasked"
+    );
+}

@@ -9,6 +9,8 @@ mod methods;
 mod outputs;
 mod python;
 mod specialize;
+#[cfg(unix)]
+mod tutorial;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
