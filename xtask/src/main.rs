@@ -10,6 +10,7 @@ mod bench;
 mod ci;
 mod cmd;
 mod data;
+mod fuzz;
 mod model;
 mod python;
 mod test;
@@ -48,6 +49,8 @@ enum Verb {
     Pretrain(Passthrough),
     /// Make the Python environment of the interchange tests in target/py.
     Python,
+    /// Fuzz the parsers with cargo-fuzz, which builds everything once more.
+    Fuzz(fuzz::FuzzArgs),
     /// Check the rules of this repository that no other tool checks.
     Tidy,
     /// List the devices that the `firebrick` binary sees.
@@ -75,6 +78,7 @@ fn main() -> Result<ExitCode> {
         Verb::Test(args) => test::run(&args)?,
         Verb::Model(args) => model::run(&args)?,
         Verb::Data(args) => data::run(&args)?,
+        Verb::Fuzz(args) => fuzz::run(&args)?,
         Verb::Python => println!("{}", python::environment()?.display()),
         Verb::Bench(rest) => bench::run(&rest.args)?,
         // Without `-p`: for one package alone cargo picks other features of dependencies and builds burn again.

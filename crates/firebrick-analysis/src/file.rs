@@ -2,10 +2,13 @@
 
 use std::path::Path;
 
-use firebrick_core::write_atomic;
+use firebrick_core::{read_text, write_atomic};
 use serde::de::DeserializeOwned;
 
 use crate::AnalysisError;
+
+/// Most bytes of a profile or report that is read.
+const MAX_FILE: u64 = 256 << 20;
 
 /// Writes `text` to `path`, over an older file once it is complete.
 pub(crate) fn write(path: &Path, text: &str) -> Result<(), AnalysisError> {
@@ -14,7 +17,7 @@ pub(crate) fn write(path: &Path, text: &str) -> Result<(), AnalysisError> {
 
 /// Reads a text file.
 pub(crate) fn read(path: &Path) -> Result<String, AnalysisError> {
-    std::fs::read_to_string(path).map_err(|error| AnalysisError::Io { path: path.into(), error })
+    read_text(path, MAX_FILE).map_err(|error| AnalysisError::Io { path: path.into(), error })
 }
 
 /// Reads JSON with a `version`; that of another version is refused as such, whatever else it holds.

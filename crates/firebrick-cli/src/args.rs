@@ -33,7 +33,7 @@ pub struct Global {
     /// Worker threads; all processors if absent.
     #[arg(long, global = true, value_name = "N")]
     pub threads: Option<usize>,
-    /// Most memory that writing checkpoints may use, such as 1GiB.
+    /// Most memory that writing checkpoints may use, such as 1GiB, beside the program and the pages of the files in work.
     #[arg(long, global = true, value_name = "SIZE")]
     pub max_memory: Option<Size>,
     /// Say what would be read, written and needed, and stop.

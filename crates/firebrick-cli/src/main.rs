@@ -1,6 +1,6 @@
 //! The `firebrick` binary: its verbs, and nothing but glue.
 //!
-//! With `--json`, stdout carries JSON only. Exit codes: 0 done, 1 failed, 2 usage, 130 interrupted.
+//! With `--json`, stdout carries JSON only. Exit codes: 0 done, 1 failed, 2 usage, 101 a bug, 130 interrupted.
 #![forbid(unsafe_code)]
 
 mod args;
@@ -9,6 +9,7 @@ mod models;
 mod specialize;
 mod ui;
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -27,7 +28,14 @@ fn main() -> ExitCode {
     if let Err(e) = ui::on_interrupt() {
         complain(&format!("warning: Ctrl-C will not stop cleanly: {e}"));
     }
-    match commands::run(&cli, &terminal) {
+    ui::keep_panics();
+    // Also unwinds what is under way, so that nothing half written stays.
+    let Ok(result) = catch_unwind(AssertUnwindSafe(|| commands::run(&cli, &terminal))) else {
+        terminal.finish();
+        complain(&format!("internal error, please report it:\n{}", ui::panics()));
+        return ExitCode::from(101);
+    };
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(_) if interrupted() => {
             terminal.finish();

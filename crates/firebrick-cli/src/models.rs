@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use burn::tensor::Device;
-use firebrick_core::{Site, write_atomic};
+use firebrick_core::{LayerPlan, ResolvedPlan, Site, folder, write_atomic};
 use firebrick_models::tokenizer::Tokenizer;
 use firebrick_models::{EncodedWeight, Model, ModelError, ModelFiles};
 use firebrick_peft::LoraBank;
@@ -69,6 +69,11 @@ pub fn load(model: &str, device: &Device) -> Result<Model> {
 /// Loads PEFT folders as banks over `model`.
 pub fn adapters(dirs: &[PathBuf], model: &Model, device: &Device) -> Result<Vec<LoraBank>> {
     dirs.iter().map(|dir| Ok(hf::load(dir, model.decoder.sites(), device)?.0)).collect()
+}
+
+/// Reads a plan and what it means for the model.
+pub fn plan(path: &Path, files: &ModelFiles) -> Result<ResolvedPlan> {
+    LayerPlan::load(path)?.resolve(files.sites()).with_context(|| path.display().to_string())
 }
 
 /// The streaming executor as the command line asks for it.
@@ -137,6 +142,12 @@ pub fn stored_bytes(
 /// Refuses an output that exists, unless it is an empty folder or to be replaced; `unfinished` is where an interrupted run
 /// leaves its work, and allows to go on.
 pub fn check_output(path: &Path, unfinished: Option<&Path>, global: &Global) -> Result<()> {
+    // Hours of work must not end at a path that was wrong from the start.
+    if let Some(above) = path.ancestors().skip(1).find(|above| above.exists())
+        && !above.is_dir()
+    {
+        bail!("{}: {} is not a folder", path.display(), above.display());
+    }
     let begun = unfinished.is_some_and(Path::exists);
     if !path.exists() || is_empty(path) || global.overwrite || (begun && global.resume) {
         return Ok(());
@@ -204,6 +215,33 @@ pub fn sweep(folder: &Path) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Lets `write` fill a folder beside `out`, and puts what it wrote in place: the folder itself, or file by file where `out`
+/// holds something already.
+pub fn write_folder(out: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    let name = out.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let staging = folder(out).join(format!(".{name}.partial"));
+    let place = || -> std::io::Result<()> {
+        if !out.exists() || is_empty(out) {
+            std::fs::remove_dir(out)
+                .or_else(|e| if e.kind() == ErrorKind::NotFound { Ok(()) } else { Err(e) })?;
+            return std::fs::rename(&staging, out);
+        }
+        for entry in std::fs::read_dir(&staging)? {
+            let entry = entry?;
+            std::fs::rename(entry.path(), out.join(entry.file_name()))?;
+        }
+        std::fs::remove_dir(&staging)
+    };
+    discard(&staging)?;
+    std::fs::create_dir_all(&staging).with_context(|| staging.display().to_string())?;
+    let written = write(&staging).and_then(|()| place().with_context(|| out.display().to_string()));
+    if written.is_err() {
+        // The error is what counts; what stays is discarded by the next run.
+        let _ = std::fs::remove_dir_all(&staging);
+    }
+    written
 }
 
 /// Copies a log that may be needed again where it lies.

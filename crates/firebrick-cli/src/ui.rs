@@ -1,5 +1,6 @@
 //! Progress bars on stderr, results on stdout, and Ctrl-C.
 
+use std::backtrace::{Backtrace, BacktraceStatus};
 use std::collections::HashMap;
 use std::io::{ErrorKind, IsTerminal, Write};
 use std::sync::Mutex;
@@ -13,6 +14,7 @@ use serde::Serialize;
 use crate::args::Global;
 
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+static PANICS: Mutex<Vec<String>> = Mutex::new(Vec::new());
 
 /// Turns the first Ctrl-C into a clean stop at the next step, and the second into the end.
 pub fn on_interrupt() -> Result<(), ctrlc::Error> {
@@ -42,6 +44,26 @@ pub fn complain(line: &str) {
     let _ = writeln!(std::io::stderr().lock(), "{line}");
 }
 
+/// Keeps the text of panics until [`panics`] is asked for it: libraries catch those of others, and then there is nothing to say.
+pub fn keep_panics() {
+    std::panic::set_hook(Box::new(|info| {
+        let mut kept = PANICS.lock().unwrap_or_else(|e| e.into_inner());
+        // The last few: what was caught came before what was not.
+        if kept.len() == 4 {
+            kept.remove(0);
+        }
+        let trace = Backtrace::capture();
+        let shown =
+            if trace.status() == BacktraceStatus::Captured { format!("\n{trace}") } else { String::new() };
+        kept.push(format!("{info}{shown}"));
+    }));
+}
+
+/// The panics that were kept.
+pub fn panics() -> String {
+    PANICS.lock().unwrap_or_else(|e| e.into_inner()).join("\n")
+}
+
 /// An error and its causes on one line, none twice.
 pub fn chain(error: &anyhow::Error) -> String {
     let mut text = error.to_string();
@@ -50,7 +72,24 @@ pub fn chain(error: &anyhow::Error) -> String {
             text = format!("{text}: {cause}");
         }
     }
-    text
+    printable(&text)
+}
+
+/// A message that a terminal may show: names in damaged files can hold control characters, and problems can be many.
+fn printable(text: &str) -> String {
+    const MOST: usize = 8 << 10;
+    let mut shown = String::new();
+    for (at, c) in text.char_indices() {
+        if shown.len() >= MOST {
+            let lines = text[at..].matches('\n').count();
+            return format!("{shown} ...\n({} more bytes, {lines} more lines)", text.len() - at);
+        }
+        match c.is_control() && c != '\n' {
+            true => shown.extend(c.escape_default()),
+            false => shown.push(c),
+        }
+    }
+    shown
 }
 
 /// Where progress and results go.
@@ -162,5 +201,22 @@ impl Progress for Terminal {
 
     fn cancelled(&self) -> bool {
         interrupted()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_are_printable_and_end() {
+        assert_eq!(printable("a\nb \u{e9}"), "a\nb \u{e9}");
+        assert_eq!(printable("x\u{1b}[2J\0\r"), "x\\u{1b}[2J\\u{0}\\r");
+        let long = printable(&"name\n".repeat(10_000));
+        assert!(
+            long.len() < 9_000 && long.ends_with("(41808 more bytes, 8362 more lines)"),
+            "{}",
+            &long[8_000..]
+        );
     }
 }

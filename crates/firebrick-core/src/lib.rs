@@ -19,6 +19,7 @@ mod budget;
 mod device;
 mod plan;
 mod progress;
+mod read;
 mod run;
 mod seed;
 mod selector;
@@ -32,6 +33,7 @@ pub use budget::{
 pub use device::{DeviceError, DeviceInfo, DeviceSpec, list_devices};
 pub use plan::{Coverage, LayerPlan, PlanError, ResolvedPlan, Rule, RuleCoverage, Settings};
 pub use progress::{Cancelled, Event, Progress, Silent, Task};
+pub use read::{MAX_SETTINGS, read_file, read_text};
 pub use run::{Mode, Run};
 pub use seed::Seed;
 pub use selector::{Selector, SelectorError};

@@ -2,14 +2,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::selector::MAX_TEXT;
-use crate::{Selector, Site, SiteSet, SiteTable, write_atomic};
+use crate::{MAX_SETTINGS, Selector, Site, SiteSet, SiteTable, read_text, write_atomic};
 
 mod read;
 
@@ -321,7 +320,8 @@ impl LayerPlan {
     pub fn load(path: impl AsRef<Path>) -> Result<Self, PlanError> {
         let path = path.as_ref();
         let format = Format::of(path)?;
-        let text = fs::read_to_string(path).map_err(|error| PlanError::Io { path: path.into(), error })?;
+        let text =
+            read_text(path, MAX_SETTINGS).map_err(|error| PlanError::Io { path: path.into(), error })?;
         let plan = match format {
             Format::Toml => LayerPlan::from_toml(&text),
             Format::Json => LayerPlan::from_json(&text),

@@ -15,8 +15,10 @@ pub enum MergeError {
         problems: Vec<String>,
     },
     /// The checkpoints do not fit together; every problem is listed.
-    #[error("the models do not fit together: {}", list(problems))]
+    #[error("{}: the models do not fit together: {}", path.display(), list(problems))]
     Mismatch {
+        /// The configuration.
+        path: PathBuf,
         /// One line per tensor.
         problems: Vec<String>,
     },

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use firebrick_core::{MAX_SETTINGS, read_file, read_text};
 use firebrick_tensor::block::DType;
 use firebrick_tensor::checkpoint::{Checkpoint, TensorSpec};
 use firebrick_tensor::stream::{Job, OutputSpec, Source, StreamError, Target, Transform};
@@ -24,6 +25,9 @@ const SIDE_FILES: &[&str] = &[
     "chat_template.jinja",
 ];
 
+/// Most bytes of one of them: far above any tokenizer.
+const MAX_SIDE_FILE: u64 = 256 << 20;
+
 /// A merge whose checkpoints are open and fit together.
 #[derive(Debug)]
 pub struct Merge {
@@ -44,7 +48,7 @@ impl Merge {
     /// Lists every problem of the configuration, and every tensor that is missing, of another shape or without a weight in some model.
     pub fn open(path: &Path) -> Result<Self, MergeError> {
         let text =
-            std::fs::read_to_string(path).map_err(|source| MergeError::Io { path: path.into(), source })?;
+            read_text(path, MAX_SETTINGS).map_err(|source| MergeError::Io { path: path.into(), source })?;
         let config = MergeConfig::parse(&text)
             .map_err(|problems| MergeError::Config { path: path.into(), problems })?;
         let mut names: Vec<String> = config.models.iter().map(|m| m.model.clone()).collect();
@@ -58,7 +62,7 @@ impl Merge {
         let first = checkpoints[base.unwrap_or(0)].tensors();
         let layers = first.iter().filter_map(|t| layer_of(&t.name)).max().map_or(0, |l| l as usize + 1);
         let merge = Merge { config, text, checkpoints, names, base, layers };
-        merge.check()?;
+        merge.check(path)?;
         Ok(merge)
     }
 
@@ -73,7 +77,7 @@ impl Merge {
         let mut files = vec![("mergekit_config.yml".to_string(), self.text.clone().into_bytes())];
         for name in SIDE_FILES {
             let file = from.join(name);
-            match std::fs::read(&file) {
+            match read_file(&file, MAX_SIDE_FILE) {
                 Ok(bytes) if *name == "config.json" => files.push((name.to_string(), self.retyped(bytes))),
                 Ok(bytes) => files.push((name.to_string(), bytes)),
                 Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
@@ -100,7 +104,7 @@ impl Merge {
         serde_json::to_vec_pretty(&json).unwrap_or(bytes)
     }
 
-    fn check(&self) -> Result<(), MergeError> {
+    fn check(&self, path: &Path) -> Result<(), MergeError> {
         let mut problems = Vec::new();
         let first = &self.checkpoints[self.base.unwrap_or(0)];
         for (other, name) in self.checkpoints.iter().zip(&self.names) {
@@ -140,7 +144,7 @@ impl Merge {
                 }
             }
         }
-        if problems.is_empty() { Ok(()) } else { Err(MergeError::Mismatch { problems }) }
+        if problems.is_empty() { Ok(()) } else { Err(MergeError::Mismatch { path: path.into(), problems }) }
     }
 
     /// The models that are weighed: all for `linear`, all but the base for task vectors.

@@ -1,8 +1,6 @@
 //! Chat templates: Jinja with the conventions of Hugging Face's `apply_chat_template`, without its clock.
 
 use std::io::{self, Write};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
 use minijinja::value::{ArgType, Kwargs, Value, ValueKind};
@@ -12,6 +10,10 @@ use serde_json::Value as Json;
 
 use crate::ModelError;
 use crate::tokenizer::Tokenizer;
+
+mod growth;
+
+use growth::{Budget, too_much};
 
 /// The ChatML template: each message between `<|im_start|>role` and `<|im_end|>`, and nothing else.
 pub const CHATML: &str = "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}\
@@ -68,10 +70,8 @@ impl ChatOptions {
 
 /// A compiled chat template.
 ///
-/// Templates come from downloaded files: a rendering is cut off after a number of steps and characters that grow with
-/// the messages (those of `tojson` and `indent` count), and a template reaches nothing but its variables. What else it
-/// builds in between (a string that doubles in every step) is bounded by the steps alone, so a hostile template can
-/// still exhaust memory.
+/// Templates come from downloaded files: a rendering is cut off after a number of steps and bytes that grow with the
+/// messages (what it builds in between counts too), and a template reaches nothing but its variables.
 ///
 /// ```
 /// use firebrick_models::chat::{CHATML, ChatOptions, ChatTemplate, Message};
@@ -85,6 +85,8 @@ pub struct ChatTemplate {
     env: Environment<'static>,
     bos: Option<String>,
     eos: Option<String>,
+    /// Most steps that leave what it prints in between within bounds.
+    most_steps: u64,
 }
 
 const NAME: &str = "chat_template";
@@ -94,6 +96,7 @@ const MAX_DEPTH: usize = 128; // of JSON, as in serde_json
 const MAX_INDENT: usize = 64;
 const FUEL: (u64, u64) = (100_000, 5_000); // once, and per message
 const OUTPUT: (usize, usize) = (1 << 20, 4); // once, and per byte of input
+const BUILT: (usize, usize) = (128 << 20, 1024); // in all that goes in between, likewise
 
 impl ChatTemplate {
     /// Compiles `source`; `bos` and `eos` are the texts of the tokens, as the variables `bos_token` and `eos_token`.
@@ -110,13 +113,17 @@ impl ChatTemplate {
         let mut env = Environment::new();
         env.set_trim_blocks(true);
         env.set_lstrip_blocks(true);
-        env.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        env.set_formatter(python_format);
         env.add_function("raise_exception", raise_exception);
         // Jinja reads every line end as a newline.
         let source = source.replace("\r\n", "\n").replace('\r', "\n");
-        deep(|| env.add_template_owned(NAME, plain_generation_tags(&source)).map_err(|e| failed(&e)))?;
-        Ok(ChatTemplate { env, bos: bos.map(String::from), eos: eos.map(String::from) })
+        let longest = deep(|| {
+            let (guarded, longest) =
+                growth::guarded(&plain_generation_tags(&source), NAME).map_err(|e| failed(&e))?;
+            env.add_template_owned(NAME, guarded).map_err(|e| failed(&e))?;
+            Ok(longest)
+        })?;
+        let most_steps = (BUILT.0 / longest.max(1)) as u64;
+        Ok(ChatTemplate { env, bos: bos.map(String::from), eos: eos.map(String::from), most_steps })
     }
 
     /// The template that came with `tokenizer`.
@@ -162,9 +169,15 @@ impl ChatTemplate {
         let said: usize = messages.iter().map(|m| m.role.len() + m.content.len()).sum();
         let given = said + options.variables.values().map(|v| v.to_string().len()).sum::<usize>();
         let mut env = self.env.clone();
-        env.set_fuel(Some(FUEL.0 + FUEL.1 * messages.len() as u64));
+        env.set_fuel(Some((FUEL.0 + FUEL.1 * messages.len() as u64).min(self.most_steps)));
         let limit = OUTPUT.0 + OUTPUT.1 * given;
-        let left = Budget(Arc::new(AtomicUsize::new(limit)));
+        let built = Budget::new(BUILT.0 + BUILT.1 * given, limit);
+        growth::limit(&mut env, &built);
+        env.set_formatter(move |out, state, value| {
+            built.weigh(value)?;
+            python_format(out, state, value)
+        });
+        let left = Budget::new(limit, limit);
         let of = left.clone();
         env.add_filter("tojson", move |value: Value, options: Kwargs| tojson(&value, &options, &of));
         env.add_filter("indent", move |text: String, width, first, blank, options: Kwargs| {
@@ -236,8 +249,8 @@ fn plain_generation_tags(source: &str) -> String {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;
     while let Some(start) = rest.find("{%") {
-        let Some(length) = rest[start..].find("%}") else { break };
-        let tag = &rest[start + 2..start + length];
+        let Some(length) = rest[start + 2..].find("%}") else { break };
+        let tag = &rest[start + 2..start + 2 + length];
         let name = tag.trim_matches(|c: char| c == '-' || c == '+' || c.is_whitespace());
         out += &rest[..start + 2];
         match name {
@@ -245,7 +258,7 @@ fn plain_generation_tags(source: &str) -> String {
             "endgeneration" => out += &tag.replacen(name, "endif", 1),
             _ => out += tag,
         }
-        rest = &rest[start + length..];
+        rest = &rest[start + 2 + length..];
     }
     out + rest
 }
@@ -261,30 +274,6 @@ fn python_format(out: &mut Output, state: &State, value: &Value) -> Result<(), E
         ValueKind::Bool => out.write_str(if value.is_true() { "True" } else { "False" }).map_err(Error::from),
         _ => escape_formatter(out, state, value),
     }
-}
-
-/// How many more bytes the filters of one rendering may make.
-#[derive(Clone)]
-struct Budget(Arc<AtomicUsize>);
-
-impl Budget {
-    fn left(&self) -> usize {
-        self.0.load(Ordering::Relaxed)
-    }
-
-    fn spend(&self, bytes: usize) -> Result<(), Error> {
-        match self.left().checked_sub(bytes) {
-            Some(left) => {
-                self.0.store(left, Ordering::Relaxed);
-                Ok(())
-            }
-            None => Err(too_much()),
-        }
-    }
-}
-
-fn too_much() -> Error {
-    Error::new(ErrorKind::InvalidOperation, "the template makes too much text")
 }
 
 /// Jinja's filter of this name, within limits: a newline at the end goes, empty lines stay empty unless `blank`.
@@ -659,6 +648,7 @@ mod tests {
         assert!(text("a\n{% if %}").contains(":2"), "{}", text("a\n{% if %}"));
         assert!(text("{{ missing.name }}").contains("undefined"));
         assert!(text("{% include 'other' %}").contains("other"));
+        assert!(text("{%}{% generation %}").contains("syntax error"), "{}", text("{%}{% generation %}"));
     }
 
     #[test]
@@ -675,8 +665,26 @@ mod tests {
             "{% for i in range(9999) %}{% set big = messages | tojson(indent=64, separators=['x' * 999, '']) %}{% endfor %}",
             "{{ 'x' | indent(99999999999, true) }}",
             "{% for i in range(9999) %}{% set big = ('x\n' * 999) | indent(64) %}{% endfor %}",
+            "{% set ns = namespace(s='ab') %}{% for i in range(90) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
+            "{% set ns = namespace(s='ab') %}{% for i in range(90) %}{% set ns.s = ns.s + ns.s + '' %}{% endfor %}",
+            "{% set ns = namespace(s=[1]) %}{% for i in range(60) %}{% set ns.s = ns.s + ns.s %}{% endfor %}{{ ns.s | length }}",
+            "{% set ns = namespace(x=[1]) %}{% for i in range(99) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x | upper }}",
+            "{% set ns = namespace(x=[1]) %}{% for i in range(99) %}{% set ns.x = {'a': ns.x, 'b': ns.x} %}{% endfor %}{{ ns.x }}",
+            "{% macro f(x) %}{{ x }}{{ x }}{% endmacro %}{% set ns = namespace(s='ab') %}{% for i in range(90) %}{% set ns.s = f(ns.s) %}{% endfor %}",
+            "{% macro f(x) %}{{ f(x ~ x) }}{% endmacro %}{{ f('ab') }}",
+            "{% set big %}{% for i in range(99999) %}{{ 'x' * 9999 }}{% endfor %}{% endset %}",
+            "{{ ([1] * 99999999999) | join }}",
+            "{{ ('x' * 9999) | replace('x', 'y' * 9999) }}",
+            "{{ ('x' * 9999).replace('x', 'y' * 9999) }}",
+            "{{ ('x' * 99999).join(range(99999)) }}",
+            "{{ range(99999) | map('default', 'x') | join('x' * 99999) }}",
+            "{{ '%999999999d' | format(1) }}",
+            "{{ '{:999999999}'.format(1) }}",
+            "{{ ('%s' * 9999) | format(*(range(9999) | list)) | replace('9', 'x' * 9999) }}",
         ];
-        for source in hostile {
+        let texts = ("{% for i in range(99999) %}", "x".repeat(9999), "{% endfor %}");
+        let printed = format!("{{% set a %}}{}{}{}{{% endset %}}", texts.0, texts.1, texts.2);
+        for source in hostile.into_iter().chain([printed.as_str()]) {
             let error = render(source, serde_json::json!({})).unwrap_err();
             assert!(matches!(error, ModelError::ChatTemplate(_)), "{source}: {error}");
         }
@@ -711,6 +719,41 @@ mod tests {
         ];
         for (head, link, tail) in others {
             drop(chain(head, link, tail));
+        }
+    }
+
+    #[test]
+    fn guards_change_nothing_else() {
+        let unguarded = |source: &str| {
+            let mut env = Environment::new();
+            env.set_trim_blocks(true);
+            env.set_lstrip_blocks(true);
+            env.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+            env.set_formatter(python_format);
+            env.add_template_owned(NAME, source.to_string()).ok()?;
+            let variables = serde_json::json!({"messages": [Message::user("hi")]});
+            env.get_template(NAME).ok()?.render(variables).ok()
+        };
+        let long = format!("{{{{ 'a'{} }}}}", " ~ messages[0].content".repeat(200));
+        let sources = [
+            "{{ 1 + 2 * 3 - 4 }}{{ (1 + 2) * 3 }}{{ 2 * 'ab' }}{{ -1 + 2 }}",
+            "{{ 'a' ~ 1 + 2 ~ ('b' ~ 'c' | upper) | lower }}",
+            "{% set x = [1, 'a' ~ 'b', [2]] %}{{ x[1] ~ x[2][0] + 'c' }}{{ ([1] + [2]) | length }}",
+            "{% set x = {'a': 1 + 1, 'b': ['c' * 2]} %}{{ x.a }}{{ x['b'][0] }}",
+            "{% for a, b in [(1, 2), (3 + 1, 4)] %}{{ a + b }},{% endfor %}",
+            "{{ 'b' in ['a', 'b'] and 'x' ~ 'y' in 'wxyz' }}",
+            "{{ ('a' ~ 'b' if 1 + 1 == 2 else 'c') ~ (messages[0 + 0].content[1 - 1:1 + 0]) }}",
+            "{% macro f(x='d' ~ 'e') %}{{ x ~ caller() }}{% endmacro %}{% call f('g' ~ 'h') %}{{ 'i' ~ 'j' }}{% endcall %}",
+            "{{ ['a', 'b'] | join(', ') }}{{ ', '.join(['c', 'd']) }}{{ 'aXa'.replace('X', '-') | replace('a', 'b') }}",
+            "{{ '%s-%s' | format('a' + 'b', 2) }}{{ '{}{}'.format(1, 'b') }}",
+            "{{ \"é\" ~ 'ü' }}{# ~ + #}{{ '~' + \"+\" }}{% raw %}{{ a ~ b }}{% endraw %}",
+            &long,
+        ];
+        for source in sources {
+            let expected = unguarded(source);
+            assert!(expected.is_some(), "{source}");
+            assert_eq!(render(source, serde_json::json!({})).ok(), expected, "{source}");
+            assert_ne!(growth::guarded(source, NAME).unwrap().0, source, "control: it has guards");
         }
     }
 

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use firebrick_core::{MAX_SETTINGS, read_text};
 use firebrick_tensor::checkpoint::gguf::{Gguf, Value};
 use indexmap::IndexMap;
 use serde::{Deserialize, Serialize};
@@ -117,7 +118,7 @@ impl DecoderConfig {
     /// # Errors
     /// If the file cannot be read, is not JSON, or does not describe a decoder; every problem is listed.
     pub fn from_hf_file(path: &Path) -> Result<Self, ModelError> {
-        let text = std::fs::read_to_string(path).map_err(|e| ModelError::io(path, e))?;
+        let text = read_text(path, MAX_SETTINGS).map_err(|e| ModelError::io(path, e))?;
         let value = serde_json::from_str(&text)
             .map_err(|e| ModelError::Invalid { path: path.into(), problems: vec![e.to_string()] })?;
         Self::from_hf(&value).map_err(|problems| ModelError::Invalid { path: path.into(), problems })
@@ -228,7 +229,7 @@ impl DecoderConfig {
     pub fn from_gguf(gguf: &Gguf, vocab: usize, tied_head: bool, path: &Path) -> Result<Self, ModelError> {
         let fail = |problems| ModelError::Invalid { path: path.into(), problems };
         let arch = gguf.str("general.architecture")?;
-        let family = Family::by_gguf(arch)?;
+        let family = Family::by_gguf(arch).map_err(|e| fail(vec![e.to_string()]))?;
         let key = |name: &str| format!("{arch}.{name}");
         let size = |name: &str| gguf.u32(&key(name)).map(|n| n as usize);
         let heads = size("attention.head_count")?;

@@ -314,7 +314,12 @@ impl Transform for Export<'_> {
             let reads = match self.weights {
                 Weights::Files(files) if !self.encoded.contains_key(&from) => {
                     match files.tensor_name(from).filter(|n| files.checkpoint.get(n).is_some()) {
-                        Some(name) => vec![(0, name)],
+                        Some(name) => {
+                            if let Err(e) = files.weights().check_site(from, &tensor.shape) {
+                                problems.push(format!("{}: {e}", files.checkpoint.path().display()));
+                            }
+                            vec![(0, name)]
+                        }
                         None => {
                             problems.push(format!("the weight of `{from}` is missing from {}", files.name));
                             continue;

@@ -179,9 +179,14 @@ impl ModelFiles {
     /// Reads the weights onto `device`.
     ///
     /// # Errors
-    /// As [`Decoder::load`].
+    /// As [`Decoder::load`], with the path of the checkpoint.
     pub fn load(self, device: &Device) -> Result<Model, ModelError> {
-        let decoder = Decoder::load(self.config.clone(), &self.weights(), device)?;
+        let decoder = Decoder::load(self.config.clone(), &self.weights(), device).map_err(|e| match e {
+            ModelError::Weights { problems } => {
+                ModelError::Invalid { path: self.checkpoint.path().into(), problems }
+            }
+            other => other,
+        })?;
         Ok(Model { name: self.name, decoder, tokenizer: self.tokenizer })
     }
 }

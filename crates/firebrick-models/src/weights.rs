@@ -1,7 +1,8 @@
 //! Weights by site, in Hugging Face's layout, whatever file or module they come from.
 
 use firebrick_core::{Part, Site, SiteTable};
-use firebrick_tensor::checkpoint::{Checkpoint, Format};
+use firebrick_tensor::block::BlockError;
+use firebrick_tensor::checkpoint::{Checkpoint, CheckpointError, Format};
 
 use crate::config::DecoderConfig;
 use crate::decoder::Decoder;
@@ -19,7 +20,7 @@ pub trait TensorSource {
     /// Whether [`TensorSource::read_site`] would find a weight of `shape`, without reading it.
     ///
     /// # Errors
-    /// If the weight is missing or has another shape than `shape`.
+    /// If the weight is missing, has another shape than `shape`, or holds integers.
     fn check_site(&self, site: Site, shape: &[usize]) -> Result<(), ModelError>;
 }
 
@@ -66,6 +67,10 @@ impl CheckpointWeights<'_> {
         })?;
         if info.shape != shape {
             return Err(ModelError::Shape { name, expected: shape.to_vec(), found: info.shape.clone() });
+        }
+        if !info.dtype.is_real() {
+            let (path, source) = (self.checkpoint.path().into(), BlockError::NotReal(info.dtype));
+            return Err(CheckpointError::Block { path, tensor: name, source }.into());
         }
         Ok(name)
     }

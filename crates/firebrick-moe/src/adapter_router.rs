@@ -9,7 +9,9 @@ use burn::module::{Module, Param};
 use burn::optim::GradientsParams;
 use burn::tensor::activation::{log_softmax, softmax};
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use firebrick_core::{Base, Brick, Part, Progress, Run, Seed, Site, SiteSet, Task, write_atomic};
+use firebrick_core::{
+    Base, Brick, MAX_SETTINGS, Part, Progress, Run, Seed, Site, SiteSet, Task, read_text, write_atomic,
+};
 use firebrick_models::Decoder;
 use firebrick_tensor::block::DType;
 use firebrick_tensor::checkpoint::{Checkpoint, Metadata, TensorSpec, write_safetensors};
@@ -128,7 +130,7 @@ impl AdapterRouter {
     pub fn load(dir: &Path, device: &Device) -> Result<Self, MoeError> {
         let path = dir.join("router.json");
         let text =
-            std::fs::read_to_string(&path).map_err(|source| MoeError::Io { path: path.clone(), source })?;
+            read_text(&path, MAX_SETTINGS).map_err(|source| MoeError::Io { path: path.clone(), source })?;
         let json: serde_json::Value =
             serde_json::from_str(&text).map_err(|e| MoeError::Io { path: path.clone(), source: e.into() })?;
         let checkpoint = Checkpoint::open(dir.join("router.safetensors"))?;

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use burn::tensor::{Device, Tensor, TensorData};
-use firebrick_core::{Site, SiteTable, write_atomic};
+use firebrick_core::{MAX_SETTINGS, Site, SiteTable, read_text, write_atomic};
 use firebrick_tensor::block::DType;
 use firebrick_tensor::checkpoint::{Checkpoint, Metadata, TensorSpec, write_safetensors};
 use regex::Regex;
@@ -194,7 +194,7 @@ pub fn load(dir: &Path, sites: &SiteTable, device: &Device) -> Result<(LoraBank,
     let path = dir.join(CONFIG_FILE);
     let invalid = |problems: Vec<String>| PeftError::Invalid { path: path.clone(), problems };
     let text =
-        std::fs::read_to_string(&path).map_err(|source| PeftError::Io { path: path.clone(), source })?;
+        read_text(&path, MAX_SETTINGS).map_err(|source| PeftError::Io { path: path.clone(), source })?;
     let config: AdapterConfig = serde_json::from_str(&text).map_err(|e| invalid(vec![e.to_string()]))?;
     let problems = unsupported(&config);
     if !problems.is_empty() {
@@ -214,6 +214,9 @@ pub fn load(dir: &Path, sites: &SiteTable, device: &Device) -> Result<(LoraBank,
                 info.name, info.shape
             )),
         }
+    }
+    if checkpoint.tensors().is_empty() {
+        problems.push(format!("{WEIGHTS_FILE} beside it has no tensors"));
     }
     let whole = |v: &Value| v.as_u64().and_then(|r| usize::try_from(r).ok());
     let rank_pattern = patterns(&config.rank_pattern, whole, &mut problems);
@@ -314,7 +317,11 @@ fn patterns<T>(
     for (key, value) in map {
         match (Regex::new(&format!(r"^(?:.*\.)?(?:{key})$")), read(value)) {
             (Ok(regex), Some(value)) => out.push((regex, value)),
-            (Err(e), _) => problems.push(format!("pattern `{key}`: {e}")),
+            (Err(e), _) => {
+                let text = e.to_string();
+                let why = text.lines().last().unwrap_or_default().trim_start_matches("error: ");
+                problems.push(format!("pattern `{key}`: not a regular expression: {why}"));
+            }
             (_, None) => problems.push(format!("pattern `{key}`: {value} is no rank or alpha")),
         }
     }

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use burn::module::Module;
 use burn::tensor::{DType, Device, Tensor, TensorData};
-use firebrick_core::write_atomic;
+use firebrick_core::{read_file, write_atomic};
 use firebrick_tensor::block;
 use firebrick_tensor::checkpoint::{AtomicFile, Checkpoint, Layout, TensorSpec, TensorWriter};
 use serde::{Deserialize, Serialize};
@@ -23,6 +23,8 @@ const PARTIAL: &str = ".partial";
 const MODEL: &str = "model.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";
 const STATE: &str = "state.json";
+/// Most bytes of it, which holds the loss of every step.
+const MAX_STATE: u64 = 1 << 30;
 
 /// Everything a run is made of besides tensors.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -49,7 +51,7 @@ pub(crate) fn latest(out: &Path) -> Result<Option<(PathBuf, State)>, TrainError>
     let newest = folders(out)?.into_iter().filter(|f| !f.partial).max_by_key(|f| f.step);
     let Some(Folder { path: folder, .. }) = newest else { return Ok(None) };
     let path = folder.join(STATE);
-    let text = fs::read(&path).map_err(|e| TrainError::io(&path, e))?;
+    let text = read_file(&path, MAX_STATE).map_err(|e| TrainError::io(&path, e))?;
     let state = serde_json::from_slice(&text)
         .map_err(|e| TrainError::Resume { path: folder.clone(), problems: vec![format!("{STATE}: {e}")] })?;
     Ok(Some((folder, state)))

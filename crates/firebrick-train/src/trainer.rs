@@ -99,6 +99,8 @@ impl TrainConfig {
         };
         check(self.batch > 0, "`batch` is 0".into());
         check(self.accumulate > 0, "`accumulate` is 0".into());
+        let pass = self.batch.saturating_mul(self.window);
+        check(pass <= 1 << 31, format!("`batch` is {}; a pass has at most 2^31 tokens", self.batch));
         check(self.window > 1, format!("`window` is {}; predicting a token takes at least 2", self.window));
         for (name, value) in [("learning_rate", self.learning_rate), ("weight_decay", self.weight_decay)] {
             check(value.is_finite() && value >= 0.0, format!("`{name}` is {value}"));

@@ -4,7 +4,7 @@ use std::io::Write;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::Args;
 use firebrick_core::{Brick, Cancelled, Seed};
 use firebrick_models::chat::{ChatOptions, ChatTemplate, Message};
@@ -56,8 +56,9 @@ impl Generate {
         let tokenizer = &model.tokenizer;
         let prompt = match self.chat {
             true => {
-                let template = ChatTemplate::of(tokenizer)?;
-                let text = template.render(&[Message::user(&self.prompt)], &ChatOptions::answer())?;
+                let text = ChatTemplate::of(tokenizer)
+                    .and_then(|t| t.render(&[Message::user(&self.prompt)], &ChatOptions::answer()))
+                    .with_context(|| self.model.clone())?;
                 // The template writes its special tokens itself.
                 tokenizer.encode(&text, false)?
             }

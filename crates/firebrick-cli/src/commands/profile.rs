@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::Args;
 use firebrick_analysis::{ProfileOptions, RankBudget, Report, bit_plans, profile, rank_plans};
 use firebrick_core::Seed;
@@ -73,17 +73,18 @@ impl Profile {
         let seeds: Vec<Seed> = (0..3).map(|i| Seed(global.seed).derive(&format!("plan/{i}"))).collect();
         let bits = bit_plans(&found, sites, self.mean_bits, &options.bits, &seeds)?;
         let ranks = rank_plans(&found, sites, RankBudget::MeanRank(self.mean_rank), &options.ranks, &seeds)?;
-        std::fs::create_dir_all(&self.out).with_context(|| self.out.display().to_string())?;
-        found.save(self.out.join("profile.json"))?;
-        bits.planned.plan.save(self.out.join("bits.toml"))?;
-        ranks.planned.plan.save(self.out.join("ranks.toml"))?;
-        Report::new(format!("Profile of {}", model.name))
+        let report = Report::new(format!("Profile of {}", model.name))
             .fact("model", &model.name)
             .fact("tokens", found.tokens)
             .sections(found.sections())
             .section(bits.section(&format!("Bits, {} on average", self.mean_bits)))
-            .section(ranks.section(&format!("Ranks, {} on average", self.mean_rank)))
-            .save(&self.out)?;
+            .section(ranks.section(&format!("Ranks, {} on average", self.mean_rank)));
+        models::write_folder(&self.out, |folder| {
+            found.save(folder.join("profile.json"))?;
+            bits.planned.plan.save(folder.join("bits.toml"))?;
+            ranks.planned.plan.save(folder.join("ranks.toml"))?;
+            Ok(report.save(folder)?)
+        })?;
         let output = json!({"out": self.out, "tokens": found.tokens, "layers": found.layers});
         terminal.result(&output, || format!("wrote {}", self.out.join("report.html").display()))
     }

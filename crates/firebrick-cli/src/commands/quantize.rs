@@ -4,7 +4,6 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::{Args, ValueEnum};
-use firebrick_core::LayerPlan;
 use firebrick_models::{Export, ExportType};
 use firebrick_quant::{GptqConfig, Method, QuantConfig, gguf_weights, quantize};
 use firebrick_tensor::checkpoint::is_gguf_name;
@@ -75,7 +74,7 @@ impl Quantize {
             }
         };
         let plan = match &self.plan {
-            Some(path) => Some(LayerPlan::load(path)?.resolve(files.sites())?),
+            Some(path) => Some(models::plan(path, &files)?),
             None => None,
         };
         // Spread over the whole text: its beginning may be of one kind, and GPTQ fits what it is shown.

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::Args;
-use firebrick_core::{LayerPlan, Seed};
+use firebrick_core::Seed;
 use firebrick_peft::{LoraConfig, fit_lora, hf};
 use firebrick_train::TrainConfig;
 use serde_json::json;
@@ -91,12 +91,14 @@ impl Train {
         let files = models::open(&self.model)?;
         let targets = files.sites().block_linears();
         let plan = match &self.plan {
-            Some(path) => Some(LayerPlan::load(path)?.resolve(files.sites())?),
+            Some(path) => Some(models::plan(path, &files)?),
             None => None,
         };
         let data = models::text(&self.data, &files.tokenizer, self.window)?;
         if global.dry_run {
-            let tokens = self.steps * self.batch * self.accumulate * self.window;
+            let tokens = [self.batch, self.accumulate, self.window]
+                .into_iter()
+                .fold(self.steps, usize::saturating_mul);
             let facts =
                 json!({"tokens_in_text": data.ids.len(), "tokens_to_train": tokens, "sites": targets.len()});
             return models::preview(&files, &[&self.data], &[&self.out], facts, terminal);

@@ -4,7 +4,14 @@
 
 mod contract;
 #[cfg(unix)]
+mod faults;
+mod fuzzing;
+#[cfg(unix)]
+mod hostile;
+#[cfg(unix)]
 mod interrupts;
+mod kills;
+mod memory;
 mod methods;
 mod outputs;
 mod python;

@@ -18,7 +18,7 @@ const MERGE: &str =
 const MODEL: [&str; 6] = ["--model", "embedded", "--data", "t.txt", "--window", "32"];
 
 /// Every verb that writes, with its output at `out`.
-fn writers(out: &str) -> Vec<Vec<&str>> {
+pub fn writers(out: &str) -> Vec<Vec<&str>> {
     let of = |head: &[&'static str], tail: &[&'static str]| {
         let mut all: Vec<&str> = [head, &MODEL, tail].concat();
         all.extend(["--out", out]);
@@ -35,7 +35,8 @@ fn writers(out: &str) -> Vec<Vec<&str>> {
     ]
 }
 
-fn prepare() -> tempfile::TempDir {
+/// A folder with a text, a model and a merge of it.
+pub fn prepare() -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     text(dir.path(), "t.txt", "stone", 4);
     json(dir.path(), &["convert", "embedded", "a"]);

@@ -43,7 +43,7 @@ fn open(root: &Path, text: &str) -> Result<Merge, MergeError> {
 
 fn problems(root: &Path, text: &str) -> Vec<String> {
     match open(root, text).unwrap_err() {
-        MergeError::Mismatch { problems } | MergeError::Config { problems, .. } => problems,
+        MergeError::Mismatch { problems, .. } | MergeError::Config { problems, .. } => problems,
         other => panic!("{other}"),
     }
 }

@@ -255,7 +255,12 @@ impl Tokenizer {
             )));
         }
         let pre = gguf.optional(PRE, Gguf::str)?.unwrap_or("default");
-        let rules = Rules::named(pre)?;
+        let rules = Rules::named(pre).map_err(|e| match e {
+            ModelError::Unsupported(what) => {
+                ModelError::Unsupported(format!("{}: {what}", gguf.path.display()))
+            }
+            other => other,
+        })?;
         let tokens = gguf.strings(TOKENS)?;
         let types = gguf.optional(TOKEN_TYPE, Gguf::i32s)?.unwrap_or_default();
 

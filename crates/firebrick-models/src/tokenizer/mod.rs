@@ -7,7 +7,7 @@ mod train;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
-use firebrick_core::write_atomic;
+use firebrick_core::{read_file, write_atomic};
 use firebrick_tensor::checkpoint::Value;
 use indexmap::IndexMap;
 use serde_json::{Map, Value as Json, json};
@@ -60,6 +60,8 @@ const CONFIG_FILE: &str = "tokenizer_config.json";
 const SPECIAL_FILE: &str = "special_tokens_map.json";
 const GENERATION_FILE: &str = "generation_config.json";
 const TEMPLATE_FILE: &str = "chat_template.jinja";
+/// Most bytes of each: several times the largest vocabulary there is.
+const MAX_FILE: u64 = 256 << 20;
 
 impl Tokenizer {
     /// Reads a Hugging Face model folder: `tokenizer.json`, and where they are there `tokenizer_config.json`,
@@ -390,7 +392,7 @@ fn build(json: Json, origin: &str) -> Result<tokenizers::Tokenizer, ModelError> 
 
 /// Runs code of the tokenizers crate, which panics on some of the files it reads.
 fn guarded<T>(work: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, ModelError> {
-    let panicked = |_| ModelError::Tokenizer("the tokenizers library panicked".into());
+    let panicked = |_| ModelError::Tokenizer("the tokenizers library fails on it".into());
     catch_unwind(AssertUnwindSafe(work)).map_err(panicked)?.map_err(|e| ModelError::Tokenizer(e.to_string()))
 }
 
@@ -415,14 +417,34 @@ fn template_problems(processor: &Json) -> Vec<String> {
     problems
 }
 
-/// Replacements of nothing by something.
+/// Replacements of nothing by something, and tables whose size is not that of their data, for which memory would be taken.
 fn pattern_problems(step: &Json) -> Vec<String> {
     let steps = ["normalizers", "decoders"].iter().flat_map(|name| step[name].as_array()).flatten();
     let mut problems: Vec<String> = steps.flat_map(pattern_problems).collect();
     if step["type"] == "Replace" && ["String", "Regex"].iter().any(|kind| step["pattern"][kind] == "") {
         problems.push("a replacement of the empty text".into());
     }
+    if let (Some("Precompiled"), Some(map)) = (step["type"].as_str(), step["precompiled_charsmap"].as_str())
+        && table_bytes(map).is_none_or(|bytes| bytes > map.len() / 4 * 3)
+    {
+        problems.push("a precompiled table longer than its data".into());
+    }
     problems
+}
+
+/// The size that a precompiled table (SentencePiece's, in base 64) begins with: 32 bits, little-endian.
+fn table_bytes(base64: &str) -> Option<usize> {
+    let digit = |c: u8| match c {
+        b'A'..=b'Z' => Some(u64::from(c - b'A')),
+        b'a'..=b'z' => Some(u64::from(c - b'a') + 26),
+        b'0'..=b'9' => Some(u64::from(c - b'0') + 52),
+        b'+' => Some(62),
+        b'/' => Some(63),
+        _ => None,
+    };
+    // Six digits are 36 bits, of which the upper 32 are the first four bytes.
+    let bits = base64.as_bytes().get(..6)?.iter().try_fold(0, |bits, &c| Some(bits << 6 | digit(c)?))?;
+    Some(((bits >> 4) as u32).swap_bytes() as usize)
 }
 
 /// Merges that the vocabulary can't make: the tokenizers crate takes these on trust, down to their lengths.
@@ -487,7 +509,7 @@ fn ids(value: Option<&Json>) -> Vec<u32> {
 }
 
 fn read(path: &Path) -> Result<Option<Vec<u8>>, ModelError> {
-    match std::fs::read(path) {
+    match read_file(path, MAX_FILE) {
         Ok(bytes) => Ok(Some(bytes)),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(e) => Err(ModelError::io(path, e)),

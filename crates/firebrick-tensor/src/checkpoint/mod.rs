@@ -56,6 +56,7 @@ pub struct TensorInfo {
 impl TensorInfo {
     /// Number of elements.
     pub fn elements(&self) -> usize {
+        // Readers refuse shapes whose product overflows.
         self.shape.iter().product()
     }
 
@@ -79,6 +80,7 @@ pub enum Format {
 enum Contents {
     Mapped(Mmap),
     Static(&'static [u8]),
+    Owned(Vec<u8>),
 }
 
 impl std::ops::Deref for Contents {
@@ -88,6 +90,7 @@ impl std::ops::Deref for Contents {
         match self {
             Contents::Mapped(map) => map,
             Contents::Static(bytes) => bytes,
+            Contents::Owned(bytes) => bytes,
         }
     }
 }
@@ -134,6 +137,14 @@ impl Checkpoint {
     /// As [`Checkpoint::open`].
     pub fn from_static(bytes: &'static [u8], path: impl AsRef<Path>) -> Result<Self> {
         Self::read(path.as_ref(), Contents::Static(bytes))
+    }
+
+    /// Reads a `.safetensors` or `.gguf` file that is in memory; `path` only names it in errors and reports.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`].
+    pub fn from_bytes(bytes: Vec<u8>, path: impl AsRef<Path>) -> Result<Self> {
+        Self::read(path.as_ref(), Contents::Owned(bytes))
     }
 
     fn read(path: &Path, map: Contents) -> Result<Self> {
@@ -317,7 +328,8 @@ mod tests {
         let expected = std::fs::read(&path).unwrap();
         let len = expected.len();
         let built_in = Checkpoint::from_static(expected.clone().leak(), "embedded").unwrap();
-        for checkpoint in [Checkpoint::open(&path).unwrap(), built_in] {
+        let read = Checkpoint::from_bytes(expected.clone(), "read").unwrap();
+        for checkpoint in [Checkpoint::open(&path).unwrap(), built_in, read] {
             for range in [0..len, 1..4097, 5000..5001, 8191..len, len..len, len - 1..len + 1, 0..usize::MAX] {
                 assert_eq!(checkpoint.file_bytes(0), expected);
                 checkpoint.release(0, range.clone());

@@ -19,7 +19,8 @@ use std::sync::mpsc;
 #[derive(Clone, Copy)]
 pub struct Executor<'a> {
     /// Most bytes that all workers together may allocate; `None` for no cap. Mapped files do not count: the system
-    /// drops their pages when memory is short.
+    /// drops their pages when memory is short. The pages of a part are let go when it is finished, so there are at most
+    /// 4 Mi elements of each input per thread.
     pub max_memory: Option<u64>,
     /// Worker threads; one per processor if `None`. The output does not depend on it.
     pub threads: Option<usize>,

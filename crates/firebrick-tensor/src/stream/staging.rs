@@ -82,12 +82,24 @@ impl Staging {
         // Emptied before anything else changes: no line may speak of files that are about to go.
         journal.set_len(0).and_then(|()| journal.rewind()).map_err(StreamError::io(&path))?;
         std::fs::remove_dir_all(&out).map_err(StreamError::io(&out))?;
-        let files = create(&out, files)?;
+        let files = match create(&out, files) {
+            Ok(files) => files,
+            Err(error) => {
+                // Nothing to go on from: the disk is full, or has a limit on the size of files.
+                let _ = remove(&folder, journal);
+                return Err(error);
+            }
+        };
         let header = Header { firebrick_journal: JOURNAL_VERSION, key: key.to_owned() };
         let staging =
             Staging { folder, journal, files, claims: HashMap::new(), finished: AtomicUsize::new(0) };
-        staging.append(&header)?;
-        Ok(staging)
+        match staging.append(&header) {
+            Ok(()) => Ok(staging),
+            Err(error) => {
+                staging.discard();
+                Err(error)
+            }
+        }
     }
 
     /// What the journal says of this part.
