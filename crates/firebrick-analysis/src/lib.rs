@@ -14,6 +14,7 @@ mod allocation;
 mod error;
 mod file;
 mod host;
+mod importance;
 mod profile;
 mod report;
 mod residual_flow;
@@ -23,6 +24,7 @@ mod stats;
 pub use allocation::{Allocation, Plans, RankBudget, allocate_bits, allocate_ranks, bit_plans, rank_plans};
 pub use error::AnalysisError;
 pub use host::{output_energies, weight_on_host};
+pub use importance::importance;
 pub use profile::{
     BitLoss, LinearProfile, Profile, ProfileOptions, RankLoss, ResidualProfile, SplitHalf, WeightSkew,
     profile,

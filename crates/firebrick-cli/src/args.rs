@@ -7,7 +7,7 @@ use clap::{Args, Parser, Subcommand};
 use firebrick_core::DeviceSpec;
 
 use crate::commands::{
-    completions, convert, devices, eval, generate, inspect, man, merge, profile, prune, quantize, train,
+    completions, convert, devices, diff, eval, generate, imatrix, inspect, man, merge, profile, prune, quantize, train,
 };
 use crate::specialize;
 
@@ -36,6 +36,9 @@ pub struct Global {
     /// Most memory that writing checkpoints may use, such as 1GiB, beside the program and the pages of the files in work.
     #[arg(long, global = true, value_name = "SIZE")]
     pub max_memory: Option<Size>,
+    /// Most bytes of tensors in one file of a folder, such as 2GB; larger models get several files and an index.
+    #[arg(long, global = true, value_name = "SIZE")]
+    pub shard_size: Option<Size>,
     /// Say what would be read, written and needed, and stop.
     #[arg(long, global = true)]
     pub dry_run: bool,
@@ -76,8 +79,12 @@ pub enum Verb {
     Prune(prune::Prune),
     /// Write a model in another type or format.
     Convert(convert::Convert),
-    /// Shapes, sites and tensors of a model.
+    /// Measure which inputs of every layer matter, for `convert --imatrix` and llama.cpp.
+    Imatrix(imatrix::Imatrix),
+    /// Sizes, types, sites and tensors of a model, and what is wrong with it.
     Inspect(inspect::Inspect),
+    /// Tensor by tensor, how two checkpoints differ.
+    Diff(diff::Diff),
     /// The devices that can be computed on.
     Devices(devices::Devices),
     /// Print what a shell needs to complete command lines.

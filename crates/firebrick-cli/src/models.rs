@@ -24,6 +24,15 @@ const FETCHED: &[(&str, &str)] = &[("smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 /// Opens `embedded`, a folder, a GGUF file, or a name fetched with `cargo xtask model`.
 pub fn open(model: &str) -> Result<ModelFiles> {
+    open_with(model, ModelFiles::open)
+}
+
+/// Opens a model like [`open`], whatever is wrong with its tensors.
+pub fn open_unchecked(model: &str) -> Result<ModelFiles> {
+    open_with(model, ModelFiles::open_unchecked)
+}
+
+fn open_with(model: &str, open: fn(&Path) -> Result<ModelFiles, ModelError>) -> Result<ModelFiles> {
     if model == "embedded" {
         return ModelFiles::embedded().context("the embedded model");
     }
@@ -36,7 +45,7 @@ pub fn open(model: &str) -> Result<ModelFiles> {
         path = upward(starts.iter().flatten(), &fetched).ok_or_else(|| {
             Usage(format!("`{name}` is not here; fetch it with `cargo xtask model {name}`"))
         })?;
-        let mut files = ModelFiles::open(&path)?;
+        let mut files = open(&path)?;
         files.name = name.to_string();
         return Ok(files);
     }
@@ -48,7 +57,7 @@ pub fn open(model: &str) -> Result<ModelFiles> {
         ))
         .into());
     }
-    Ok(ModelFiles::open(&path)?)
+    Ok(open(&path)?)
 }
 
 /// The first `relative` that exists in one of `starts` or in a folder above.
@@ -78,13 +87,15 @@ pub fn plan(path: &Path, files: &ModelFiles) -> Result<ResolvedPlan> {
 
 /// The streaming executor as the command line asks for it.
 pub fn executor<'a>(global: &Global, terminal: &'a Terminal) -> Executor<'a> {
+    let default = Executor::default();
     Executor {
         max_memory: global.max_memory.map(|s| s.0),
         threads: global.threads,
+        shard_bytes: global.shard_size.map_or(default.shard_bytes, |s| s.0),
         resume: global.resume,
         overwrite: global.overwrite,
         progress: terminal,
-        ..Executor::default()
+        ..default
     }
 }
 

@@ -5,9 +5,10 @@ use std::path::Path;
 use std::str::FromStr;
 
 use firebrick_core::{Site, SiteTable};
-use firebrick_tensor::block::DType;
+use firebrick_tensor::block::{DType, encode_weighted};
 use firebrick_tensor::checkpoint::gguf::Value;
 use firebrick_tensor::checkpoint::{Format, TensorSpec, is_gguf_name};
+use firebrick_tensor::imatrix::ImportanceMatrix;
 use firebrick_tensor::stream::{
     Executor, Job, OutputSpec, Source, StreamError, StreamPlan, StreamReport, Target, Transform,
 };
@@ -39,7 +40,8 @@ enum Weights<'a> {
 
 /// A model about to be written, as a transformation on the streaming executor.
 ///
-/// Norms stay f32 in GGUF. With a 4-bit type the embedding and head become `Q8_0`; rows that are not a multiple of 32 long become `F16`.
+/// Norms stay f32 in GGUF. With a packed type the embedding and head become `Q8_0`, or `Q6_K` with a type of super-blocks. Where the
+/// blocks of a type do not divide the rows, another stands in: see [`Export::fallbacks`].
 /// An output that ends in `.gguf` is a GGUF file, anything else a Hugging Face folder.
 pub struct Export<'a> {
     name: String,
@@ -52,6 +54,8 @@ pub struct Export<'a> {
     encoded: BTreeMap<Site, EncodedWeight>,
     /// Layer `i` of the output is layer `layers[i]` of the source.
     layers: Vec<usize>,
+    /// Weights of the errors in each column, by site of the source.
+    importance: BTreeMap<Site, Vec<f32>>,
     settings: serde_json::Value,
     /// Hash of the weights that no source file of the executor holds.
     content: Option<String>,
@@ -63,7 +67,8 @@ pub struct ExportType(DType);
 
 impl ExportType {
     /// Every type, by name.
-    pub const NAMES: &'static str = "f32, f16, bf16, q8_0, q4_0, q4_1";
+    pub const NAMES: &'static str =
+        "f32, f16, bf16, q8_0, q4_0, q4_1, q5_0, q5_1, q2_k, q3_k, q4_k, q5_k, q6_k, iq4_nl, iq4_xs";
     /// Single precision.
     pub const F32: ExportType = ExportType(DType::F32);
     /// Half precision.
@@ -83,8 +88,7 @@ impl FromStr for ExportType {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let known = [DType::F32, DType::F16, DType::BF16, DType::Q8_0, DType::Q4_0, DType::Q4_1];
-        let found = known.into_iter().find(|d| d.name().eq_ignore_ascii_case(text));
+        let found = text.parse::<DType>().ok().filter(|d| d.is_real() && *d != DType::F64);
         found.map(ExportType).ok_or_else(|| format!("`{text}` is not one of {}", Self::NAMES))
     }
 }
@@ -119,6 +123,7 @@ impl<'a> Export<'a> {
             format: Format::Safetensors,
             encoded: BTreeMap::new(),
             layers,
+            importance: BTreeMap::new(),
             settings: serde_json::Value::Null,
             content: None,
         }
@@ -128,6 +133,23 @@ impl<'a> Export<'a> {
     pub fn with_encoded(mut self, encoded: BTreeMap<Site, EncodedWeight>) -> Self {
         self.encoded = encoded;
         self
+    }
+
+    /// Weighs the errors of packed types by the mean squares of the inputs in `matrix` (see [`encode_weighted`]); weights that it does
+    /// not name are rounded as without it.
+    ///
+    /// # Errors
+    /// [`ModelError::Unsupported`] if it names no weight of this model.
+    pub fn with_imatrix(mut self, matrix: &ImportanceMatrix) -> Result<Self, ModelError> {
+        let family = self.config.family();
+        let named = |site: Site| matrix.entries.get(&family.gguf_name(site)?)?.means(0);
+        let sites = self.weights().into_iter().map(|(site, _)| self.source_site(site));
+        self.importance = sites.filter_map(|site| Some((site, named(site)?))).collect();
+        if self.importance.is_empty() {
+            let what = format!("an importance matrix that names no weight of {}", self.name);
+            return Err(ModelError::Unsupported(what));
+        }
+        Ok(self)
     }
 
     /// Writes only these layers of the source, in this order; a layer may appear more than once.
@@ -145,6 +167,17 @@ impl<'a> Export<'a> {
     pub fn with_settings(mut self, settings: serde_json::Value) -> Self {
         self.settings = settings;
         self
+    }
+
+    /// The weights whose rows the blocks of the type do not divide, and the types they become in its place: as in llama.cpp, `Q5_0`
+    /// for `Q4_K`, `Q5_1` for `Q5_K`, `Q8_0` for `Q6_K`, `IQ4_NL` for `Q2_K`, `Q3_K` and `IQ4_XS`, and `F16` where 32 does not divide
+    /// the rows either.
+    pub fn fallbacks(&self) -> Vec<(Site, DType)> {
+        let weights = self.weights().into_iter().filter(|(site, shape)| {
+            self.dtype.is_packed() && shape.len() == 2 && !self.encoded.contains_key(&self.source_site(*site))
+        });
+        let found = weights.map(|(site, shape)| (site, fitting(self.wanted(site), shape[1])));
+        found.filter(|(site, dtype)| *dtype != self.wanted(*site)).collect()
     }
 
     /// What [`Export::write`] would read, write and need.
@@ -248,6 +281,15 @@ impl<'a> Export<'a> {
             DType::Q4_0 => 2,
             DType::Q4_1 => 3,
             DType::Q8_0 => 7,
+            DType::Q5_0 => 8,
+            DType::Q5_1 => 9,
+            DType::Q2K => 10,
+            DType::Q3K => 11,
+            DType::Q4K => 14,
+            DType::Q5K => 16,
+            DType::Q6K => 18,
+            DType::Iq4Nl => 25,
+            DType::Iq4Xs => 30,
             DType::BF16 => 32,
             _ => 0,
         };
@@ -267,6 +309,26 @@ impl<'a> Export<'a> {
         name.expect("the family names every weight of its table")
     }
 
+    /// The packed type of a matrix at `site` if its blocks divide the rows.
+    fn wanted(&self, site: Site) -> DType {
+        match site.layer {
+            Some(_) => self.dtype,
+            None if self.dtype.block_len() > DType::Q8_0.block_len() => DType::Q6K,
+            None => DType::Q8_0,
+        }
+    }
+
+    /// The weights of the columns of `from`, if they have a say in how it becomes `dtype`.
+    fn importance_of(&self, from: Site, dtype: DType) -> Option<&[f32]> {
+        let importance = self.importance.get(&from).filter(|_| dtype.is_packed())?;
+        let stored = match self.weights {
+            Weights::Files(files) => files.tensor_name(from).and_then(|n| files.checkpoint.get(&n)),
+            Weights::Decoder(_) => None,
+        };
+        // What is packed so already is copied.
+        (stored.map(|t| t.dtype) != Some(dtype)).then_some(importance)
+    }
+
     fn output_dtype(&self, site: Site, shape: &[usize]) -> DType {
         if let Some(encoded) = self.encoded.get(&self.source_site(site)) {
             return encoded.dtype;
@@ -274,10 +336,7 @@ impl<'a> Export<'a> {
         let gguf = self.format == Format::Gguf;
         match shape {
             [_] if gguf => DType::F32,
-            [_, columns] if self.dtype.is_packed() => {
-                let dtype = if site.layer.is_none() { DType::Q8_0 } else { self.dtype };
-                if columns.is_multiple_of(dtype.block_len()) { dtype } else { DType::F16 }
-            }
+            [_, columns] if self.dtype.is_packed() => fitting(self.wanted(site), *columns),
             _ => self.dtype,
         }
     }
@@ -310,6 +369,11 @@ impl Transform for Export<'_> {
             let from = self.source_site(site);
             let dtype = self.output_dtype(site, &shape);
             let elements: usize = shape.iter().product();
+            let importance = self.importance_of(from, dtype);
+            if let Some(columns) = importance.map(<[f32]>::len).filter(|n| shape.last() != Some(n)) {
+                problems
+                    .push(format!("the importance of `{from}` is {columns} numbers for inputs of {shape:?}"));
+            }
             let tensor = TensorSpec::new(self.output_name(site), dtype, shape);
             let reads = match self.weights {
                 Weights::Files(files) if !self.encoded.contains_key(&from) => {
@@ -328,8 +392,8 @@ impl Transform for Export<'_> {
                 }
                 _ => Vec::new(),
             };
-            let moved = self.reorders(from);
-            let spec = if !reads.is_empty() && !moved {
+            let whole = self.reorders(from) || importance.is_some();
+            let spec = if !reads.is_empty() && !whole {
                 OutputSpec::elementwise(tensor, reads)
             } else {
                 OutputSpec::whole(tensor, reads, elements as u64 * 8)
@@ -349,6 +413,7 @@ impl Transform for Export<'_> {
             "layers": self.layers,
             "encoded": self.encoded.iter().map(|(s, e)| (s.to_string(), e.dtype.name())).collect::<Vec<_>>(),
             "content": self.content,
+            "importance": self.importance_digest(),
             "how": self.settings,
         })
     }
@@ -368,8 +433,13 @@ impl Transform for Export<'_> {
                 None => job.write_bytes(&encoded.bytes),
             };
         }
+        let dtype = job.spec().tensor.dtype;
+        let importance = self.importance_of(from, dtype);
         let values = match self.weights {
-            Weights::Files(_) if !self.reorders(from) => return job.copy(),
+            Weights::Files(_) if !self.reorders(from) => match importance {
+                Some(_) => job.read_f32(0)?.into_owned(),
+                None => return job.copy(),
+            },
             Weights::Files(files) => {
                 let values = job.read_f32(0)?;
                 // Exactly one side interleaves, or `reorders` would be false.
@@ -388,11 +458,37 @@ impl Transform for Export<'_> {
                 }
             }
         };
-        job.write_f32(&values)
+        let Some(importance) = importance else { return job.write_f32(&values) };
+        let mut bytes = vec![0; dtype.bytes_for(values.len()).unwrap_or(0)];
+        encode_weighted(dtype, &values, importance, &mut bytes).map_err(StreamError::transform)?;
+        job.write_bytes(&bytes)
     }
 }
 
+/// The type, or the one that stands in for it where its blocks do not divide rows of `columns`.
+fn fitting(dtype: DType, columns: usize) -> DType {
+    let in_short_blocks = match dtype {
+        DType::Q2K | DType::Q3K | DType::Iq4Xs => DType::Iq4Nl,
+        DType::Q4K => DType::Q5_0,
+        DType::Q5K => DType::Q5_1,
+        DType::Q6K => DType::Q8_0,
+        other => other,
+    };
+    let divides = |d: &DType| columns.is_multiple_of(d.block_len());
+    [dtype, in_short_blocks].into_iter().find(divides).unwrap_or(DType::F16)
+}
+
 impl Export<'_> {
+    /// BLAKE3 of the importances, if there are any.
+    fn importance_digest(&self) -> Option<String> {
+        let mut hasher = blake3::Hasher::new();
+        for (site, values) in &self.importance {
+            let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+            hasher.update(format!("{site} {}\n", values.len()).as_bytes()).update(&bytes);
+        }
+        (!self.importance.is_empty()).then(|| hasher.finalize().to_hex().to_string())
+    }
+
     /// Whether the rows of this weight change their order on the way from the source's file to the output.
     fn reorders(&self, from: Site) -> bool {
         match self.weights {

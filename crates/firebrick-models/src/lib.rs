@@ -7,6 +7,7 @@
 pub mod chat;
 mod config;
 mod decoder;
+mod diff;
 mod error;
 mod export;
 mod family;
@@ -19,6 +20,7 @@ mod weights;
 
 pub use config::{DecoderConfig, NormPlacement};
 pub use decoder::Decoder;
+pub use diff::{Diff, Stored, SumDiff, TensorDiff, ValueDiff, diff, diff_checkpoints};
 pub use error::ModelError;
 pub use export::{EncodedWeight, Export, ExportType};
 pub use family::Family;

@@ -11,7 +11,7 @@ use crate::config::DecoderConfig;
 use crate::decoder::Decoder;
 use crate::error::ModelError;
 use crate::tokenizer::Tokenizer;
-use crate::weights::CheckpointWeights;
+use crate::weights::{CheckpointWeights, TensorSource, weight_shape};
 
 /// The model trained by this project and built into this crate; see `docs/guide/start.md`.
 static EMBEDDED: &[u8] = include_bytes!("../data/embedded.gguf");
@@ -51,11 +51,38 @@ impl ModelFiles {
     /// If a file is missing, damaged, or describes an architecture that is not supported; if the checkpoint has a tensor
     /// that the architecture has no place for, or the tokenizer more ids than the embedding has rows.
     pub fn open(path: &Path) -> Result<Self, ModelError> {
+        Self::read(path)?.checked()
+    }
+
+    /// Opens a model like [`ModelFiles::open`], whatever is wrong with its tensors: [`ModelFiles::problems`] lists that.
+    ///
+    /// # Errors
+    /// If a file is missing, damaged, or describes an architecture that is not supported.
+    pub fn open_unchecked(path: &Path) -> Result<Self, ModelError> {
+        Self::read(path)
+    }
+
+    /// Everything that keeps the model from being loaded: tensors that are missing, have no place in the architecture, or have another
+    /// shape than the configuration asks for, and more token ids than the embedding has rows.
+    ///
+    /// # Errors
+    /// If the checkpoint can't be read.
+    pub fn problems(&self) -> Result<Vec<String>, ModelError> {
+        let mut problems = self.strangers()?;
+        let weights = self.weights();
+        let sites = self.sites.entries().iter().map(|e| e.site);
+        let shapes = sites.filter_map(|site| Some((site, weight_shape(&self.sites, site)?)));
+        let wrong = shapes.filter_map(|(site, shape)| weights.check_site(site, &shape).err());
+        problems.extend(wrong.map(|e| e.to_string()));
+        Ok(problems)
+    }
+
+    fn read(path: &Path) -> Result<Self, ModelError> {
         if path.is_dir() {
             let config = DecoderConfig::from_hf_file(&path.join("config.json"))?;
             let tokenizer = Tokenizer::from_folder(path)?;
             let name = path.file_name().map_or("model".into(), |n| n.to_string_lossy().into_owned());
-            return Self::new(name, Checkpoint::open(path)?, config, tokenizer);
+            return Ok(Self::new(name, Checkpoint::open(path)?, config, tokenizer));
         }
         let checkpoint = Checkpoint::open(path)?;
         if checkpoint.format() != Format::Gguf {
@@ -73,7 +100,7 @@ impl ModelFiles {
     /// If the bytes in this crate are damaged.
     pub fn embedded() -> Result<Self, ModelError> {
         let path = PathBuf::from("embedded.gguf");
-        let mut files = Self::from_gguf(Checkpoint::from_static(EMBEDDED, &path)?, &path)?;
+        let mut files = Self::from_gguf(Checkpoint::from_static(EMBEDDED, &path)?, &path)?.checked()?;
         files.name = "embedded".into();
         Ok(files)
     }
@@ -90,26 +117,30 @@ impl ModelFiles {
         let tokenizer = Tokenizer::from_gguf(gguf)?;
         let stem = path.file_stem().map_or("model".into(), |n| n.to_string_lossy().into_owned());
         let name = gguf.str("general.name").map_or(stem, String::from);
-        Self::new(name, checkpoint, config, tokenizer)
+        Ok(Self::new(name, checkpoint, config, tokenizer))
     }
 
-    fn new(
-        name: String,
-        checkpoint: Checkpoint,
-        config: DecoderConfig,
-        tokenizer: Tokenizer,
-    ) -> Result<Self, ModelError> {
+    fn new(name: String, checkpoint: Checkpoint, config: DecoderConfig, tokenizer: Tokenizer) -> Self {
         let sites = config.family().site_table(&config);
-        let files = ModelFiles { name, checkpoint, config, tokenizer, sites };
-        let mut problems = files.unclaimed()?;
-        let (ids, rows) = (files.tokenizer.vocab_size(), files.config.vocab);
+        ModelFiles { name, checkpoint, config, tokenizer, sites }
+    }
+
+    fn checked(self) -> Result<Self, ModelError> {
+        let problems = self.strangers()?;
+        match problems.is_empty() {
+            true => Ok(self),
+            false => Err(ModelError::Invalid { path: self.checkpoint.path().into(), problems }),
+        }
+    }
+
+    /// Tensors and token ids that the architecture has no place for.
+    fn strangers(&self) -> Result<Vec<String>, ModelError> {
+        let mut problems = self.unclaimed()?;
+        let (ids, rows) = (self.tokenizer.vocab_size(), self.config.vocab);
         if ids > rows {
             problems.push(format!("the tokenizer has ids up to {}, the embedding has {rows} rows", ids - 1));
         }
-        match problems.is_empty() {
-            true => Ok(files),
-            false => Err(ModelError::Invalid { path: files.checkpoint.path().into(), problems }),
-        }
+        Ok(problems)
     }
 
     /// Tensors that no site takes: a model that has them computes something else than the wiring does.

@@ -15,7 +15,7 @@ mod sequential;
 
 pub use bit_losses::gptq_bit_losses;
 pub use error::QuantError;
-pub use gguf::{Blocks, gguf_blocks, gguf_weights};
+pub use gguf::{Blocks, Packing, gguf_blocks, gguf_weights};
 pub use gptq::{GptqConfig, GptqReport, gptq};
 pub use matrix::QuantizedMatrix;
 pub use packed_linear::PackedLinear;

@@ -2,11 +2,16 @@
 //!
 //! Every type is one row of a table: how many elements a block holds, how many bytes it takes, what GGUF and
 //! safetensors call it, and (for types that carry real numbers) how a run of blocks becomes `f32` and back.
-//! The packed types follow ggml's reference quantizers bit for bit.
+//! Decoders of packed types are ggml's bit for bit, and so are the encoders of 4, 5 and 8 bits in blocks of 32.
 
 mod codec;
+mod fit;
+mod kquants;
+
+pub use kquants::SuperBlock;
 
 use codec::*;
+use kquants::*;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
@@ -30,6 +35,35 @@ pub enum DType {
     Q4_1,
     /// 8-bit symmetric blocks of 32: an f16 scale `d`, values `q d`. 8.5 bits per value.
     Q8_0,
+    /// 5-bit symmetric blocks of 32: an f16 scale `d`, values `(q - 16) d`. 5.5 bits per value.
+    Q5_0,
+    /// 5-bit asymmetric blocks of 32: f16 scale `d` and minimum `m`, values `q d + m`. 6 bits per value.
+    Q5_1,
+    /// 2-bit asymmetric super-blocks of 256: groups of 16 have 4-bit multiples `s`, `t` of f16 `d` and `m`, values
+    /// `q s d - t m`. 2.625 bits per value.
+    #[serde(rename = "q2_k")]
+    Q2K,
+    /// 3-bit symmetric super-blocks of 256: groups of 16 have 6-bit multiples `s` of an f16 `d`, values `(q - 4) s d`. 3.4375
+    /// bits per value.
+    #[serde(rename = "q3_k")]
+    Q3K,
+    /// 4-bit asymmetric super-blocks of 256: groups of 32 have 6-bit multiples `s`, `t` of f16 `d` and `m`, values
+    /// `q s d - t m`. 4.5 bits per value.
+    #[serde(rename = "q4_k")]
+    Q4K,
+    /// 5-bit asymmetric super-blocks of 256, as `Q4K`. 5.5 bits per value.
+    #[serde(rename = "q5_k")]
+    Q5K,
+    /// 6-bit symmetric super-blocks of 256: groups of 16 have 8-bit multiples `s` of an f16 `d`, values `(q - 32) s d`. 6.5625
+    /// bits per value.
+    #[serde(rename = "q6_k")]
+    Q6K,
+    /// 4-bit blocks of 32 on 16 uneven levels `v`: an f16 scale `d`, values `v d`. 4.5 bits per value.
+    #[serde(rename = "iq4_nl")]
+    Iq4Nl,
+    /// 4-bit super-blocks of 256 on the levels of `Iq4Nl`: groups of 32 have 6-bit multiples of an f16. 4.25 bits per value.
+    #[serde(rename = "iq4_xs")]
+    Iq4Xs,
     /// IEEE 754 double precision.
     F64,
     /// Signed 8-bit integer.
@@ -83,7 +117,8 @@ pub enum BlockError {
 }
 
 type Decode = fn(&[u8], &mut [f32]);
-type Encode = fn(&[f32], &mut [u8]);
+// Values, weights of their errors, bytes.
+type Encode = fn(&[f32], Option<&[f32]>, &mut [u8]);
 
 struct Format {
     dtype: DType,
@@ -109,29 +144,31 @@ const fn plain(
 const fn packed(
     dtype: DType,
     name: &'static str,
+    block_len: usize,
     block_bytes: usize,
     ggml: u32,
     codec: (Decode, Encode),
 ) -> Format {
-    Format {
-        dtype,
-        name,
-        block_len: 32,
-        block_bytes,
-        ggml: Some(ggml),
-        safetensors: None,
-        codec: Some(codec),
-    }
+    Format { dtype, name, block_len, block_bytes, ggml: Some(ggml), safetensors: None, codec: Some(codec) }
 }
 
 // In the order of the enum; `DType::format` indexes it.
-static FORMATS: [Format; 16] = [
+static FORMATS: [Format; 25] = [
     plain(DType::F32, "f32", 4, Some(0), "F32", Some((decode_f32, encode_f32))),
     plain(DType::F16, "f16", 2, Some(1), "F16", Some((decode_f16, encode_f16))),
     plain(DType::BF16, "bf16", 2, Some(30), "BF16", Some((decode_bf16, encode_bf16))),
-    packed(DType::Q4_0, "q4_0", 18, 2, (decode_q4_0, encode_q4_0)),
-    packed(DType::Q4_1, "q4_1", 20, 3, (decode_q4_1, encode_q4_1)),
-    packed(DType::Q8_0, "q8_0", 34, 8, (decode_q8_0, encode_q8_0)),
+    packed(DType::Q4_0, "q4_0", 32, 18, 2, (decode_q4_0, encode_q4_0)),
+    packed(DType::Q4_1, "q4_1", 32, 20, 3, (decode_q4_1, encode_q4_1)),
+    packed(DType::Q8_0, "q8_0", 32, 34, 8, (decode_q8_0, encode_q8_0)),
+    packed(DType::Q5_0, "q5_0", 32, 22, 6, (decode_q5_0, encode_q5_0)),
+    packed(DType::Q5_1, "q5_1", 32, 24, 7, (decode_q5_1, encode_q5_1)),
+    packed(DType::Q2K, "q2_k", 256, 84, 10, (decode_q2_k, encode_q2_k)),
+    packed(DType::Q3K, "q3_k", 256, 110, 11, (decode_q3_k, encode_q3_k)),
+    packed(DType::Q4K, "q4_k", 256, 144, 12, (decode_q4_k, encode_q4_k)),
+    packed(DType::Q5K, "q5_k", 256, 176, 13, (decode_q5_k, encode_q5_k)),
+    packed(DType::Q6K, "q6_k", 256, 210, 14, (decode_q6_k, encode_q6_k)),
+    packed(DType::Iq4Nl, "iq4_nl", 32, 18, 20, (decode_iq4_nl, encode_iq4_nl)),
+    packed(DType::Iq4Xs, "iq4_xs", 256, 136, 23, (decode_iq4_xs, encode_iq4_xs)),
     plain(DType::F64, "f64", 8, Some(28), "F64", Some((decode_f64, encode_f64))),
     plain(DType::I8, "i8", 1, Some(24), "I8", None),
     plain(DType::U8, "u8", 1, None, "U8", None),
@@ -270,7 +307,8 @@ pub fn decode(dtype: DType, bytes: &[u8], out: &mut [f32]) -> Result<(), BlockEr
     Ok(())
 }
 
-/// Encodes a run of whole blocks as ggml's reference quantizers do.
+/// Encodes a run of whole blocks: the types of 4, 5 and 8 bits in blocks of 32 as ggml's reference quantizers do, the K and IQ4 types
+/// with the least squared error that a search over scales finds.
 ///
 /// Values out of the range of an f16 (value or scale) become infinite, as in ggml; what is not finite stays
 /// not finite in the float types and is undefined (but never a panic) in the packed ones.
@@ -279,7 +317,36 @@ pub fn decode(dtype: DType, bytes: &[u8], out: &mut [f32]) -> Result<(), BlockEr
 /// When `dtype` holds integers, or `out` is not the size of `values.len()` elements.
 pub fn encode(dtype: DType, values: &[f32], out: &mut [u8]) -> Result<(), BlockError> {
     let (_, encode) = codec(dtype, values.len(), out.len())?;
-    encode(values, out);
+    encode(values, None, out);
+    Ok(())
+}
+
+/// Encodes whole rows, where a squared error in column `j` counts `importance[j]` times: the mean square of what the column is
+/// multiplied with, as an importance matrix holds it.
+///
+/// The float types and `Q8_0` come out as from [`encode`]. Only ratios of importances matter; one that is not a positive number
+/// counts as almost nothing, and if all are, they count the same.
+///
+/// # Errors
+/// As [`encode`], and when `importance` is not as long as a row, that is: is not whole blocks, or does not divide `values`.
+pub fn encode_weighted(
+    dtype: DType,
+    values: &[f32],
+    importance: &[f32],
+    out: &mut [u8],
+) -> Result<(), BlockError> {
+    let (_, encode) = codec(dtype, values.len(), out.len())?;
+    let columns = importance.len();
+    let row_bytes = dtype.bytes_for(columns).filter(|n| *n > 0 && values.len().is_multiple_of(columns));
+    let row_bytes = row_bytes.ok_or(BlockError::PartialBlock { dtype, elements: columns })?;
+    let usable = |v: &f32| if v.is_finite() && *v > 0.0 { f64::from(*v) } else { 0.0 };
+    let mean = importance.iter().map(usable).sum::<f64>() / columns as f64;
+    // Never 0: a group of columns without weight would have no best scale.
+    let weight = |v: &f32| if mean > 0.0 { (usable(v) / mean).max(1e-6) as f32 } else { 1.0 };
+    let weights: Vec<f32> = importance.iter().map(weight).collect();
+    for (row, out) in values.chunks_exact(columns).zip(out.chunks_exact_mut(row_bytes)) {
+        encode(row, Some(&weights), out);
+    }
     Ok(())
 }
 
@@ -302,7 +369,11 @@ mod tests {
         }
         assert_eq!("Q8_0".parse(), Ok(DType::Q8_0));
         let error = "q9".parse::<DType>().unwrap_err().to_string();
-        assert_eq!(error, "unknown storage type `q9`; known: f32, f16, bf16, q4_0, q4_1, q8_0, f64");
+        assert_eq!(
+            error,
+            "unknown storage type `q9`; known: f32, f16, bf16, q4_0, q4_1, q8_0, q5_0, q5_1, \
+             q2_k, q3_k, q4_k, q5_k, q6_k, iq4_nl, iq4_xs, f64"
+        );
     }
 
     #[test]
@@ -317,6 +388,8 @@ mod tests {
         assert_eq!(DType::F32.bytes_for_shape(&[0, 7]), Some(0));
         assert_eq!(DType::F32.bytes_for_shape(&[usize::MAX, 2]), None);
         assert_eq!(DType::Q4_1.bits_per_element(), 5.0);
+        assert_eq!(DType::Q2K.bytes_for_shape(&[3, 512]), Some(3 * 2 * 84));
+        assert_eq!(DType::Q6K.bytes_for_shape(&[256, 128]), None);
 
         let (mut bytes, mut values) = ([0; 34], [0.0; 32]);
         let short = decode(DType::Q8_0, &bytes[..33], &mut values).unwrap_err();

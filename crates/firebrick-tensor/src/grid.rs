@@ -167,7 +167,7 @@ impl GroupParams {
 }
 
 /// `x` to the nearest integer, half to even, for `|x| < 2^22`: `round_ties_even` is a call where the target has no SSE4.1.
-fn near(x: f32) -> f32 {
+pub(crate) fn near(x: f32) -> f32 {
     const SHIFT: f32 = 12_582_912.0;
     (x + SHIFT) - SHIFT
 }

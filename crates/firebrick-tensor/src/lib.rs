@@ -5,6 +5,7 @@
 pub mod block;
 pub mod checkpoint;
 pub mod grid;
+pub mod imatrix;
 pub mod linalg;
 pub mod ops;
 pub mod stream;

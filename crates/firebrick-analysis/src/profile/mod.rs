@@ -325,7 +325,7 @@ pub fn profile(
     })
 }
 
-fn check(decoder: &Decoder, ids: &[u32], options: &ProfileOptions) -> Result<(), AnalysisError> {
+pub(crate) fn check(decoder: &Decoder, ids: &[u32], options: &ProfileOptions) -> Result<(), AnalysisError> {
     let problems = options.problems();
     if !problems.is_empty() {
         return Err(AnalysisError::Options { problems });
@@ -346,7 +346,12 @@ fn check(decoder: &Decoder, ids: &[u32], options: &ProfileOptions) -> Result<(),
 }
 
 /// The embedded windows, `[batch, window, d_model]` each.
-fn embed(decoder: &Decoder, ids: &[u32], windows: &[Range<usize>], batch: usize) -> Vec<Tensor<3>> {
+pub(crate) fn embed(
+    decoder: &Decoder,
+    ids: &[u32],
+    windows: &[Range<usize>],
+    batch: usize,
+) -> Vec<Tensor<3>> {
     let embed = |windows: &[Range<usize>]| {
         let windows: Vec<&[u32]> = windows.iter().map(|w| &ids[w.clone()]).collect();
         decoder.embed(token_tensor(&windows, &decoder.device()), &mut Run::default())

@@ -3,6 +3,7 @@
 #![allow(clippy::disallowed_methods, reason = "tests are told by the environment what is there")]
 
 mod allocations;
+mod importance;
 mod profiles;
 mod smollm2;
 

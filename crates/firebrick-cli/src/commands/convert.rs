@@ -1,11 +1,13 @@
 //! `firebrick convert`.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::Args;
 use firebrick_models::{Export, ExportType};
 use firebrick_tensor::checkpoint::is_gguf_name;
+use firebrick_tensor::imatrix::ImportanceMatrix;
 use serde_json::json;
 
 use crate::args::{Global, Usage};
@@ -20,12 +22,15 @@ pub struct Convert {
     /// A path that ends in .gguf becomes a GGUF file, any other a Hugging Face folder.
     #[arg(value_name = "OUT")]
     output: PathBuf,
-    /// Storage type: f32, f16, bf16, q8_0, q4_0, q4_1.
+    /// Storage type: f32, f16, bf16, q8_0, q4_0, q4_1, q5_0, q5_1, q2_k, q3_k, q4_k, q5_k, q6_k, iq4_nl, iq4_xs.
     #[arg(long = "type", default_value = "f32", value_name = "TYPE")]
     dtype: ExportType,
     /// PEFT adapter folder to merge into the weights; may be given more than once.
     #[arg(long, value_name = "DIR")]
     adapter: Vec<PathBuf>,
+    /// Importance matrix, as `firebrick imatrix` or llama.cpp writes it: packed types round what matters most best.
+    #[arg(long, value_name = "FILE")]
+    imatrix: Option<PathBuf>,
 }
 
 impl Convert {
@@ -35,6 +40,9 @@ impl Convert {
         if self.dtype.dtype().is_packed() && !gguf {
             let what = format!("--type {}: packed types need an OUT that ends in .gguf", self.dtype.dtype());
             return Err(Usage(what).into());
+        }
+        if self.imatrix.is_some() && !self.dtype.dtype().is_packed() {
+            return Err(Usage(format!("--imatrix: {} has no blocks to weigh", self.dtype.dtype())).into());
         }
         let files = models::open(&self.input)?;
         if self.adapter.is_empty() {
@@ -50,7 +58,16 @@ impl Convert {
         self.write(export, global, terminal)
     }
 
-    fn write(&self, export: Export<'_>, global: &Global, terminal: &Terminal) -> Result<()> {
+    fn write(&self, mut export: Export<'_>, global: &Global, terminal: &Terminal) -> Result<()> {
+        if let Some(path) = &self.imatrix {
+            export = export.with_imatrix(&ImportanceMatrix::read(path)?)?;
+        }
+        let mut fallbacks = BTreeMap::<&str, usize>::new();
+        export.fallbacks().iter().for_each(|(_, dtype)| *fallbacks.entry(dtype.name()).or_default() += 1);
+        for (dtype, count) in fallbacks {
+            let wanted = self.dtype.dtype();
+            terminal.say(&format!("warning: the blocks of {wanted} do not divide the rows of {count} tensors, which become {dtype}"));
+        }
         let executor = models::executor(global, terminal);
         if global.dry_run {
             return models::planned(&export.plan(&self.output, &executor)?, terminal);

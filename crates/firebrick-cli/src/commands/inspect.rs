@@ -2,42 +2,58 @@
 
 use std::collections::BTreeMap;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use clap::Args;
-use firebrick_core::Part;
+use firebrick_core::{Part, Progress, Task};
 use firebrick_models::ModelFiles;
-use serde_json::json;
+use firebrick_tensor::checkpoint::Checkpoint;
+use serde_json::{Map, json};
 
-use crate::args::Global;
+use crate::args::{Global, Usage};
 use crate::models;
 use crate::ui::Terminal;
 
 #[derive(Args)]
 pub struct Inspect {
-    /// Model: a folder, a .gguf file, `embedded`, or a fetched name.
+    /// Model: a folder, a .gguf file, `embedded`, or a fetched name; of any other checkpoint the tensors.
     #[arg(value_name = "M")]
     model: String,
     /// List every tensor.
     #[arg(long)]
     tensors: bool,
+    /// Read every tensor and look for values that are infinite or not numbers.
+    #[arg(long)]
+    check: bool,
 }
+
+/// Tensors, elements and bytes.
+type Sizes = (usize, usize, usize);
 
 impl Inspect {
     pub fn run(&self, _global: &Global, terminal: &Terminal) -> Result<()> {
-        let files = models::open(&self.model)?;
-        let mut types = BTreeMap::<&str, (usize, usize, usize)>::new();
-        for t in files.checkpoint.tensors() {
-            let entry = types.entry(t.dtype.name()).or_default();
-            *entry = (entry.0 + 1, entry.1 + t.elements(), entry.2 + t.len);
+        match models::open_unchecked(&self.model) {
+            Ok(files) => self.model(&files, terminal),
+            // Of another architecture, or no model at all: its tensors can be shown nevertheless.
+            Err(why) => match Checkpoint::open(&self.model) {
+                Ok(checkpoint) if !why.is::<Usage>() => self.checkpoint(&checkpoint, &why, terminal),
+                _ => Err(why),
+            },
         }
-        let parameters: usize = types.values().map(|t| t.1).sum();
-        let bytes: usize = types.values().map(|t| t.2).sum();
-        let tensors: Vec<_> = files
-            .checkpoint
-            .tensors()
-            .iter()
-            .map(|t| json!({"name": t.name, "type": t.dtype.name(), "shape": t.shape, "bytes": t.len}))
-            .collect();
+    }
+
+    fn model(&self, files: &ModelFiles, terminal: &Terminal) -> Result<()> {
+        let types = types(&files.checkpoint);
+        let (_, parameters, bytes) = total(&types);
+        let mut parts = BTreeMap::<Part, Sizes>::new();
+        for entry in files.sites().entries().iter().filter(|e| e.tensor.is_some()) {
+            let name = files.weights().tensor_name(entry.site);
+            if let Some(t) = name.and_then(|n| files.checkpoint.get(&n)) {
+                add(parts.entry(entry.site.part).or_default(), t.elements(), t.len);
+            }
+        }
+        let by_part: Map<_, _> = parts.iter().map(|(part, sizes)| (part.to_string(), json!(sizes))).collect();
+        let mut problems = files.problems()?;
+        problems.extend(self.values(&files.checkpoint, terminal)?);
         let sites: Vec<_> = files.sites().entries().iter().filter(|e| e.tensor.is_some()).collect();
         let config = &files.config;
         let output = json!({
@@ -46,14 +62,17 @@ impl Inspect {
             "parameters": parameters,
             "bytes": bytes,
             "types": types,
+            "parts": by_part,
             "vocab": files.tokenizer.vocab_size(),
             "chat_template": files.tokenizer.chat_template().is_some(),
             "sites": sites,
-            "tensors": tensors,
+            "tensors": listed(&files.checkpoint),
+            "checked_values": self.check,
+            "problems": problems,
         });
         terminal.result(&output, || {
             let mut text = format!(
-                "{} ({})\n  {} layers, d_model {}, d_ff {}, {} heads of {} ({} key-value), vocabulary {}{}\n  {:.1} M parameters, {:.1} MB\n",
+                "{} ({})\n  {} layers, d_model {}, d_ff {}, {} heads of {} ({} key-value), vocabulary {}{}\n",
                 files.name,
                 config.model_type,
                 config.layers,
@@ -64,23 +83,120 @@ impl Inspect {
                 config.kv_heads,
                 config.vocab,
                 if config.tied_head { ", tied head" } else { "" },
-                parameters as f64 / 1e6,
-                bytes as f64 / 1e6,
             );
-            for (name, (count, elements, bytes)) in &types {
-                text += &format!("  {name:5} {count:4} tensors {elements:>12} values {bytes:>12} bytes\n");
+            text += &sizes(&types);
+            let linears = linears(files);
+            for (part, (_, elements, bytes)) in &parts {
+                let shape = linears.iter().filter(|l| l.0 == *part);
+                let shape =
+                    shape.map(|(_, (d_in, d_out), count)| format!("  {count} sites   {d_in} -> {d_out}"));
+                let shape = shape.collect::<String>();
+                text += &format!("  {:14} {elements:>12} values {bytes:>12} bytes{shape}\n", part.name());
             }
-            for (part, (d_in, d_out), count) in linears(&files) {
-                text += &format!("  {:9} {count:4} sites   {d_in} -> {d_out}\n", part.name());
-            }
-            if self.tensors {
-                for t in files.checkpoint.tensors() {
-                    text += &format!("  {:50} {:5} {:?}\n", t.name, t.dtype.name(), t.shape);
-                }
-            }
-            text
-        })
+            text + &self.tail(&files.checkpoint, &problems)
+        })?;
+        verdict(&problems)
     }
+
+    fn checkpoint(&self, checkpoint: &Checkpoint, why: &anyhow::Error, terminal: &Terminal) -> Result<()> {
+        let types = types(checkpoint);
+        let (_, parameters, bytes) = total(&types);
+        let problems = self.values(checkpoint, terminal)?;
+        let output = json!({
+            "name": self.model,
+            "not_a_model": why.to_string(),
+            "parameters": parameters,
+            "bytes": bytes,
+            "types": types,
+            "tensors": listed(checkpoint),
+            "checked_values": self.check,
+            "problems": problems,
+        });
+        terminal.result(&output, || {
+            let tail = self.tail(checkpoint, &problems);
+            format!("{}\n  not a model that can be run: {why}\n{}{tail}", self.model, sizes(&types))
+        })?;
+        verdict(&problems)
+    }
+
+    /// With --check: the tensors that hold values which are no numbers.
+    fn values(&self, checkpoint: &Checkpoint, terminal: &Terminal) -> Result<Vec<String>> {
+        let mut problems = Vec::new();
+        if !self.check {
+            return Ok(problems);
+        }
+        let tensors = checkpoint.tensors().iter().filter(|t| t.dtype.is_real());
+        let bytes = tensors.clone().map(|t| t.len as u64).sum();
+        let mut task = Task::begin(terminal as &dyn Progress, "check", Some(bytes), "bytes");
+        for t in tensors {
+            let count = checkpoint.count_not_finite(&t.name)?;
+            if count > 0 {
+                problems.push(format!(
+                    "tensor `{}`: {count} of {} values are not finite",
+                    t.name,
+                    t.elements()
+                ));
+            }
+            task.advance(t.len as u64, &t.name)?;
+        }
+        Ok(problems)
+    }
+
+    fn tail(&self, checkpoint: &Checkpoint, problems: &[String]) -> String {
+        let mut text = String::new();
+        if self.tensors {
+            for t in checkpoint.tensors() {
+                text += &format!("  {:50} {:6} {:?}\n", t.name, t.dtype.name(), t.shape);
+            }
+        }
+        if self.check && problems.is_empty() {
+            text += "  every value is a finite number\n";
+        }
+        problems.iter().for_each(|problem| text += &format!("  problem: {problem}\n"));
+        text
+    }
+}
+
+fn verdict(problems: &[String]) -> Result<()> {
+    match problems.len() {
+        0 => Ok(()),
+        1 => bail!("{}", problems[0]),
+        n => bail!("{n} problems, the first: {}", problems[0]),
+    }
+}
+
+fn add(sizes: &mut Sizes, elements: usize, bytes: usize) {
+    *sizes = (sizes.0 + 1, sizes.1 + elements, sizes.2 + bytes);
+}
+
+fn types(checkpoint: &Checkpoint) -> BTreeMap<&'static str, Sizes> {
+    let mut types = BTreeMap::new();
+    for t in checkpoint.tensors() {
+        add(types.entry(t.dtype.name()).or_default(), t.elements(), t.len);
+    }
+    types
+}
+
+fn total(types: &BTreeMap<&str, Sizes>) -> Sizes {
+    types.values().fold((0, 0, 0), |a, t| (a.0 + t.0, a.1 + t.1, a.2 + t.2))
+}
+
+fn sizes(types: &BTreeMap<&str, Sizes>) -> String {
+    let (tensors, elements, bytes) = total(types);
+    let bits = 8.0 * bytes as f64 / (elements as f64).max(1.0);
+    let (millions, megabytes) = (elements as f64 / 1e6, bytes as f64 / 1e6);
+    let mut text = format!(
+        "  {millions:.1} M parameters in {tensors} tensors, {megabytes:.1} MB, {bits:.2} bits per parameter\n"
+    );
+    for (name, (count, elements, bytes)) in types {
+        text += &format!("  {name:6} {count:4} tensors {elements:>12} values {bytes:>12} bytes\n");
+    }
+    text
+}
+
+fn listed(checkpoint: &Checkpoint) -> Vec<serde_json::Value> {
+    let one = |t: &firebrick_tensor::checkpoint::TensorInfo| json!({"name": t.name, "type": t.dtype.name(), "shape": t.shape, "bytes": t.len});
+    checkpoint.tensors().iter().map(one).collect()
 }
 
 /// The linear layers by part and shape `(d_in, d_out)`, and how many there are of each.

@@ -3,8 +3,10 @@
 pub mod completions;
 pub mod convert;
 pub mod devices;
+pub mod diff;
 pub mod eval;
 pub mod generate;
+pub mod imatrix;
 pub mod inspect;
 pub mod man;
 pub mod merge;
@@ -29,7 +31,7 @@ pub fn run(cli: &Cli, terminal: &Terminal) -> Result<()> {
     }
     let idle = matches!(
         cli.verb,
-        Verb::Generate(_) | Verb::Inspect(_) | Verb::Devices(_) | Verb::Completions(_) | Verb::Man(_)
+        Verb::Generate(_) | Verb::Inspect(_) | Verb::Diff(_) | Verb::Devices(_) | Verb::Completions(_) | Verb::Man(_)
     );
     if global.dry_run && idle {
         return Err(Usage("--dry-run: this verb writes nothing that could be foreseen".into()).into());
@@ -44,7 +46,9 @@ pub fn run(cli: &Cli, terminal: &Terminal) -> Result<()> {
         Verb::Quantize(v) => v.run(global, terminal),
         Verb::Prune(v) => v.run(global, terminal),
         Verb::Convert(v) => v.run(global, terminal),
+        Verb::Imatrix(v) => v.run(global, terminal),
         Verb::Inspect(v) => v.run(global, terminal),
+        Verb::Diff(v) => v.run(global, terminal),
         Verb::Devices(v) => v.run(global, terminal),
         Verb::Completions(v) => v.run(),
         Verb::Man(v) => v.run(global, terminal),

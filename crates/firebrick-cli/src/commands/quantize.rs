@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::{Args, ValueEnum};
 use firebrick_models::{Export, ExportType};
-use firebrick_quant::{GptqConfig, Method, QuantConfig, gguf_weights, quantize};
+use firebrick_quant::{GptqConfig, Method, Packing, QuantConfig, gguf_weights, quantize};
 use firebrick_tensor::checkpoint::is_gguf_name;
 use firebrick_tensor::grid::{Grid, GridKind};
 use firebrick_train::TextData;
@@ -32,7 +32,7 @@ pub struct Quantize {
     /// How codes are chosen.
     #[arg(long, value_enum, default_value = "gptq")]
     method: Quantizer,
-    /// Bits per code: 2, 3, 4 or 8. GGUF stores codes of 2 to 4 bits in 4-bit blocks.
+    /// Bits per code: 2, 3, 4 or 8. GGUF stores codes of 2 to 4 bits in 4-bit blocks, unless groups are 256 long or --k-quants is given.
     #[arg(long, default_value_t = 4, value_name = "B")]
     bits: u8,
     /// Weights that share a scale; 0 for a whole row.
@@ -56,6 +56,9 @@ pub struct Quantize {
     /// At most this many calibration windows, spread over the text.
     #[arg(long, default_value_t = 16, value_name = "N")]
     windows: usize,
+    /// Store codes of 2 and 3 bits as Q2_K and Q3_K where rows are a multiple of 256, with the scales rounded once more.
+    #[arg(long)]
+    k_quants: bool,
     /// A path that ends in .gguf gets packed weights, any other path a folder with what they stand for.
     #[arg(long, value_name = "OUT")]
     out: PathBuf,
@@ -102,7 +105,9 @@ impl Quantize {
         };
         let quantized = quantize(model.decoder, &text, &config, terminal)?;
         let gguf = is_gguf_name(&self.out);
-        let (encoded, fallback) = if gguf { gguf_weights(&quantized.matrices) } else { Default::default() };
+        let packing = if self.k_quants { Packing::Small } else { Packing::Exact };
+        let (encoded, fallback) =
+            if gguf { gguf_weights(&quantized.matrices, packing) } else { Default::default() };
         let stored = models::stored_bytes(&quantized.matrices, &encoded);
         if !fallback.is_empty() {
             let count = fallback.len();
@@ -149,6 +154,9 @@ impl Quantize {
             return wrong(format!("--bits {}: choose 2, 3, 4 or 8", self.bits));
         }
         models::check_windows(self.window, self.windows)?;
+        if self.k_quants && !is_gguf_name(&self.out) {
+            return wrong("--k-quants: block types need an --out that ends in .gguf".into());
+        }
         if self.act_order && matches!(self.method, Quantizer::Rtn) {
             return wrong("--act-order is an order of GPTQ; --method rtn has none".into());
         }

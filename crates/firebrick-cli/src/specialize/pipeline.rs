@@ -15,7 +15,7 @@ use firebrick_elastic::{DropKind, DropPlan};
 use firebrick_models::{Decoder, Export, ExportType, Model, ModelFiles};
 use firebrick_moe::{AdapterRouter, fit_adapter_router};
 use firebrick_peft::{LoraBank, LoraConfig, fit_lora, hf};
-use firebrick_quant::{GptqConfig, Method, QuantConfig, gguf_weights, gptq_bit_losses, quantize};
+use firebrick_quant::{GptqConfig, Method, Packing, QuantConfig, gguf_weights, gptq_bit_losses, quantize};
 use firebrick_tensor::grid::{Grid, GridKind};
 use firebrick_tensor::stream::Executor;
 use firebrick_train::{TextData, TrainConfig, perplexity};
@@ -376,7 +376,7 @@ impl<'a> Pipeline<'a> {
                 let merged = self.written("merged", &self.inner)?;
                 let config = self.quant_config(&plan.plan)?;
                 let quantized = quantize(merged.decoder, &text, &config, self.terminal)?;
-                let (encoded, _) = gguf_weights(&quantized.matrices);
+                let (encoded, _) = gguf_weights(&quantized.matrices, Packing::Exact);
                 let file_bytes = models::stored_bytes(&quantized.matrices, &encoded);
                 if *name == all[0].0 {
                     Export::decoder(&self.files.name, &quantized.decoder, &merged.tokenizer, ExportType::F16)

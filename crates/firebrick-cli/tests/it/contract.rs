@@ -1,6 +1,6 @@
 //! The command-line contract: fields, exit codes, files.
 
-use crate::{json, run, text};
+use crate::{files, json, run, text};
 
 #[test]
 fn eval_generate_inspect() {
@@ -132,6 +132,104 @@ fn merge_writes_what_was_asked() {
 }
 
 #[test]
+fn diff_and_inspect_say_what_is_there() {
+    let dir = tempfile::tempdir().unwrap();
+    json(dir.path(), &["convert", "embedded", "a"]);
+    json(dir.path(), &["convert", "embedded", "a.gguf"]);
+    json(dir.path(), &["convert", "embedded", "half", "--type", "bf16"]);
+    let same = json(dir.path(), &["diff", "a", "a.gguf"]);
+    assert_eq!(same["total"]["max_abs"].as_f64(), Some(0.0));
+    assert!(same["tensors"].as_array().unwrap().iter().all(|t| t["identical"] == true));
+    let half = json(dir.path(), &["diff", "a", "half"]);
+    let relative = half["total"]["relative"].as_f64().unwrap();
+    assert!(relative > 0.0 && relative < 4e-3, "bf16 has 8 bits of mantissa: {relative}");
+    assert_eq!(half["tensors"][0]["b"]["type"], "bf16");
+    let layers = json(dir.path(), &["inspect", "a"])["config"]["layers"].as_u64().unwrap() as usize;
+    assert_eq!(half["layers"].as_array().unwrap().len(), layers);
+    let text = String::from_utf8(run(dir.path(), &["diff", "a", "half"]).stdout).unwrap();
+    assert!(text.contains("mlp.down") && text.contains("layers.0") && text.contains("f32"), "{text}");
+
+    // Shards are the model, and what is in none of them is missing.
+    json(dir.path(), &["convert", "embedded", "shards", "--shard-size", "3MB"]);
+    let count = files(&dir.path().join("shards")).keys().filter(|n| n.ends_with(".safetensors")).count();
+    assert!(count > 3, "12 MB in files of 3 MB: {count}");
+    assert!(dir.path().join("shards/model.safetensors.index.json").exists());
+    assert_eq!(json(dir.path(), &["diff", "a", "shards"])["total"], same["total"]);
+
+    let found = json(dir.path(), &["inspect", "a", "--check"]);
+    assert_eq!((found["problems"].as_array().unwrap().len(), &found["checked_values"]), (0, &true.into()));
+    assert!(found["parts"]["mlp.down"][1].as_u64().unwrap() > 100_000);
+    // A value that is none, in the last tensor of the file.
+    let path = dir.path().join("a/model.safetensors");
+    let mut bytes = std::fs::read(&path).unwrap();
+    let end = bytes.len() - 4;
+    bytes[end..].copy_from_slice(&f32::NAN.to_le_bytes());
+    std::fs::write(&path, bytes).unwrap();
+    assert!(
+        run(dir.path(), &["inspect", "a"]).status.success(),
+        "control: values are read with --check only"
+    );
+    let output = run(dir.path(), &["inspect", "a", "--check", "--json"]);
+    let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stdout.contains("1 of") && stdout.contains("not finite"), "{stdout}");
+    let broken = json(dir.path(), &["diff", "a", "a.gguf"]);
+    assert_eq!(broken["total"]["not_finite"].as_u64(), Some(1));
+
+    let config = dir.path().join("a/config.json");
+    let text = std::fs::read_to_string(&config).unwrap();
+    let more = text.replace(
+        &format!("\"num_hidden_layers\": {layers}"),
+        &format!("\"num_hidden_layers\": {}", layers + 1),
+    );
+    assert_ne!(more, text);
+    std::fs::write(&config, more).unwrap();
+    let output = run(dir.path(), &["inspect", "a"]);
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    let listed = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(stderr.contains("9 problems"), "{stderr}");
+    assert_eq!(
+        listed.lines().filter(|l| l.contains("problem:") && l.contains("missing")).count(),
+        9,
+        "{listed}"
+    );
+
+    // What is no model is shown and compared by name.
+    let tensors = json(dir.path(), &["inspect", "half/model.safetensors"]);
+    assert!(tensors["not_a_model"].is_string() && tensors["parameters"].as_u64().unwrap() > 1_000_000);
+    let by_name = json(dir.path(), &["diff", "half/model.safetensors", "half/model.safetensors"]);
+    assert_eq!(by_name["total"]["max_abs"].as_f64(), Some(0.0));
+}
+
+#[test]
+fn importance_matrices_are_measured_and_used() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = text(dir.path(), "t.txt", "copper", 24);
+    let file = file.to_str().unwrap();
+    let measure = ["imatrix", "--model", "embedded", "--data", file, "--window", "64", "--windows", "8"];
+    let done = json(dir.path(), &[&measure[..], &["--out", "i.gguf"]].concat());
+    assert_eq!(done["tokens"].as_u64(), Some(512));
+    let again = run(dir.path(), &[&measure[..], &["--out", "i.gguf"]].concat());
+    assert_eq!(again.status.code(), Some(2), "what is there is kept");
+    let eval = |model: &str| {
+        let args = ["eval", "--model", model, "--data", file, "--window", "64"];
+        json(dir.path(), &args)["mean_nll"].as_f64().unwrap()
+    };
+    json(dir.path(), &["convert", "embedded", "plain.gguf", "--type", "iq4_nl"]);
+    json(dir.path(), &["convert", "embedded", "weighted.gguf", "--type", "iq4_nl", "--imatrix", "i.gguf"]);
+    let (base, plain, weighted) = (eval("embedded"), eval("plain.gguf"), eval("weighted.gguf"));
+    println!("embedded {base}, iq4_nl {plain}, with importance {weighted}");
+    assert!(weighted != plain && (weighted - base).abs() < 0.1, "{base}, {plain}, {weighted}");
+
+    // Rows of 192 and 384 hold no super-block: what stands in is said.
+    let output = run(dir.path(), &["convert", "embedded", "k.gguf", "--type", "q4_k"]);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && stderr.contains("become q5_0"), "{stderr}");
+    let inspect = json(dir.path(), &["inspect", "k.gguf"]);
+    assert!(inspect["types"]["q5_0"].is_array() && inspect["types"]["q4_k"].is_null(), "{inspect}");
+}
+
+#[test]
 fn wrong_calls_say_what_to_do_and_leave_nothing() {
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("short.txt"), "too short").unwrap();
@@ -150,6 +248,15 @@ fn wrong_calls_say_what_to_do_and_leave_nothing() {
         (&["merge", "m.yml", "out"], 1, "modles"),
         (&["convert", "embedded", "out", "--type", "q3_9"], 2, "q8_0"),
         (&["convert", "embedded", "out", "--type", "q4_0"], 2, ".gguf"),
+        (&["convert", "embedded", "out", "--imatrix", "known.txt"], 2, "no blocks to weigh"),
+        (&["convert", "embedded", "x.gguf", "--type", "q4_0", "--imatrix", "known.txt"], 1, "known.txt"),
+        (&["diff", "embedded", "nowhere"], 2, "nowhere"),
+        (&["diff", "embedded", "broken.gguf"], 1, "broken.gguf"),
+        (
+            &["quantize", "--model", "embedded", "--data", "known.txt", "--k-quants", "--out", "out"],
+            2,
+            "--k-quants",
+        ),
         (&["convert", "embedded", "m.yml"], 2, "--overwrite"),
         (&["merge", "m.yml", "binary"], 2, "--overwrite"),
         (&["inspect", "embedded", "--device", "tpu"], 2, "tpu"),

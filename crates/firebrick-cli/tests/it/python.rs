@@ -72,8 +72,11 @@ fn transformers_and_gguf_load_what_we_write() {
         let name = format!("{dtype}.gguf");
         let ours = nll(dir.path(), &name, "t.txt", None);
         agree(&script(&python, dir.path(), "logits.py", &[&name, "t.txt", "64", "ours.safetensors"]), ours);
-        // Every block decodes in our reader as in the gguf package.
-        let back = format!("{dtype}-back");
+    }
+    // Every block decodes in our reader as in the gguf package.
+    for dtype in ["f32", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl"] {
+        let (name, back) = (format!("{dtype}.gguf"), format!("{dtype}-back"));
+        json(dir.path(), &["convert", "embedded", &name, "--type", dtype, "--overwrite"]);
         json(dir.path(), &["convert", &name, &back]);
         let blocks = script(&python, dir.path(), "gguf_equal.py", &[&name, &back]);
         assert_eq!(blocks["largest_difference"].as_f64(), Some(0.0), "{name}: {blocks}");

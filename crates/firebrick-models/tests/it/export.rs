@@ -12,6 +12,7 @@ use firebrick_models::{
 };
 use firebrick_tensor::block::DType;
 use firebrick_tensor::checkpoint::{Checkpoint, write_gguf};
+use firebrick_tensor::imatrix::{Importance, ImportanceMatrix};
 use firebrick_tensor::stream::Executor;
 
 const TEXT: &str = "the quick brown fox jumps over the lazy dog and the quick brown fox runs on";
@@ -100,6 +101,120 @@ fn packed_types_need_gguf_and_layers_can_be_left_out() {
     assert_eq!(back.decoder.config().layers, 1);
     assert_eq!(difference(&decoder.clone().with_layers(&[1]), &back.decoder), 0.0);
     assert!(difference(&decoder.with_layers(&[0]), &back.decoder) > 0.0, "control: it was the other layer");
+}
+
+fn wide(tokenizer: &Tokenizer, d_model: usize, d_ff: usize) -> Decoder {
+    let config = DecoderConfig { d_model, d_ff, head_dim: 64, ..DecoderConfig::tiny(tokenizer.vocab_size()) };
+    Decoder::random(config, Seed(9), &Device::flex()).unwrap()
+}
+
+#[test]
+fn every_type_is_written_and_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let tokenizer = tokenizer();
+    let decoder = wide(&tokenizer, 256, 512);
+    for name in ExportType::NAMES.split(", ") {
+        let dtype: ExportType = name.parse().unwrap();
+        let path = dir.path().join(format!("{name}.gguf"));
+        let export = Export::decoder("test", &decoder, &tokenizer, dtype);
+        assert!(export.fallbacks().is_empty(), "{name}");
+        export.write(&path, &Executor::default()).unwrap();
+        let back = ModelFiles::open(&path).unwrap();
+        let of = |name: &str| back.checkpoint.get(name).unwrap().dtype;
+        assert_eq!(of("blk.1.ffn_down.weight"), dtype.dtype());
+        assert_eq!(of("blk.1.attn_norm.weight"), DType::F32);
+        let embedding = match dtype.dtype() {
+            d if !d.is_packed() => d,
+            d if d.block_len() == 256 => DType::Q6K,
+            _ => DType::Q8_0,
+        };
+        assert_eq!(of("token_embd.weight"), embedding);
+        let back = back.load(&Device::flex()).unwrap().decoder;
+        let weight = |d: &Decoder| d.weight(Site::layer(1, Part::AttnQ)).unwrap();
+        let error: f32 = (weight(&decoder) - weight(&back)).powi_scalar(2).mean().sqrt().into_scalar();
+        let size: f32 = weight(&decoder).powi_scalar(2).mean().sqrt().into_scalar();
+        let bits = dtype.dtype().bits_per_element() as f32;
+        assert!(error <= size * (2.6 - bits.min(8.5)).exp2(), "{name}: {error} of {size}");
+        assert!(bits == 32.0 || error > 0.0, "control: {name} rounds");
+    }
+    assert!("f64".parse::<ExportType>().is_err() && "i32".parse::<ExportType>().is_err());
+    for dtype in DType::all().filter(|d| d.is_real() && *d != DType::F64) {
+        assert!(ExportType::NAMES.split(", ").any(|n| n == dtype.name()), "{dtype}");
+    }
+}
+
+#[test]
+fn rows_that_blocks_do_not_divide_become_what_llama_cpp_makes_of_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let tokenizer = tokenizer();
+    // Rows of 96 everywhere but in the down projections, of 256; and of 40.
+    for (d_model, d_ff, named) in [
+        (
+            96,
+            256,
+            [("q2_k", DType::Iq4Nl), ("q4_k", DType::Q5_0), ("q5_k", DType::Q5_1), ("q6_k", DType::Q8_0)],
+        ),
+        (40, 256, [("q2_k", DType::F16), ("q4_k", DType::F16), ("q5_0", DType::F16), ("iq4_xs", DType::F16)]),
+    ] {
+        let decoder = wide(&tokenizer, d_model, d_ff);
+        for (name, expected) in named {
+            let dtype: ExportType = name.parse().unwrap();
+            let path = dir.path().join(format!("{d_model}-{name}.gguf"));
+            let export = Export::decoder("test", &decoder, &tokenizer, dtype);
+            let fallbacks = export.fallbacks();
+            export.write(&path, &Executor::default()).unwrap();
+            let back = Checkpoint::open(&path).unwrap();
+            let of = |name: &str| back.get(name).unwrap().dtype;
+            assert_eq!((of("blk.0.attn_q.weight"), of("blk.0.ffn_down.weight")), (expected, dtype.dtype()));
+            let said = |part| fallbacks.iter().find(|(s, _)| *s == Site::layer(0, part)).map(|f| f.1);
+            assert_eq!((said(Part::AttnQ), said(Part::MlpDown)), (Some(expected), None), "{name}");
+            open(&path);
+        }
+    }
+}
+
+#[test]
+fn importance_decides_what_packed_types_round() {
+    let dir = tempfile::tempdir().unwrap();
+    let tokenizer = tokenizer();
+    let decoder = wide(&tokenizer, 256, 256);
+    let (q, v) = (Site::layer(0, Part::AttnQ), Site::layer(0, Part::AttnV));
+    let columns: Vec<f32> = (0..256).map(|i| if i % 4 == 0 { 100.0 } else { 0.01 }).collect();
+    let of = |name: &str, sums: Vec<f32>| {
+        let entry = Importance { sums, counts: vec![1.0] };
+        ImportanceMatrix { entries: BTreeMap::from([(name.to_owned(), entry)]), ..Default::default() }
+    };
+    let matrix = of("blk.0.attn_q.weight", columns);
+    let write = |name: &str, export: Export<'_>| {
+        let path = dir.path().join(name);
+        export.write(&path, &Executor::default()).unwrap();
+        open(&path).decoder
+    };
+    let (folder, dtype) = (dir.path().join("f32"), "q3_k".parse::<ExportType>().unwrap());
+    Export::decoder("test", &decoder, &tokenizer, ExportType::F32)
+        .write(&folder, &Executor::default())
+        .unwrap();
+    let files = ModelFiles::open(&folder).unwrap();
+    let plain = write("plain.gguf", Export::files(&files, dtype));
+    let weighted = write("weighted.gguf", Export::files(&files, dtype).with_imatrix(&matrix).unwrap());
+    let export = Export::decoder("test", &decoder, &tokenizer, dtype).with_imatrix(&matrix).unwrap();
+    let again = write("again.gguf", export);
+    let error = |d: &Decoder, site: Site, every: usize| -> f64 {
+        let read = |d: &Decoder| d.weight(site).unwrap().into_data().try_into_vec_as::<f32>().unwrap();
+        let pairs = read(&decoder).into_iter().zip(read(d)).step_by(every);
+        pairs.map(|(a, b)| f64::from(a - b).powi(2)).sum()
+    };
+    let gain = error(&weighted, q, 4) / error(&plain, q, 4);
+    assert!(gain < 0.8, "the columns that matter: {gain}");
+    assert!(error(&weighted, q, 1) > error(&plain, q, 1), "control: the others pay");
+    assert_eq!(error(&weighted, v, 1), error(&plain, v, 1), "control: no importance, no difference");
+    assert_eq!(difference(&weighted, &again), 0.0, "from a decoder as from files");
+
+    let short =
+        Export::files(&files, dtype).with_imatrix(&of("blk.0.attn_q.weight", vec![1.0; 128])).unwrap();
+    let error = short.write(&dir.path().join("x.gguf"), &Executor::default()).unwrap_err().to_string();
+    assert!(error.contains("layers.0.attn.q") && error.contains("128 numbers"), "{error}");
+    assert!(Export::files(&files, dtype).with_imatrix(&of("another", vec![1.0; 256])).is_err());
 }
 
 #[test]

@@ -1,8 +1,12 @@
-use burn::tensor::Device;
+use burn::tensor::{Device, Tensor, TensorData};
 use firebrick_analysis::{ProfileOptions, profile};
 use firebrick_core::{LayerPlan, Part, Run, Silent, Site};
 use firebrick_models::{Decoder, ModelFiles, token_tensor};
-use firebrick_quant::{GptqConfig, Method, QuantConfig, QuantError, gptq_bit_losses, quantize};
+use firebrick_quant::{
+    GptqConfig, Method, Packing, QuantConfig, QuantError, QuantizedMatrix, gguf_blocks, gptq_bit_losses,
+    quantize,
+};
+use firebrick_tensor::block::{DType, decode};
 use firebrick_tensor::grid::{Grid, GridKind};
 use firebrick_train::{TextData, domain, perplexity};
 
@@ -92,6 +96,41 @@ fn sixteen_bits_everywhere_are_the_base_bit_for_bit() {
         assert!(untouched.matrices.is_empty() && untouched.reports.is_empty());
         assert_eq!(logits(&untouched.decoder), base);
         assert_ne!(logits(&with(8).decoder), base, "control: 8 bits are not");
+    }
+}
+
+#[test]
+fn scales_rounded_once_more_cost_little() {
+    let files = ModelFiles::embedded().unwrap();
+    let (train, held) = texts(&files, "prose");
+    let decoder = files.load(&Device::flex()).unwrap().decoder;
+    let held = &held.ids[..6000];
+    let base = nll(&decoder, held);
+    for (bits, kind, dtype) in
+        [(2, GridKind::Asym, DType::Q2K), (3, GridKind::SymHalf, DType::Q3K), (4, GridKind::Asym, DType::Q4K)]
+    {
+        let mut with = config(Method::Gptq(GptqConfig::default()), bits);
+        with.grid.kind = kind;
+        let exact = quantize(decoder.clone(), &train.ids[..2048], &with, &Silent).unwrap();
+        let mut small = exact.decoder.clone();
+        for (site, matrix) in &exact.matrices {
+            // Four rows of 192 as one of 768: groups of 64 stay what they are, and rows hold whole super-blocks.
+            let codes = matrix.codes.len();
+            let joined = QuantizedMatrix { d_in: 768, d_out: codes / 768, ..matrix.clone() };
+            let blocks = gguf_blocks(&joined, Packing::Small).unwrap();
+            assert_eq!((blocks.dtype, blocks.exact), (dtype, false), "{site}");
+            let mut values = vec![0.0; codes];
+            decode(blocks.dtype, &blocks.bytes, &mut values).unwrap();
+            let values = TensorData::new(values, [matrix.d_out, matrix.d_in]);
+            small = small.with_weight(*site, Tensor::from_data(values, &Device::flex()));
+        }
+        let (exact, small) = (nll(&exact.decoder, held), nll(&small, held));
+        println!("{bits} bits {kind:?}: {base:.4} nats, {exact:.4} as coded, {small:.4} as {dtype}");
+        assert!(small != exact, "control: the rounding is felt");
+        assert!(
+            (small - exact).abs() < 0.05 * (exact - base) + 0.005,
+            "{bits} bits: {base}, {exact}, {small}"
+        );
     }
 }
 

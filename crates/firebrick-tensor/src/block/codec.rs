@@ -1,5 +1,7 @@
 //! How a run of blocks of each type becomes numbers and back. Lengths are checked by the callers.
 
+use super::fit::{fit_affine, fit_scale, inverse, pack, signed, unpack};
+use crate::grid::near;
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 use std::cmp::Ordering;
@@ -8,7 +10,7 @@ pub(super) fn decode_f32(bytes: &[u8], out: &mut [f32]) {
     bytemuck::cast_slice_mut::<f32, u8>(out).copy_from_slice(bytes);
 }
 
-pub(super) fn encode_f32(values: &[f32], out: &mut [u8]) {
+pub(super) fn encode_f32(values: &[f32], _: Option<&[f32]>, out: &mut [u8]) {
     out.copy_from_slice(bytemuck::cast_slice(values));
 }
 
@@ -18,7 +20,7 @@ pub(super) fn decode_f64(bytes: &[u8], out: &mut [f32]) {
     }
 }
 
-pub(super) fn encode_f64(values: &[f32], out: &mut [u8]) {
+pub(super) fn encode_f64(values: &[f32], _: Option<&[f32]>, out: &mut [u8]) {
     for (v, o) in values.iter().zip(out.as_chunks_mut::<8>().0) {
         *o = f64::from(*v).to_le_bytes();
     }
@@ -36,7 +38,7 @@ pub(super) fn decode_f16(bytes: &[u8], out: &mut [f32]) {
     }
 }
 
-pub(super) fn encode_f16(values: &[f32], out: &mut [u8]) {
+pub(super) fn encode_f16(values: &[f32], _: Option<&[f32]>, out: &mut [u8]) {
     let mut buffer = [f16::ZERO; HALVES];
     for (v, o) in values.chunks(HALVES).zip(out.chunks_mut(2 * HALVES)) {
         let halves = &mut buffer[..v.len()];
@@ -52,7 +54,7 @@ pub(super) fn decode_bf16(bytes: &[u8], out: &mut [f32]) {
     }
 }
 
-pub(super) fn encode_bf16(values: &[f32], out: &mut [u8]) {
+pub(super) fn encode_bf16(values: &[f32], _: Option<&[f32]>, out: &mut [u8]) {
     for (v, o) in values.iter().zip(out.as_chunks_mut::<2>().0) {
         let bits = v.to_bits();
         let nearest_even = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -97,9 +99,49 @@ fn truncate(v: f32) -> u8 {
     (nearest.to_bits() as u8).wrapping_sub(u8::from(nearest - SHIFT > v))
 }
 
+// The signed value of the largest |x|, the first of equals, so that it gets the lowest code exactly.
 #[inline]
-fn inverse(d: f32) -> f32 {
-    if d == 0.0 { 0.0 } else { 1.0 / d }
+fn largest(x: &[f32; 32]) -> f32 {
+    let (min, max) = extremes(x);
+    match (-min).partial_cmp(&max) {
+        _ if min >= 0.0 && max <= 0.0 => 0.0,
+        Some(Ordering::Less) => max,
+        Some(Ordering::Greater) => min,
+        _ => x.iter().copied().find(|v| v.abs() == max).unwrap_or(0.0),
+    }
+}
+
+// Codes `0..2 half` of `d (code - half)`, by weighted least squares.
+fn symmetric(x: &[f32; 32], weights: &[f32], half: f32) -> (f16, [u8; 32]) {
+    let d = f16::from_f32(fit_scale(x, weights, -half, 0.1, |v| signed(v, half)));
+    let id = inverse(d.to_f32());
+    (d, x.map(|v| (signed(v * id, half) + half) as u8))
+}
+
+// Codes `0..=top` of `d code + m`: over the range of the values as ggml's reference, or by weighted least squares.
+#[inline]
+fn asymmetric(x: &[f32; 32], weights: Option<&[f32]>, top: u8) -> (f16, f16, [u8; 32]) {
+    if let Some(w) = weights {
+        let (d, m) = fit_affine(x, w, f32::from(top), false);
+        let (d, m) = (f16::from_f32(d), f16::from_f32(m));
+        let (id, offset) = (inverse(d.to_f32()), m.to_f32());
+        return (d, m, x.map(|v| near(((v - offset) * id).clamp(0.0, f32::from(top))) as u8));
+    }
+    let (min, max) = extremes(x);
+    let (min, max) = (first_zero(x, min), first_zero(x, max));
+    let d = (max - min) / f32::from(top);
+    let id = inverse(d);
+    (f16::from_f32(d), f16::from_f32(min), x.map(|v| truncate((v - min) * id + 0.5).min(top)))
+}
+
+// Codes whose fifth bits lie apart.
+#[inline]
+fn five_bits(high: &[u8], low: &[u8]) -> [u8; 32] {
+    let (mut codes, mut tops) = ([0; 32], [0; 32]);
+    unpack::<4, 16>(low, &mut codes);
+    unpack::<1, 1>(high, &mut tops);
+    codes.iter_mut().zip(tops).for_each(|(c, t)| *c |= t << 4);
+    codes
 }
 
 pub(super) fn decode_q4_0(bytes: &[u8], out: &mut [f32]) {
@@ -112,24 +154,18 @@ pub(super) fn decode_q4_0(bytes: &[u8], out: &mut [f32]) {
     }
 }
 
-pub(super) fn encode_q4_0(values: &[f32], out: &mut [u8]) {
-    for (x, o) in values.as_chunks::<32>().0.iter().zip(out.as_chunks_mut::<18>().0) {
-        let (min, max) = extremes(x);
-        // The signed value of the largest |x|, the first of equals, so that it gets the code 0 exactly.
-        let signed = match (-min).partial_cmp(&max) {
-            _ if min >= 0.0 && max <= 0.0 => 0.0,
-            Some(Ordering::Less) => max,
-            Some(Ordering::Greater) => min,
-            _ => x.iter().copied().find(|v| v.abs() == max).unwrap_or(0.0),
+pub(super) fn encode_q4_0(values: &[f32], weights: Option<&[f32]>, out: &mut [u8]) {
+    for (i, (x, o)) in values.as_chunks::<32>().0.iter().zip(out.as_chunks_mut::<18>().0).enumerate() {
+        let (d, codes) = match weights {
+            Some(w) => symmetric(x, &w[32 * i..], 8.0),
+            None => {
+                let d = largest(x) / -8.0;
+                let id = inverse(d);
+                (f16::from_f32(d), x.map(|v| truncate(v * id + 8.5).min(15)))
+            }
         };
-        let d = signed / -8.0;
-        let id = inverse(d);
-        [o[0], o[1]] = f16::from_f32(d).to_le_bytes();
-        for j in 0..16 {
-            let low = truncate(x[j] * id + 8.5).min(15);
-            let high = truncate(x[j + 16] * id + 8.5).min(15);
-            o[2 + j] = low | (high << 4);
-        }
+        [o[0], o[1]] = d.to_le_bytes();
+        pack::<4, 16>(&codes, &mut o[2..]);
     }
 }
 
@@ -143,19 +179,54 @@ pub(super) fn decode_q4_1(bytes: &[u8], out: &mut [f32]) {
     }
 }
 
-pub(super) fn encode_q4_1(values: &[f32], out: &mut [u8]) {
-    for (x, o) in values.as_chunks::<32>().0.iter().zip(out.as_chunks_mut::<20>().0) {
-        let (min, max) = extremes(x);
-        let (min, max) = (first_zero(x, min), first_zero(x, max));
-        let d = (max - min) / 15.0;
-        let id = inverse(d);
-        [o[0], o[1]] = f16::from_f32(d).to_le_bytes();
-        [o[2], o[3]] = f16::from_f32(min).to_le_bytes();
-        for j in 0..16 {
-            let low = truncate((x[j] - min) * id + 0.5).min(15);
-            let high = truncate((x[j + 16] - min) * id + 0.5).min(15);
-            o[4 + j] = low | (high << 4);
-        }
+pub(super) fn encode_q4_1(values: &[f32], weights: Option<&[f32]>, out: &mut [u8]) {
+    for (i, (x, o)) in values.as_chunks::<32>().0.iter().zip(out.as_chunks_mut::<20>().0).enumerate() {
+        let (d, m, codes) = asymmetric(x, weights.map(|w| &w[32 * i..]), 15);
+        [o[0], o[1]] = d.to_le_bytes();
+        [o[2], o[3]] = m.to_le_bytes();
+        pack::<4, 16>(&codes, &mut o[4..]);
+    }
+}
+
+pub(super) fn decode_q5_0(bytes: &[u8], out: &mut [f32]) {
+    for (b, o) in bytes.as_chunks::<22>().0.iter().zip(out.as_chunks_mut::<32>().0) {
+        let d = scale(b[0], b[1]);
+        let codes = five_bits(&b[2..6], &b[6..]);
+        o.iter_mut().zip(codes).for_each(|(o, q)| *o = (i32::from(q) - 16) as f32 * d);
+    }
+}
+
+pub(super) fn encode_q5_0(values: &[f32], weights: Option<&[f32]>, out: &mut [u8]) {
+    for (i, (x, o)) in values.as_chunks::<32>().0.iter().zip(out.as_chunks_mut::<22>().0).enumerate() {
+        let (d, codes) = match weights {
+            Some(w) => symmetric(x, &w[32 * i..], 16.0),
+            None => {
+                let d = largest(x) / -16.0;
+                let id = inverse(d);
+                (f16::from_f32(d), x.map(|v| truncate(v * id + 16.5).min(31)))
+            }
+        };
+        [o[0], o[1]] = d.to_le_bytes();
+        pack::<1, 1>(&codes.map(|q| q >> 4), &mut o[2..6]);
+        pack::<4, 16>(&codes, &mut o[6..]);
+    }
+}
+
+pub(super) fn decode_q5_1(bytes: &[u8], out: &mut [f32]) {
+    for (b, o) in bytes.as_chunks::<24>().0.iter().zip(out.as_chunks_mut::<32>().0) {
+        let (d, m) = (scale(b[0], b[1]), scale(b[2], b[3]));
+        let codes = five_bits(&b[4..8], &b[8..]);
+        o.iter_mut().zip(codes).for_each(|(o, q)| *o = f32::from(q) * d + m);
+    }
+}
+
+pub(super) fn encode_q5_1(values: &[f32], weights: Option<&[f32]>, out: &mut [u8]) {
+    for (i, (x, o)) in values.as_chunks::<32>().0.iter().zip(out.as_chunks_mut::<24>().0).enumerate() {
+        let (d, m, codes) = asymmetric(x, weights.map(|w| &w[32 * i..]), 31);
+        [o[0], o[1]] = d.to_le_bytes();
+        [o[2], o[3]] = m.to_le_bytes();
+        pack::<1, 1>(&codes.map(|q| q >> 4), &mut o[4..8]);
+        pack::<4, 16>(&codes, &mut o[8..]);
     }
 }
 
@@ -168,7 +239,7 @@ pub(super) fn decode_q8_0(bytes: &[u8], out: &mut [f32]) {
     }
 }
 
-pub(super) fn encode_q8_0(values: &[f32], out: &mut [u8]) {
+pub(super) fn encode_q8_0(values: &[f32], _: Option<&[f32]>, out: &mut [u8]) {
     for (x, o) in values.as_chunks::<32>().0.iter().zip(out.as_chunks_mut::<34>().0) {
         let (min, max) = extremes(x);
         let d = if -min > max { -min } else { max.abs() } / 127.0;
@@ -186,13 +257,14 @@ pub(super) fn encode_q8_0(values: &[f32], out: &mut [u8]) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::block::{DType, decode, encode};
+    use crate::block::{DType, decode, encode, encode_weighted};
     use firebrick_core::Seed;
     use proptest::prelude::*;
     use rand::Rng;
     use rand_distr::StandardNormal;
 
-    const PACKED: [DType; 3] = [DType::Q4_0, DType::Q4_1, DType::Q8_0];
+    // Those whose encoders follow ggml's reference bit for bit.
+    const EXACT: [DType; 5] = [DType::Q4_0, DType::Q4_1, DType::Q5_0, DType::Q5_1, DType::Q8_0];
 
     fn encoded(dtype: DType, values: &[f32]) -> Vec<u8> {
         let mut bytes = vec![0; dtype.bytes_for(values.len()).unwrap()];
@@ -210,20 +282,27 @@ mod tests {
     fn plain(dtype: DType, x: &[f32]) -> Vec<u8> {
         let half = |v: f32| f16::from_f32(v).to_le_bytes();
         let id = |d: f32| if d != 0.0 { 1.0 / d } else { 0.0 };
-        let nibbles = |q: Vec<u8>| (0..16).map(|j| q[j] | (q[j + 16] << 4)).collect::<Vec<_>>();
+        let nibbles = |q: &[u8]| (0..16).map(|j| (q[j] & 15) | ((q[j + 16] & 15) << 4)).collect::<Vec<_>>();
+        let fifths = |q: &[u8]| {
+            (0..32).fold(0u32, |bits, j| bits | (u32::from(q[j] >> 4) << j)).to_le_bytes().to_vec()
+        };
         match dtype {
-            DType::Q4_0 => {
+            DType::Q4_0 | DType::Q5_0 => {
                 let (mut amax, mut max) = (0.0, 0.0);
                 for &v in x {
                     if v.abs() > amax {
                         (amax, max) = (v.abs(), v);
                     }
                 }
-                let d = max / -8.0;
-                let q = x.iter().map(|v| ((v * id(d) + 8.5).trunc() as i8).min(15) as u8).collect();
-                [&half(d)[..], &nibbles(q)].concat()
+                let half_way = if dtype == DType::Q4_0 { 8.0 } else { 16.0 };
+                let d = max / -half_way;
+                let top = 2 * half_way as i8 - 1;
+                let code = |v: &f32| ((v * id(d) + (half_way + 0.5)).trunc() as i8).min(top) as u8;
+                let q: Vec<u8> = x.iter().map(code).collect();
+                let high = if top == 31 { fifths(&q) } else { Vec::new() };
+                [&half(d)[..], &high, &nibbles(&q)].concat()
             }
-            DType::Q4_1 => {
+            DType::Q4_1 | DType::Q5_1 => {
                 let (mut min, mut max) = (f32::MAX, f32::MIN);
                 for &v in x {
                     if v < min {
@@ -233,9 +312,12 @@ mod tests {
                         max = v;
                     }
                 }
-                let d = (max - min) / 15.0;
-                let q = x.iter().map(|v| (((v - min) * id(d) + 0.5).trunc() as i8).min(15) as u8).collect();
-                [&half(d)[..], &half(min), &nibbles(q)].concat()
+                let top = if dtype == DType::Q4_1 { 15i8 } else { 31 };
+                let d = (max - min) / f32::from(top);
+                let code = |v: &f32| (((v - min) * id(d) + 0.5).trunc() as i8).min(top) as u8;
+                let q: Vec<u8> = x.iter().map(code).collect();
+                let high = if top == 31 { fifths(&q) } else { Vec::new() };
+                [&half(d)[..], &half(min), &high, &nibbles(&q)].concat()
             }
             DType::Q8_0 => {
                 let d = x.iter().fold(0.0, |m: f32, v| m.max(v.abs())) / 127.0;
@@ -269,17 +351,19 @@ mod tests {
     proptest! {
         #[test]
         fn encoders_equal_the_plain_reference(x in prop::collection::vec(value(), 32)) {
-            for dtype in PACKED {
+            for dtype in EXACT {
                 prop_assert_eq!(encoded(dtype, &x), plain(dtype, &x), "{}", dtype);
             }
         }
 
         #[test]
-        fn no_bits_panic(bits in prop::collection::vec(any::<u32>(), 64), bytes in prop::collection::vec(any::<u8>(), 680)) {
+        fn no_bits_panic(bits in prop::collection::vec(any::<u32>(), 256), bytes in prop::collection::vec(any::<u8>(), 2048)) {
             let x: Vec<f32> = bits.into_iter().map(f32::from_bits).collect();
             for dtype in DType::all().filter(|d| d.is_real()) {
                 let size = encoded(dtype, &x).len();
-                prop_assert_eq!(decoded(dtype, &bytes[..size]).len(), 64);
+                prop_assert_eq!(decoded(dtype, &bytes[..size]).len(), 256);
+                let importance: Vec<f32> = x.iter().rev().copied().collect();
+                encode_weighted(dtype, &x, &importance, &mut vec![0; size]).unwrap();
             }
         }
 

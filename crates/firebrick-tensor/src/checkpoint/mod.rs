@@ -1,7 +1,7 @@
 //! Checkpoints: named tensors on disk, memory-mapped and lazily read.
 //!
-//! [`Checkpoint::open`] reads a `.safetensors` file, a folder of shards with their index, or a `.gguf` file as one
-//! list of named tensors. [`TensorWriter`] writes both formats as a stream: the header first, then the bytes of each
+//! [`Checkpoint::open`] reads a `.safetensors` file, a folder of shards with their index, a `.gguf` file, or a `.bin` file of PyTorch's as
+//! one list of named tensors. [`TensorWriter`] writes both formats as a stream: the header first, then the bytes of each
 //! tensor in order. [`AtomicFile`] makes what is written appear whole or not at all.
 //!
 //! ```
@@ -16,12 +16,15 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+mod compare;
 mod error;
 pub mod gguf;
 mod layout;
+mod pytorch;
 mod safetensors;
 mod sharded;
 
+pub use compare::Distance;
 pub use error::{CheckpointError, Result};
 pub use firebrick_core::AtomicFile;
 pub use gguf::{Gguf, Value, write_gguf};
@@ -69,7 +72,7 @@ impl TensorInfo {
 /// The file format of a checkpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Format {
-    /// One `.safetensors` file, or shards with an index.
+    /// One `.safetensors` file, or shards with an index; or PyTorch's `.bin` files, which hold tensors of the same names.
     Safetensors,
     /// One `.gguf` file.
     Gguf,
@@ -114,10 +117,11 @@ pub fn is_gguf_name(path: &Path) -> bool {
 }
 
 impl Checkpoint {
-    /// Opens a `.safetensors` or `.gguf` file, or a folder that holds `model.safetensors` or
-    /// `model.safetensors.index.json` with its shards.
+    /// Opens a `.safetensors` or `.gguf` file, one that `torch.save` wrote, or a folder that holds `model.safetensors`,
+    /// `model.safetensors.index.json` with its shards, `pytorch_model.bin`, or `pytorch_model.bin.index.json` with its shards; the first
+    /// of these that is there.
     ///
-    /// A file is taken for GGUF by its first four bytes, whatever it is called.
+    /// A file is taken for GGUF or for PyTorch's by its first four bytes, whatever it is called.
     ///
     /// # Errors
     /// When the files can't be read, or anything in their headers does not hold: every offset, size, type and name is
@@ -164,7 +168,7 @@ impl Checkpoint {
             checkpoint.gguf = Some(gguf);
             checkpoint.tensors = tensors;
         } else {
-            (checkpoint.metadata, checkpoint.tensors) = safetensors::read(path, &map, 0)?;
+            (checkpoint.metadata, checkpoint.tensors) = read_file(path, &map, 0)?;
         }
         checkpoint.maps.push(map);
         Ok(checkpoint.indexed())
@@ -298,6 +302,14 @@ impl Checkpoint {
     fn block_error(&self, tensor: &str, source: block::BlockError) -> CheckpointError {
         CheckpointError::Block { path: self.path.clone(), tensor: tensor.to_owned(), source }
     }
+}
+
+// A file of Hugging Face's: metadata and tensors.
+fn read_file(path: &Path, bytes: &[u8], file: usize) -> Result<(Metadata, Vec<TensorInfo>)> {
+    if bytes.starts_with(pytorch::MAGIC) || pytorch::is_pytorch_name(path) {
+        return Ok((Metadata::new(), pytorch::read(path, bytes, file)?));
+    }
+    safetensors::read(path, bytes, file)
 }
 
 // Maps a regular file; anything else (a pipe, a device) could block or change under the map.

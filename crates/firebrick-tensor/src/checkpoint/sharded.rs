@@ -1,15 +1,16 @@
-//! A folder of safetensors shards with the index Hugging Face writes beside them.
+//! A folder of shards, safetensors or PyTorch's, with the index Hugging Face writes beside them.
 
 use super::error::{CheckpointError, Result};
-use super::{Checkpoint, Contents, Format, Metadata, safetensors};
+use super::{Checkpoint, Contents, Format, Metadata, pytorch};
 use indexmap::IndexMap;
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::path::{Component, Path};
 
-/// The file of an unsharded checkpoint in its folder.
-const MODEL_FILE: &str = "model.safetensors";
-/// The file that tells which shard holds which tensor.
-const INDEX_FILE: &str = "model.safetensors.index.json";
+/// The file of an unsharded checkpoint in its folder, and the file that tells which shard holds which tensor.
+const KNOWN: [(&str, &str); 2] = [
+    ("model.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+];
 
 const MAX_INDEX: u64 = 100_000_000;
 
@@ -19,16 +20,29 @@ struct Index {
 }
 
 pub(super) fn open(folder: &Path) -> Result<Checkpoint> {
-    let (single, index) = (folder.join(MODEL_FILE), folder.join(INDEX_FILE));
-    if single.is_file() {
-        return Checkpoint::open(single)
-            .map(|checkpoint| Checkpoint { path: folder.to_owned(), ..checkpoint });
+    let mut index = None;
+    for (single, with_shards) in KNOWN {
+        let (single, with_shards) = (folder.join(single), folder.join(with_shards));
+        if single.is_file() {
+            return Checkpoint::open(single)
+                .map(|checkpoint| Checkpoint { path: folder.to_owned(), ..checkpoint });
+        }
+        if with_shards.is_file() {
+            index = Some(with_shards);
+            break;
+        }
     }
-    if !index.is_file() {
-        let what = format!("the folder holds neither {MODEL_FILE} nor {INDEX_FILE}");
+    let Some(index) = index else {
+        let known: Vec<&str> = KNOWN.iter().flat_map(|(single, index)| [*single, *index]).collect();
+        let what = format!("the folder holds none of {}", known.join(", "));
         return Err(CheckpointError::NotACheckpoint { path: folder.to_owned(), what });
+    };
+    let mut weight_map = read_index(&index)?;
+    if !index.ends_with(KNOWN[0].1) {
+        // What PyTorch's files call by old names is read under the new ones.
+        let current = |(name, shard): (String, String)| (pytorch::current_name(&name), shard);
+        weight_map = weight_map.into_iter().map(current).collect();
     }
-    let weight_map = read_index(&index)?;
     let problems = |problems| CheckpointError::Problems { path: index.clone(), problems };
 
     let distinct: BTreeSet<&str> = weight_map.values().map(String::as_str).collect();
@@ -57,7 +71,7 @@ pub(super) fn open(folder: &Path) -> Result<Checkpoint> {
     for (file, name) in names.iter().enumerate() {
         let path = folder.join(name);
         let shard = super::map(&path).and_then(|map| {
-            let (metadata, tensors) = safetensors::read(&path, &map, file)?;
+            let (metadata, tensors) = super::read_file(&path, &map, file)?;
             Ok((map, metadata, tensors))
         });
         match shard {

@@ -1,7 +1,8 @@
 """Writes blocks.json: what the `gguf` Python package makes of a few blocks of every format.
 
 Run with numpy and gguf installed: python make_blocks.py
-Every case holds little-endian hex: `values` (f32), and per format the encoded bytes and, decoded again, f32.
+All data are little-endian hex. Every case of `encoded` holds `values` (f32), and per format the encoded bytes and, decoded again,
+f32. `decoded` holds, per format that the package only decodes, two blocks of random bytes and their values.
 """
 
 import json
@@ -30,7 +31,8 @@ def cases():
     yield "one outlier", np.concatenate([[1000.0], rng.standard_normal(31)])
 
 
-FORMATS = ["F16", "BF16", "Q4_0", "Q4_1", "Q8_0"]
+FORMATS = ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
+DECODED = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"]
 
 
 def hexed(array):
@@ -49,5 +51,14 @@ for name, values in cases():
         case["formats"][format.lower()] = {"encoded": hexed(encoded), "decoded": hexed(decoded)}
     out.append(case)
 
+decoded = {}
+for format in DECODED:
+    kind = gguf.GGMLQuantizationType[format]
+    values = np.array([np.inf])
+    while not np.isfinite(values).all():
+        blocks = rng.integers(0, 256, 2 * gguf.GGML_QUANT_SIZES[kind][1], dtype=np.uint8)
+        values = gguf.quants.dequantize(blocks, kind)
+    decoded[format.lower()] = {"encoded": hexed(blocks), "decoded": hexed(values)}
+
 path = pathlib.Path(__file__).with_name("blocks.json")
-path.write_text(json.dumps(out, indent=0) + "\n")
+path.write_text(json.dumps({"encoded": out, "decoded": decoded}, indent=0) + "\n")

@@ -4,5 +4,6 @@
 
 mod blocks;
 mod checkpoint;
+mod imatrix;
 mod ops;
 mod stream;

@@ -8,24 +8,15 @@ use std::collections::HashSet;
 use std::path::Path;
 
 // ggml's names of types that can't be read, so that the error says what the file needs.
-const OTHER_TYPES: [(u32, &str); 23] = [
-    (6, "Q5_0"),
-    (7, "Q5_1"),
+const OTHER_TYPES: [(u32, &str); 14] = [
     (9, "Q8_1"),
-    (10, "Q2_K"),
-    (11, "Q3_K"),
-    (12, "Q4_K"),
-    (13, "Q5_K"),
-    (14, "Q6_K"),
     (15, "Q8_K"),
     (16, "IQ2_XXS"),
     (17, "IQ2_XS"),
     (18, "IQ3_XXS"),
     (19, "IQ1_S"),
-    (20, "IQ4_NL"),
     (21, "IQ3_S"),
     (22, "IQ2_S"),
-    (23, "IQ4_XS"),
     (29, "IQ1_M"),
     (34, "TQ1_0"),
     (35, "TQ2_0"),

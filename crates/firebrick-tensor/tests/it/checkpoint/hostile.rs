@@ -150,7 +150,8 @@ fn gguf_errors_say_what_and_where() {
     check(dims, &5u32.to_le_bytes(), &format!("at byte {dims}: tensor `w` has 5 dims"));
     check(dims + 4, &31u64.to_le_bytes(), "shape [2, 31] has no size in q8_0");
     check(dims + 4, &(1u64 << 63).to_le_bytes(), "has no size in q8_0");
-    check(dims + 20, &12u32.to_le_bytes(), "ggml type 12 (Q4_K) is not supported");
+    check(dims + 20, &16u32.to_le_bytes(), "ggml type 16 (IQ2_XXS) is not supported");
+    check(dims + 20, &12u32.to_le_bytes(), "has no size in q4_k (blocks of 256 along the last axis)");
     check(dims + 20, &777u32.to_le_bytes(), "ggml type 777 (unknown) is not supported");
     check(dims + 24, &32u64.to_le_bytes(), "offset 32 is not a multiple of the alignment 64");
     check(dims + 24, &(1u64 << 20).to_le_bytes(), "in a file of");

@@ -3,6 +3,7 @@
 mod gguf;
 mod hostile;
 mod python;
+mod pytorch;
 mod safetensors;
 mod sharded;
 mod writer;

@@ -24,7 +24,7 @@ fn python_reads_our_files_and_we_read_its() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name);
 
-    let values: Vec<f32> = (0..192).map(|i| (i as f32 * 0.37).sin()).collect();
+    let values: Vec<f32> = (0..768).map(|i| (i as f32 * 0.37).sin()).collect();
     let metadata = Metadata::from([
         ("general.architecture".to_owned(), "llama".into()),
         ("llama.block_count".to_owned(), 2u32.into()),
@@ -34,7 +34,7 @@ fn python_reads_our_files_and_we_read_its() {
         ("x.flag".to_owned(), true.into()),
     ]);
     let reals: Vec<DType> = DType::all().filter(|d| d.is_real() && *d != DType::F64).collect();
-    let tensors: Vec<_> = reals.iter().map(|&d| encoded(d.name(), d, &values, &[3, 64])).collect();
+    let tensors: Vec<_> = reals.iter().map(|&d| encoded(d.name(), d, &values, &[3, 256])).collect();
     write_gguf(path("ours.gguf"), &metadata, &tensors).unwrap();
     let plain = [
         encoded("half", DType::BF16, &[1.0, -2.5, 3.0], &[3]),
@@ -55,7 +55,7 @@ fn python_reads_our_files_and_we_read_its() {
     assert_eq!(seen["fields"], fields);
     let ours = Checkpoint::open(path("ours.gguf")).unwrap();
     for dtype in reals {
-        let expected = json!([dtype.name().to_uppercase(), [3, 64], ours.read_f32(dtype.name()).unwrap()]);
+        let expected = json!([dtype.name().to_uppercase(), [3, 256], ours.read_f32(dtype.name()).unwrap()]);
         assert_eq!(seen["gguf"][dtype.name()], expected, "{dtype}");
     }
     assert_eq!(seen["metadata"], json!({"format": "pt", "note": "é"}));
