@@ -30,12 +30,20 @@ pub enum Part {
     AttnK,
     /// Value projection.
     AttnV,
+    /// Bias of the query projection.
+    AttnQBias,
+    /// Bias of the key projection.
+    AttnKBias,
+    /// Bias of the value projection.
+    AttnVBias,
     /// Norm over each query head.
     AttnQNorm,
     /// Norm over each key head.
     AttnKNorm,
     /// Output projection; its input is the concatenated heads `[batch, tokens, heads * head_dim]`.
     AttnO,
+    /// Bias of the output projection.
+    AttnOBias,
     /// The norm on attention's output (Peri placement).
     AttnPostNorm,
     /// Norm, feed-forward network and residual add: residual stream to residual stream.
@@ -50,8 +58,14 @@ pub enum Part {
     MlpGate,
     /// Up projection.
     MlpUp,
+    /// Bias of the gate projection.
+    MlpGateBias,
+    /// Bias of the up projection.
+    MlpUpBias,
     /// Down projection; its input is the hidden activation `[batch, tokens, d_ff]`.
     MlpDown,
+    /// Bias of the down projection.
+    MlpDownBias,
     /// The norm on the feed-forward network's output (Peri placement).
     MlpPostNorm,
     /// The norm in front of the head.
@@ -62,7 +76,7 @@ pub enum Part {
 
 impl Part {
     /// Every part, in the order data flows through them.
-    pub const ALL: [Part; 22] = [
+    pub const ALL: [Part; 29] = [
         Part::Embed,
         Part::Block,
         Part::AttnSublayer,
@@ -71,9 +85,13 @@ impl Part {
         Part::AttnQ,
         Part::AttnK,
         Part::AttnV,
+        Part::AttnQBias,
+        Part::AttnKBias,
+        Part::AttnVBias,
         Part::AttnQNorm,
         Part::AttnKNorm,
         Part::AttnO,
+        Part::AttnOBias,
         Part::AttnPostNorm,
         Part::MlpSublayer,
         Part::MlpNorm,
@@ -81,7 +99,10 @@ impl Part {
         Part::MlpRouter,
         Part::MlpGate,
         Part::MlpUp,
+        Part::MlpGateBias,
+        Part::MlpUpBias,
         Part::MlpDown,
+        Part::MlpDownBias,
         Part::MlpPostNorm,
         Part::Norm,
         Part::Head,
@@ -98,9 +119,13 @@ impl Part {
             Part::AttnQ => "attn.q",
             Part::AttnK => "attn.k",
             Part::AttnV => "attn.v",
+            Part::AttnQBias => "attn.q_bias",
+            Part::AttnKBias => "attn.k_bias",
+            Part::AttnVBias => "attn.v_bias",
             Part::AttnQNorm => "attn.q_norm",
             Part::AttnKNorm => "attn.k_norm",
             Part::AttnO => "attn.o",
+            Part::AttnOBias => "attn.o_bias",
             Part::AttnPostNorm => "attn_post_norm",
             Part::MlpSublayer => "mlp_sublayer",
             Part::MlpNorm => "mlp_norm",
@@ -108,7 +133,10 @@ impl Part {
             Part::MlpRouter => "mlp.router",
             Part::MlpGate => "mlp.gate",
             Part::MlpUp => "mlp.up",
+            Part::MlpGateBias => "mlp.gate_bias",
+            Part::MlpUpBias => "mlp.up_bias",
             Part::MlpDown => "mlp.down",
+            Part::MlpDownBias => "mlp.down_bias",
             Part::MlpPostNorm => "mlp_post_norm",
             Part::Norm => "norm",
             Part::Head => "head",
@@ -122,10 +150,27 @@ impl Part {
             Part::AttnSublayer | Part::MlpSublayer => Some(Part::Block),
             Part::AttnNorm | Part::Attn | Part::AttnPostNorm => Some(Part::AttnSublayer),
             Part::MlpNorm | Part::Mlp | Part::MlpPostNorm => Some(Part::MlpSublayer),
-            Part::AttnQ | Part::AttnK | Part::AttnV | Part::AttnO | Part::AttnQNorm | Part::AttnKNorm => {
-                Some(Part::Attn)
-            }
+            Part::AttnQ | Part::AttnK | Part::AttnV | Part::AttnO => Some(Part::Attn),
+            Part::AttnQBias | Part::AttnKBias | Part::AttnVBias | Part::AttnOBias => Some(Part::Attn),
+            Part::AttnQNorm | Part::AttnKNorm => Some(Part::Attn),
             Part::MlpRouter | Part::MlpGate | Part::MlpUp | Part::MlpDown => Some(Part::Mlp),
+            Part::MlpGateBias | Part::MlpUpBias | Part::MlpDownBias => Some(Part::Mlp),
+        }
+    }
+
+    /// Where the bias of this linear layer sits; `None` for parts that are no linear layer in a block.
+    ///
+    /// A bias is a site of its own behind its layer, so that what replaces a matrix need not know of it.
+    pub fn bias(self) -> Option<Part> {
+        match self {
+            Part::AttnQ => Some(Part::AttnQBias),
+            Part::AttnK => Some(Part::AttnKBias),
+            Part::AttnV => Some(Part::AttnVBias),
+            Part::AttnO => Some(Part::AttnOBias),
+            Part::MlpGate => Some(Part::MlpGateBias),
+            Part::MlpUp => Some(Part::MlpUpBias),
+            Part::MlpDown => Some(Part::MlpDownBias),
+            _ => None,
         }
     }
 
@@ -299,7 +344,7 @@ impl FromIterator<Site> for SiteSet {
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum SiteKind {
-    /// `y = x W (+ b)`, `x: [.., d_in]`, `y: [.., d_out]`.
+    /// `y = x W`, `x: [.., d_in]`, `y: [.., d_out]`; a bias is the site behind it.
     Linear {
         /// Width of the input.
         d_in: usize,
@@ -313,7 +358,12 @@ pub enum SiteKind {
         /// Width of a row.
         d_model: usize,
     },
-    /// A norm over the last dimension, of width `d`.
+    /// A vector of width `d` added to the output of a linear layer, `x: [.., d]`.
+    Bias {
+        /// Width.
+        d: usize,
+    },
+    /// A norm over groups of `d` values of the last dimension: over all of it, or over each head.
     Norm {
         /// Width.
         d: usize,
@@ -421,6 +471,17 @@ mod tests {
         }
         let no_expert = Site::expert(0, Part::AttnQ, 1).to_string();
         assert!(no_expert.parse::<Site>().is_err(), "{no_expert} is no site");
+    }
+
+    #[test]
+    fn biases_lie_beside_their_layers() {
+        let biases: Vec<Part> = Part::ALL.into_iter().filter_map(Part::bias).collect();
+        assert_eq!(biases.len(), 7);
+        for part in Part::ALL.into_iter().filter(|p| p.bias().is_some()) {
+            let bias = part.bias().unwrap();
+            assert_eq!((bias.parent(), bias.name()), (part.parent(), &*format!("{part}_bias")));
+            assert!(bias > part, "behind it in the order of data");
+        }
     }
 
     #[test]

@@ -13,7 +13,7 @@ use crate::{LogitKd, Teacher};
 /// `student` and `bank` must be on a device that records gradients, the teacher on one that does not.
 ///
 /// # Errors
-/// [`TrainError::Config`] if the two have different vocabularies, a brick sits at a head, or windows have fewer than 2 tokens (every problem
+/// [`TrainError::Config`] if the two have different vocabularies, a brick sits at a head, logits are capped, or windows have fewer than 2 tokens (every problem
 /// is listed); else as [`fit`].
 pub fn distill_lora(
     kd: LogitKd,
@@ -33,6 +33,9 @@ pub fn distill_lora(
     }
     if !Run::new(teacher.bricks).is_bare(head) || bank.sites().contains(head) {
         problems.push("a brick sits at a head".into());
+    }
+    if [teacher.decoder, student].iter().any(|d| d.config().final_softcap.is_some()) {
+        problems.push("a model caps its logits".into());
     }
     if config.window < 2 {
         problems.push(format!("`window` is {}; there is nothing to predict", config.window));

@@ -70,7 +70,8 @@ impl LogitKd {
     /// The soft part is scaled by `T^2`, which keeps its gradient comparable when `T` changes; without it the teacher does not run.
     ///
     /// # Panics
-    /// If a brick sits at the head of either model, the vocabularies differ, or a text has fewer than 2 tokens.
+    /// If a brick sits at the head of either model, either caps its logits, the vocabularies differ, or a text has fewer than
+    /// 2 tokens.
     pub fn loss(
         &self,
         student: &Decoder,
@@ -81,6 +82,8 @@ impl LogitKd {
         let head = Site::global(Part::Head);
         let mut teacher_run = Run::new(teacher.bricks);
         assert!(run.is_bare(head) && teacher_run.is_bare(head), "distillation needs bare heads");
+        let caps = |d: &Decoder| d.config().final_softcap.is_some();
+        assert!(!caps(student) && !caps(teacher.decoder), "distillation needs logits without a cap");
         let [batch, length] = tokens.dims();
         assert!(length > 1, "a text of {length} tokens has nothing to predict");
         let rows = batch * (length - 1);

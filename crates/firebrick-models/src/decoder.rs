@@ -4,15 +4,17 @@ use std::sync::Arc;
 
 use burn::module::{Module, ModuleMapper, Param, ParamId};
 use burn::nn::Linear;
-use burn::tensor::{Device, Int, Tensor, TensorData};
-use firebrick_core::{Part, Run, Seed, Site, SiteTable};
+use burn::tensor::{Device, Int, Tensor, TensorData, module};
+use firebrick_core::{Part, Run, Seed, Site, SiteKind, SiteTable};
 use firebrick_tensor::ops::{self, AttentionOptions, KvCache};
 
-use crate::config::DecoderConfig;
+use crate::config::{Activation, DecoderConfig};
 use crate::error::ModelError;
+use crate::rotary::{RopeScaling, Rotary};
 use crate::weights::{TensorSource, weight_shape};
 
-/// A decoder-only transformer of the Llama family: grouped-query attention, rotary positions, SwiGLU, RMSNorm.
+/// A decoder-only transformer: grouped-query attention, rotary positions, a gated feed-forward network, RMSNorm; what the
+/// families differ in are settings of [`DecoderConfig`].
 ///
 /// With no bricks it is an ordinary burn module. Every site of [`Decoder::sites`] can carry bricks:
 ///
@@ -63,6 +65,8 @@ struct Layer {
     q: Linear,
     k: Linear,
     v: Linear,
+    q_norm: Option<Param<Tensor<1>>>,
+    k_norm: Option<Param<Tensor<1>>>,
     o: Linear,
     attn_post_norm: Option<Param<Tensor<1>>>,
     mlp_norm: Param<Tensor<1>>,
@@ -75,10 +79,49 @@ struct Layer {
 /// The flat values of a weight, by site and shape.
 type Values<'a> = dyn FnMut(Site, &[usize]) -> Result<Tensor<1>, ModelError> + 'a;
 
-/// Cosines and sines of the rotary positions of one pass, each `[tokens, head_dim / 2]`.
-struct Rotary {
-    cos: Tensor<2>,
-    sin: Tensor<2>,
+/// Makes parameters of what `values` gives, site by site.
+struct Builder<'a> {
+    sites: &'a SiteTable,
+    values: &'a mut Values<'a>,
+}
+
+impl Builder<'_> {
+    /// `[rows, cols]`.
+    fn matrix(&mut self, site: Site, rows: usize, cols: usize) -> Result<Tensor<2>, ModelError> {
+        Ok((self.values)(site, &[rows, cols])?.reshape([rows, cols]))
+    }
+
+    /// The norm or bias at `site`, if the model has one there.
+    fn vector(&mut self, site: Site) -> Result<Option<Param<Tensor<1>>>, ModelError> {
+        match self.sites.get(site).map(|e| e.kind) {
+            Some(SiteKind::Norm { d } | SiteKind::Bias { d }) => {
+                Ok(Some(Param::from_tensor((self.values)(site, &[d])?)))
+            }
+            _ => Ok(None),
+        }
+    }
+
+    fn norm(&mut self, site: Site) -> Result<Param<Tensor<1>>, ModelError> {
+        Ok(self.vector(site)?.expect("every family has this norm"))
+    }
+
+    /// The linear layer at `site`, with its bias.
+    fn linear(&mut self, site: Site) -> Result<Linear, ModelError> {
+        let (d_in, d_out) = self.sites.linear(site).expect("every family has this linear layer");
+        let weight = Param::from_tensor(self.matrix(site, d_out, d_in)?.transpose());
+        let bias = match site.part.bias() {
+            Some(part) => self.vector(Site { part, ..site })?,
+            None => None,
+        };
+        Ok(Linear { weight, bias })
+    }
+}
+
+/// Rotary positions of one pass, by layer.
+struct Rotations {
+    global: Rotary,
+    /// In layers with a window, where it is another one.
+    local: Option<Rotary>,
 }
 
 impl Decoder {
@@ -112,19 +155,22 @@ impl Decoder {
     }
 
     /// A decoder with random weights: normal with standard deviation 0.02, residual projections scaled by
-    /// `1 / sqrt(2 layers)` (GPT-2), norms 1.
+    /// `1 / sqrt(2 layers)` (GPT-2); norms multiply by 1, biases are 0.
     ///
     /// # Errors
     /// If `config` is impossible; every reason is listed.
     pub fn random(config: DecoderConfig, seed: Seed, device: &Device) -> Result<Self, ModelError> {
         possible(&config)?;
         let depth = (2.0 * config.layers as f64).sqrt();
+        let sites = config.family().site_table(&config);
+        let gain = if config.norm_plus_one { 0.0 } else { 1.0 };
         Self::build(config, &mut |site, shape| {
             let n: usize = shape.iter().product();
-            let values: Vec<f32> = match (shape.len(), site.part) {
-                (1, _) => vec![1.0; n],
-                (_, part) => {
-                    let residual = matches!(part, Part::AttnO | Part::MlpDown);
+            let values: Vec<f32> = match sites.get(site).map(|e| e.kind) {
+                Some(SiteKind::Norm { .. }) => vec![gain; n],
+                Some(SiteKind::Bias { .. }) => vec![0.0; n],
+                _ => {
+                    let residual = matches!(site.part, Part::AttnO | Part::MlpDown);
                     let std = if residual { 0.02 / depth } else { 0.02 };
                     seed.normal(&format!("decoder.init/{site}"), n, std)
                 }
@@ -137,42 +183,31 @@ impl Decoder {
     /// Builds the modules; `weight` gives the flat values of a site in Hugging Face's layout (`[d_out, d_in]`).
     fn build(config: DecoderConfig, weight: &mut Values<'_>) -> Result<Self, ModelError> {
         let shape = Shape::new(config);
-        let (c, sites) = (shape.config.clone(), shape.sites.clone());
-        let mut matrix = |site: Site, rows: usize, cols: usize| {
-            Ok::<_, ModelError>(weight(site, &[rows, cols])?.reshape([rows, cols]))
-        };
-        let embed = Param::from_tensor(matrix(Site::global(Part::Embed), c.vocab, c.d_model)?);
-        let mut linear = |site: Site| {
-            let (d_in, d_out) = sites.linear(site).expect("the family's table has this linear layer");
-            let weight = Param::from_tensor(matrix(site, d_out, d_in)?.transpose());
-            Ok::<_, ModelError>(Linear { weight, bias: None })
-        };
-        let head = (!c.tied_head).then(|| linear(Site::global(Part::Head))).transpose()?;
-        let mut linears = Vec::with_capacity(c.layers);
-        for l in 0..c.layers {
-            let mut at = |part| linear(Site::layer(l, part));
-            let (q, k, v, o) = (at(Part::AttnQ)?, at(Part::AttnK)?, at(Part::AttnV)?, at(Part::AttnO)?);
-            linears.push((q, k, v, o, at(Part::MlpGate)?, at(Part::MlpUp)?, at(Part::MlpDown)?));
-        }
-        let mut norm = |site: Site| Ok::<_, ModelError>(Param::from_tensor(weight(site, &[c.d_model])?));
-        let post = c.norm_placement.has_post_norm();
+        let c = shape.config.clone();
+        let mut of = Builder { sites: &shape.sites, values: weight };
+        let embed = Param::from_tensor(of.matrix(Site::global(Part::Embed), c.vocab, c.d_model)?);
+        let head = (!c.tied_head).then(|| of.linear(Site::global(Part::Head))).transpose()?;
         let mut layers = Vec::with_capacity(c.layers);
-        for (l, (q, k, v, o, gate, up, down)) in linears.into_iter().enumerate() {
+        for l in 0..c.layers {
+            let site = |part| Site::layer(l, part);
             layers.push(Layer {
-                attn_norm: norm(Site::layer(l, Part::AttnNorm))?,
-                q,
-                k,
-                v,
-                o,
-                attn_post_norm: post.then(|| norm(Site::layer(l, Part::AttnPostNorm))).transpose()?,
-                mlp_norm: norm(Site::layer(l, Part::MlpNorm))?,
-                gate,
-                up,
-                down,
-                mlp_post_norm: post.then(|| norm(Site::layer(l, Part::MlpPostNorm))).transpose()?,
+                attn_norm: of.norm(site(Part::AttnNorm))?,
+                q: of.linear(site(Part::AttnQ))?,
+                k: of.linear(site(Part::AttnK))?,
+                v: of.linear(site(Part::AttnV))?,
+                q_norm: of.vector(site(Part::AttnQNorm))?,
+                k_norm: of.vector(site(Part::AttnKNorm))?,
+                o: of.linear(site(Part::AttnO))?,
+                attn_post_norm: of.vector(site(Part::AttnPostNorm))?,
+                mlp_norm: of.norm(site(Part::MlpNorm))?,
+                gate: of.linear(site(Part::MlpGate))?,
+                up: of.linear(site(Part::MlpUp))?,
+                down: of.linear(site(Part::MlpDown))?,
+                mlp_post_norm: of.vector(site(Part::MlpPostNorm))?,
             });
         }
-        Ok(Decoder { embed, layers, norm: norm(Site::global(Part::Norm))?, head, shape })
+        let norm = of.norm(Site::global(Part::Norm))?;
+        Ok(Decoder { embed, layers, norm, head, shape })
     }
 
     /// The same decoder with all weights trainable (for full fine-tuning), on a device that records gradients.
@@ -195,7 +230,8 @@ impl Decoder {
         self.norm.val().device()
     }
 
-    /// The weight of the head `[d_model, vocab]`; the transposed embedding when tied.
+    /// The weight of the head `[d_model, vocab]`; the transposed embedding when tied. Logits may be capped beside
+    /// (`final_softcap` of [`DecoderConfig`]).
     pub fn head_weight(&self) -> Tensor<2> {
         match &self.head {
             Some(head) => head.weight.val(),
@@ -204,7 +240,7 @@ impl Decoder {
     }
 
     /// The weight at `site` in Hugging Face's layout: `[d_out, d_in]` for linear layers, `[vocab, d_model]` for the
-    /// embedding, `[1, d]` for norms; `None` where the site has no weight of its own.
+    /// embedding, `[1, d]` for norms and biases; `None` where the site has no weight of its own.
     pub fn weight(&self, site: Site) -> Option<Tensor<2>> {
         let row = |p: &Param<Tensor<1>>| p.val().unsqueeze_dim(0);
         let linear = |l: &Linear| l.weight.val().transpose();
@@ -215,24 +251,24 @@ impl Decoder {
             _ => {}
         }
         let layer = self.layers.get(site.layer?)?;
-        match site.part {
-            Part::AttnNorm => Some(row(&layer.attn_norm)),
-            Part::AttnPostNorm => layer.attn_post_norm.as_ref().map(row),
-            Part::MlpNorm => Some(row(&layer.mlp_norm)),
-            Part::MlpPostNorm => layer.mlp_post_norm.as_ref().map(row),
-            _ => layer.linear(site.part).map(linear),
-        }
+        layer.linear(site.part).map(linear).or_else(|| layer.vector(site.part).map(row))
     }
 
-    /// The same decoder with the weight of the linear layer at `site` replaced by `weight: [d_out, d_in]`, a constant.
+    /// The same decoder with the weight at `site` replaced by `weight`, a constant: `[d_out, d_in]` for linear layers,
+    /// `[1, d]` for norms and biases.
     ///
     /// # Panics
-    /// If `site` is not a linear layer inside a block.
+    /// If nothing inside a block has its weight at `site`.
     pub fn with_weight(mut self, site: Site, weight: Tensor<2>) -> Self {
-        let layer = site.layer.and_then(|l| self.layers.get_mut(l));
-        let linear = layer.and_then(|l| l.linear_mut(site.part));
-        let linear = linear.unwrap_or_else(|| panic!("{site} is not a linear layer inside a block"));
-        linear.weight = Param::from_tensor(weight.transpose()).set_require_grad(false);
+        let nothing = || -> ! { panic!("no weight inside a block at {site}") };
+        let Some(layer) = site.layer.and_then(|l| self.layers.get_mut(l)) else { nothing() };
+        if let Some(linear) = layer.linear_mut(site.part) {
+            linear.weight = Param::from_tensor(weight.transpose()).set_require_grad(false);
+        } else if let Some(vector) = layer.vector_mut(site.part) {
+            *vector = Param::from_tensor(weight.squeeze_dim(0)).set_require_grad(false);
+        } else {
+            nothing()
+        }
         self
     }
 
@@ -242,7 +278,7 @@ impl Decoder {
     /// # Panics
     /// If there is no such layer.
     pub fn with_layers(mut self, layers: &[usize]) -> Self {
-        let config = DecoderConfig { layers: layers.len(), ..self.config().clone() };
+        let config = self.config().with_layers(layers);
         let copy = |(i, l): (usize, &usize)| {
             let layer = self.layers[*l].clone();
             // Gradients are filed under ids: with one id the repeats would share them.
@@ -266,7 +302,7 @@ impl Decoder {
         // A layer that a brick skips holds nothing: the fullest one knows the position.
         let held = |cache: &KvCache| (0..self.layers.len()).map(|l| cache.len(l)).max();
         let start = run.get::<KvCache>().and_then(held).unwrap_or(0);
-        let rotary = self.rotary(start, length);
+        let rotary = self.rotations(start, length);
         let mut x = self.embed(tokens, run);
         for layer in 0..self.layers.len() {
             x = self.block_at(layer, x, &rotary, run);
@@ -278,8 +314,11 @@ impl Decoder {
     pub fn embed(&self, tokens: Tensor<2, Int>, run: &mut Run<'_>) -> Tensor<3> {
         let [batch, length] = tokens.dims();
         run.tokens = Some(tokens.clone());
-        let rows = self.embed.val().select(0, tokens.reshape([batch * length]));
+        let mut rows = self.embed.val().select(0, tokens.reshape([batch * length]));
         let d = self.config().d_model;
+        if self.config().scaled_embedding {
+            rows = rows * (d as f64).sqrt();
+        }
         run.at(Site::global(Part::Embed), rows.reshape([batch, length, d]), &mut |x, _| x)
     }
 
@@ -288,11 +327,11 @@ impl Decoder {
     /// # Panics
     /// If the model has no such layer.
     pub fn block(&self, layer: usize, x: Tensor<3>, run: &mut Run<'_>) -> Tensor<3> {
-        let rotary = self.rotary(0, x.dims()[1]);
+        let rotary = self.rotations(0, x.dims()[1]);
         self.block_at(layer, x, &rotary, run)
     }
 
-    fn block_at(&self, l: usize, x: Tensor<3>, rotary: &Rotary, run: &mut Run<'_>) -> Tensor<3> {
+    fn block_at(&self, l: usize, x: Tensor<3>, rotary: &Rotations, run: &mut Run<'_>) -> Tensor<3> {
         run.at(Site::layer(l, Part::Block), x, &mut |x, run: &mut Run<'_>| {
             self.sublayers(l, &self.layers[l], x, rotary, run)
         })
@@ -300,16 +339,20 @@ impl Decoder {
 
     /// The head: logits `[batch, tokens, vocab]` of `hidden: [batch, tokens, d_model]`.
     pub fn logits(&self, hidden: Tensor<3>, run: &mut Run<'_>) -> Tensor<3> {
-        run.at(Site::global(Part::Head), hidden, &mut |x, _| {
+        let logits = run.at(Site::global(Part::Head), hidden, &mut |x, _| {
             let [b, t, d] = x.dims();
             let logits = x.reshape([b * t, d]).matmul(self.head_weight());
             let vocab = logits.dims()[1];
             logits.reshape([b, t, vocab])
-        })
+        });
+        match self.config().final_softcap {
+            Some(cap) => (logits / cap).tanh() * cap,
+            None => logits,
+        }
     }
 
     /// Negative log-likelihood in nats of each next token of `tokens: [batch, tokens]`, `[batch, tokens - 1]`, without
-    /// materialising the logits where the head is bare.
+    /// materialising the logits where the head is bare and nothing caps them.
     ///
     /// # Panics
     /// If there are no tokens.
@@ -319,7 +362,8 @@ impl Decoder {
         let d = hidden.dims()[2];
         let hidden = hidden.narrow(1, 0, length - 1);
         let targets = tokens.narrow(1, 1, length - 1).reshape([batch * (length - 1)]);
-        let nll = if run.is_bare(Site::global(Part::Head)) {
+        let fused = run.is_bare(Site::global(Part::Head)) && self.config().final_softcap.is_none();
+        let nll = if fused {
             ops::linear_cross_entropy(hidden.reshape([batch * (length - 1), d]), self.head_weight(), targets)
         } else {
             let logits = self.logits(hidden, run);
@@ -336,23 +380,51 @@ impl Decoder {
         KvCache::new(c.layers, batch, c.kv_heads, capacity, c.head_dim, &self.device())
     }
 
-    fn rotary(&self, start: usize, length: usize) -> Rotary {
+    fn rotations(&self, start: usize, length: usize) -> Rotations {
         let c = self.config();
-        let half = c.head_dim / 2;
-        let angle = |i: usize| {
-            let (position, j) = ((start + i / half) as f64, (i % half) as f64);
-            position * c.rope_theta.powf(-2.0 * j / c.head_dim as f64)
-        };
-        let table = |f: fn(f64) -> f64| {
-            let values: Vec<f32> = (0..length * half).map(|i| f(angle(i)) as f32).collect();
-            Tensor::<2>::from_data(TensorData::new(values, [length, half]), &self.device())
-        };
-        Rotary { cos: table(f64::cos), sin: table(f64::sin) }
+        let of = |theta, scaling| Rotary::new(theta, scaling, c.head_dim, start, length, &self.device());
+        Rotations {
+            global: of(c.rope_theta, c.rope_scaling),
+            local: c.local_theta.map(|theta| of(theta, RopeScaling::None)),
+        }
     }
 
-    fn norm_at(&self, site: Site, gamma: &Param<Tensor<1>>, x: Tensor<3>, run: &mut Run<'_>) -> Tensor<3> {
+    /// What a norm multiplies by.
+    fn gain(&self, weight: &Param<Tensor<1>>) -> Tensor<1> {
+        if self.config().norm_plus_one { weight.val() + 1.0 } else { weight.val() }
+    }
+
+    fn norm_at(&self, site: Site, weight: &Param<Tensor<1>>, x: Tensor<3>, run: &mut Run<'_>) -> Tensor<3> {
         let eps = self.config().norm_eps;
-        run.at(site, x, &mut |x, _| ops::rms_norm(x, gamma.val(), eps))
+        run.at(site, x, &mut |x, _| ops::rms_norm(x, self.gain(weight), eps))
+    }
+
+    /// The linear layer at `site` and the bias behind it.
+    fn linear_at(&self, site: Site, linear: &Linear, x: Tensor<3>, run: &mut Run<'_>) -> Tensor<3> {
+        let y = run.at(site, x, &mut |x, _| module::linear(x, linear.weight.val(), None));
+        match (&linear.bias, site.part.bias()) {
+            (Some(bias), Some(part)) => {
+                run.at(Site { part, ..site }, y, &mut |y, _| y + bias.val().unsqueeze::<3>())
+            }
+            _ => y,
+        }
+    }
+
+    /// The norm over each head of `x: [batch, tokens, heads * head_dim]`, if there is one.
+    fn head_norm_at(
+        &self,
+        site: Site,
+        weight: &Option<Param<Tensor<1>>>,
+        x: Tensor<3>,
+        run: &mut Run<'_>,
+    ) -> Tensor<3> {
+        let Some(weight) = weight else { return x };
+        let (eps, head_dim) = (self.config().norm_eps, self.config().head_dim);
+        run.at(site, x, &mut |x, _| {
+            let [batch, tokens, width] = x.dims();
+            let heads = x.reshape([batch, tokens, width / head_dim, head_dim]);
+            ops::rms_norm(heads, self.gain(weight), eps).reshape([batch, tokens, width])
+        })
     }
 
     fn sublayers(
@@ -360,7 +432,7 @@ impl Decoder {
         l: usize,
         layer: &Layer,
         x: Tensor<3>,
-        rotary: &Rotary,
+        rotary: &Rotations,
         run: &mut Run<'_>,
     ) -> Tensor<3> {
         let site = |part| Site::layer(l, part);
@@ -377,10 +449,13 @@ impl Decoder {
         run.at(site(Part::MlpSublayer), x, &mut |x, run: &mut Run<'_>| {
             let normed = self.norm_at(site(Part::MlpNorm), &layer.mlp_norm, x.clone(), run);
             let mut branch = run.at(site(Part::Mlp), normed, &mut |x, run: &mut Run<'_>| {
-                let gate = run.at(site(Part::MlpGate), x.clone(), &mut |x, _| layer.gate.forward(x));
-                let up = run.at(site(Part::MlpUp), x, &mut |x, _| layer.up.forward(x));
-                let inner = ops::swiglu(gate, up);
-                run.at(site(Part::MlpDown), inner, &mut |x, _| layer.down.forward(x))
+                let gate = self.linear_at(site(Part::MlpGate), &layer.gate, x.clone(), run);
+                let up = self.linear_at(site(Part::MlpUp), &layer.up, x, run);
+                let inner = match self.config().activation {
+                    Activation::Silu => ops::swiglu(gate, up),
+                    Activation::GeluTanh => gelu_tanh(gate) * up,
+                };
+                self.linear_at(site(Part::MlpDown), &layer.down, inner, run)
             });
             if let Some(norm) = &layer.mlp_post_norm {
                 branch = self.norm_at(site(Part::MlpPostNorm), norm, branch, run);
@@ -394,27 +469,35 @@ impl Decoder {
         l: usize,
         layer: &Layer,
         x: Tensor<3>,
-        rotary: &Rotary,
+        rotary: &Rotations,
         run: &mut Run<'_>,
     ) -> Tensor<3> {
         let c = self.config();
         let site = |part| Site::layer(l, part);
         let [batch, length, _] = x.dims();
         let heads = |t: Tensor<3>, n: usize| t.reshape([batch, length, n, c.head_dim]).swap_dims(1, 2);
-        let q = run.at(site(Part::AttnQ), x.clone(), &mut |x, _| layer.q.forward(x));
-        let k = run.at(site(Part::AttnK), x.clone(), &mut |x, _| layer.k.forward(x));
-        let v = run.at(site(Part::AttnV), x, &mut |x, _| layer.v.forward(x));
+        let q = self.linear_at(site(Part::AttnQ), &layer.q, x.clone(), run);
+        let k = self.linear_at(site(Part::AttnK), &layer.k, x.clone(), run);
+        let v = self.linear_at(site(Part::AttnV), &layer.v, x, run);
+        let q = self.head_norm_at(site(Part::AttnQNorm), &layer.q_norm, q, run);
+        let k = self.head_norm_at(site(Part::AttnKNorm), &layer.k_norm, k, run);
+        let windowed = c.is_windowed(l);
+        let rotary = rotary.local.as_ref().filter(|_| windowed).unwrap_or(&rotary.global);
         let q = ops::rope(heads(q, c.heads), rotary.cos.clone(), rotary.sin.clone());
         let mut k = ops::rope(heads(k, c.kv_heads), rotary.cos.clone(), rotary.sin.clone());
         let mut v = heads(v, c.kv_heads);
         if let Some(cache) = run.get_mut::<KvCache>() {
             (k, v) = cache.append(l, k, v);
         }
-        let scale = (c.head_dim as f64).powf(-0.5);
-        let options = AttentionOptions { scale, causal: true, window: None, softcap: None };
+        let options = AttentionOptions {
+            scale: c.attention_scale(),
+            causal: true,
+            window: c.window.filter(|_| windowed),
+            softcap: c.attn_softcap,
+        };
         let mixed = ops::attention(q, k, v, options);
         let mixed = mixed.swap_dims(1, 2).reshape([batch, length, c.heads * c.head_dim]);
-        run.at(site(Part::AttnO), mixed, &mut |x, _| layer.o.forward(x))
+        self.linear_at(site(Part::AttnO), &layer.o, mixed, run)
     }
 }
 
@@ -424,6 +507,14 @@ fn possible(config: &DecoderConfig) -> Result<(), ModelError> {
         problems if problems.is_empty() => Ok(()),
         problems => Err(ModelError::Invalid { path: "config.json".into(), problems }),
     }
+}
+
+/// `x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))`; burn's own raises to a real power, which is slow.
+fn gelu_tanh(x: Tensor<3>) -> Tensor<3> {
+    const SLOPE: f64 = std::f64::consts::FRAC_2_SQRT_PI * std::f64::consts::FRAC_1_SQRT_2;
+    let cube = x.clone() * x.clone() * x.clone();
+    let inner = (x.clone() + cube * 0.044715) * SLOPE;
+    x * (inner.tanh() + 1.0) * 0.5
 }
 
 /// Gives every parameter an id of its own.
@@ -462,4 +553,34 @@ impl Layer {
             _ => None,
         }
     }
+
+    /// The norm or bias at `part`.
+    fn vector(&self, part: Part) -> Option<&Param<Tensor<1>>> {
+        match part {
+            Part::AttnNorm => Some(&self.attn_norm),
+            Part::AttnQNorm => self.q_norm.as_ref(),
+            Part::AttnKNorm => self.k_norm.as_ref(),
+            Part::AttnPostNorm => self.attn_post_norm.as_ref(),
+            Part::MlpNorm => Some(&self.mlp_norm),
+            Part::MlpPostNorm => self.mlp_post_norm.as_ref(),
+            _ => self.linear(biased(part)?)?.bias.as_ref(),
+        }
+    }
+
+    fn vector_mut(&mut self, part: Part) -> Option<&mut Param<Tensor<1>>> {
+        match part {
+            Part::AttnNorm => Some(&mut self.attn_norm),
+            Part::AttnQNorm => self.q_norm.as_mut(),
+            Part::AttnKNorm => self.k_norm.as_mut(),
+            Part::AttnPostNorm => self.attn_post_norm.as_mut(),
+            Part::MlpNorm => Some(&mut self.mlp_norm),
+            Part::MlpPostNorm => self.mlp_post_norm.as_mut(),
+            _ => self.linear_mut(biased(part)?)?.bias.as_mut(),
+        }
+    }
+}
+
+/// The linear layer whose bias sits at `bias`.
+fn biased(bias: Part) -> Option<Part> {
+    Part::ALL.into_iter().find(|p| p.bias() == Some(bias))
 }

@@ -17,10 +17,9 @@ use indexmap::IndexMap;
 use crate::config::DecoderConfig;
 use crate::decoder::Decoder;
 use crate::error::ModelError;
-use crate::model::ModelFiles;
+use crate::model::{ModelFiles, ROPE_DIVISORS};
 use crate::tokenizer::Tokenizer;
-use crate::weights::{TensorSource, interleave_rows, interleaved_heads, permute_rows, weight_shape};
-use crate::weights::{deinterleaved_row, interleaved_row};
+use crate::weights::{GgufForm, TensorSource, interleaved_row, permute_rows, weight_shape};
 
 /// A weight that is already encoded, row-major in Hugging Face's order of rows.
 #[derive(Clone, Debug, PartialEq)]
@@ -157,7 +156,7 @@ impl<'a> Export<'a> {
     /// # Panics
     /// In [`Export::plan`] and [`Export::write`], if there is no such layer.
     pub fn with_layers(mut self, layers: Vec<usize>) -> Self {
-        self.config.layers = layers.len();
+        self.config = self.config.with_layers(&layers);
         self.sites = self.config.family().site_table(&self.config);
         self.layers = layers;
         self
@@ -204,6 +203,10 @@ impl<'a> Export<'a> {
     fn target(&mut self, path: &Path) -> Result<Target, ModelError> {
         if is_gguf_name(path) {
             self.format = Format::Gguf;
+            let problems = self.config.gguf_problems();
+            if !problems.is_empty() {
+                return Err(ModelError::Unsupported(problems.join("; ")));
+            }
             return Ok(Target::Gguf { path: path.into(), metadata: self.gguf_metadata()? });
         }
         self.format = Format::Safetensors;
@@ -271,8 +274,11 @@ impl<'a> Export<'a> {
         {
             let mut kept = source.metadata.clone();
             kept.retain(|key, _| !key.starts_with("tokenizer.") || map.contains_key(key));
-            let blocks = format!("{}.block_count", self.config.family().gguf);
-            let ours = |key: &str| key.starts_with("tokenizer.") || key == "general.name" || key == blocks;
+            let by_layer = ["block_count", "attention.sliding_window_pattern"]
+                .map(|key| format!("{}.{key}", self.config.family().gguf));
+            let ours = |key: &str| {
+                key.starts_with("tokenizer.") || key == "general.name" || by_layer.iter().any(|k| k == key)
+            };
             kept.extend(map.into_iter().filter(|(key, _)| ours(key)));
             map = kept;
         }
@@ -392,13 +398,17 @@ impl Transform for Export<'_> {
                 }
                 _ => Vec::new(),
             };
-            let whole = self.reorders(from) || importance.is_some();
+            let whole = self.reforms(site) || importance.is_some();
             let spec = if !reads.is_empty() && !whole {
                 OutputSpec::elementwise(tensor, reads)
             } else {
                 OutputSpec::whole(tensor, reads, elements as u64 * 8)
             };
             outputs.push(spec);
+        }
+        if let Some(divisors) = self.rope_divisors() {
+            let tensor = TensorSpec::new(ROPE_DIVISORS, DType::F32, [divisors.len()]);
+            outputs.push(OutputSpec::whole(tensor, Vec::new(), 0));
         }
         if problems.is_empty() {
             Ok(outputs)
@@ -419,43 +429,42 @@ impl Transform for Export<'_> {
     }
 
     fn compute(&self, job: &mut Job<'_>) -> Result<(), StreamError> {
-        let (site, shape) = self.weights().swap_remove(job.index());
+        let mut weights = self.weights();
+        if job.index() == weights.len() {
+            return job.write_f32(&self.rope_divisors().expect("it is an output"));
+        }
+        let (site, shape) = weights.swap_remove(job.index());
         let from = self.source_site(site);
-        let heads = interleaved_heads(self.config.family(), &self.config, site);
+        let form = GgufForm::of(&self.config, &self.sites, site);
         let to_gguf = self.format == Format::Gguf;
         if let Some(encoded) = self.encoded.get(&from) {
-            return match heads.filter(|_| to_gguf) {
-                Some(heads) => {
+            return match form {
+                GgufForm::Interleaved { heads } if to_gguf => {
                     let width = encoded.bytes.len() / shape[0];
                     let order = interleaved_row(shape[0], heads);
                     job.write_bytes(&permute_rows(&encoded.bytes, width, shape[0], order))
                 }
-                None => job.write_bytes(&encoded.bytes),
+                _ => job.write_bytes(&encoded.bytes),
             };
         }
         let dtype = job.spec().tensor.dtype;
         let importance = self.importance_of(from, dtype);
         let values = match self.weights {
-            Weights::Files(_) if !self.reorders(from) => match importance {
+            Weights::Files(_) if !self.reforms(site) => match importance {
                 Some(_) => job.read_f32(0)?.into_owned(),
                 None => return job.copy(),
             },
             Weights::Files(files) => {
-                let values = job.read_f32(0)?;
-                // Exactly one side interleaves, or `reorders` would be false.
-                let heads = heads.expect("only q and k are reordered");
-                let order: Box<dyn Fn(usize) -> usize> = match files.checkpoint.format() {
-                    Format::Gguf => Box::new(deinterleaved_row(shape[0], heads)),
-                    _ => Box::new(interleaved_row(shape[0], heads)),
-                };
-                permute_rows(&values, shape[1], shape[0], order)
+                let values = job.read_f32(0)?.into_owned();
+                // Exactly one side has GGUF's form, or `reforms` would be false.
+                match files.checkpoint.format() {
+                    Format::Gguf => form.undo(values, shape[0]),
+                    _ => form.make(values, shape[0]),
+                }
             }
             Weights::Decoder(decoder) => {
                 let values = decoder.read_site(from, &shape).map_err(StreamError::transform)?;
-                match heads.filter(|_| to_gguf) {
-                    Some(heads) => interleave_rows(&values, heads, shape[0], shape[1]),
-                    None => values,
-                }
+                if to_gguf { form.make(values, shape[0]) } else { values }
             }
         };
         let Some(importance) = importance else { return job.write_f32(&values) };
@@ -489,14 +498,20 @@ impl Export<'_> {
         (!self.importance.is_empty()).then(|| hasher.finalize().to_hex().to_string())
     }
 
-    /// Whether the rows of this weight change their order on the way from the source's file to the output.
-    fn reorders(&self, from: Site) -> bool {
+    /// Whether this weight of the output changes its form on the way from the source's file.
+    fn reforms(&self, site: Site) -> bool {
         match self.weights {
             Weights::Files(files) => {
-                let interleaved = interleaved_heads(self.config.family(), &self.config, from).is_some();
-                interleaved && files.checkpoint.format() != self.format
+                let same = GgufForm::of(&self.config, &self.sites, site) == GgufForm::Same;
+                let gguf = [files.checkpoint.format(), self.format].map(|f| f == Format::Gguf);
+                !same && gguf[0] != gguf[1]
             }
             Weights::Decoder(_) => false,
         }
+    }
+
+    /// The values of [`ROPE_DIVISORS`], if the output has it.
+    fn rope_divisors(&self) -> Option<Vec<f32>> {
+        if self.format == Format::Gguf { self.config.rope_divisors() } else { None }
     }
 }

@@ -13,12 +13,13 @@ mod export;
 mod family;
 mod generate;
 mod model;
+mod rotary;
 pub mod sampling;
 pub mod tokenizer;
 mod tokens;
 mod weights;
 
-pub use config::{DecoderConfig, NormPlacement};
+pub use config::{Activation, Biases, DecoderConfig, NormPlacement};
 pub use decoder::Decoder;
 pub use diff::{Diff, Stored, SumDiff, TensorDiff, ValueDiff, diff, diff_checkpoints};
 pub use error::ModelError;
@@ -26,5 +27,11 @@ pub use export::{EncodedWeight, Export, ExportType};
 pub use family::Family;
 pub use generate::{GenerateOptions, generate};
 pub use model::{Model, ModelFiles};
+pub use rotary::RopeScaling;
 pub use tokens::token_tensor;
 pub use weights::{CheckpointWeights, TensorSource, deinterleave_rows};
+
+/// The code of the guide, compiled and run.
+#[cfg(doctest)]
+#[doc = include_str!("../../../docs/guide/family.md")]
+struct GuideFamily;

@@ -7,7 +7,7 @@ use burn::tensor::Device;
 use firebrick_core::{Part, Site, SiteTable};
 use firebrick_tensor::checkpoint::{Checkpoint, Format};
 
-use crate::config::DecoderConfig;
+use crate::config::{DecoderConfig, GgufTensors};
 use crate::decoder::Decoder;
 use crate::error::ModelError;
 use crate::tokenizer::Tokenizer;
@@ -18,6 +18,9 @@ static EMBEDDED: &[u8] = include_bytes!("../data/embedded.gguf");
 
 /// The embedding's name in GGUF.
 const EMBEDDING: &str = "token_embd.weight";
+
+/// What GGUF divides rotary frequencies by, in Llama 3's scaling.
+pub(crate) const ROPE_DIVISORS: &str = "rope_freqs.weight";
 
 /// A model as it lies on disk: checkpoint, configuration and tokenizer, nothing on a device.
 #[derive(Debug)]
@@ -112,8 +115,9 @@ impl ModelFiles {
             let problems = vec![format!("tensor `{EMBEDDING}` is not a matrix")];
             return Err(ModelError::Invalid { path: path.into(), problems });
         };
-        let tied = checkpoint.get("output.weight").is_none();
-        let config = DecoderConfig::from_gguf(gguf, vocab, tied, path)?;
+        let has = |name: &str| checkpoint.get(name).is_some();
+        let rope_divisors = has(ROPE_DIVISORS).then(|| checkpoint.read_f32(ROPE_DIVISORS)).transpose()?;
+        let config = DecoderConfig::from_gguf(gguf, &GgufTensors { vocab, has: &has, rope_divisors }, path)?;
         let tokenizer = Tokenizer::from_gguf(gguf)?;
         let stem = path.file_stem().map_or("model".into(), |n| n.to_string_lossy().into_owned());
         let name = gguf.str("general.name").map_or(stem, String::from);
@@ -150,12 +154,14 @@ impl ModelFiles {
         let mut problems = Vec::new();
         for tensor in self.checkpoint.tensors().iter().filter(|t| !claimed.contains(&t.name)) {
             let name = tensor.name.as_str();
-            let known = self.checkpoint.format() != Format::Gguf
+            let known = match self.checkpoint.format() {
+                // The configuration was read from it.
+                Format::Gguf => name == ROPE_DIVISORS,
                 // Frequencies that follow from `rope_theta`, which old versions of transformers saved.
-                && (name.ends_with(".rotary_emb.inv_freq") || self.is_copied_head(name)?);
+                _ => name.ends_with(".rotary_emb.inv_freq") || self.is_copied_head(name)?,
+            };
             if !known {
-                let why = if name.starts_with("rope_freqs") { " (rotary scaling)" } else { "" };
-                problems.push(format!("tensor `{name}` has no place in this architecture{why}"));
+                problems.push(format!("tensor `{name}` has no place in this architecture"));
             }
         }
         Ok(problems)
@@ -199,7 +205,7 @@ impl ModelFiles {
 
     /// The weights by site.
     pub fn weights(&self) -> CheckpointWeights<'_> {
-        CheckpointWeights { checkpoint: &self.checkpoint, config: &self.config }
+        CheckpointWeights { checkpoint: &self.checkpoint, config: &self.config, sites: &self.sites }
     }
 
     /// The tensor of `site` in the checkpoint, if the site has a weight.

@@ -1,17 +1,17 @@
 //! Weights by site, in Hugging Face's layout, whatever file or module they come from.
 
-use firebrick_core::{Part, Site, SiteTable};
+use firebrick_core::{Part, Site, SiteKind, SiteTable};
 use firebrick_tensor::block::BlockError;
 use firebrick_tensor::checkpoint::{Checkpoint, CheckpointError, Format};
 
 use crate::config::DecoderConfig;
 use crate::decoder::Decoder;
 use crate::error::ModelError;
-use crate::family::Family;
 
 /// Something that can give the weight of each site of a model.
 pub trait TensorSource {
-    /// The weight at `site`, row-major in Hugging Face's layout (`[d_out, d_in]`, `[vocab, d_model]`, `[d]`).
+    /// The weight at `site`, row-major in Hugging Face's layout (`[d_out, d_in]`, `[vocab, d_model]`; `[d]` for norms and
+    /// biases).
     ///
     /// # Errors
     /// If the weight is missing or has another shape than `shape`.
@@ -24,11 +24,12 @@ pub trait TensorSource {
     fn check_site(&self, site: Site, shape: &[usize]) -> Result<(), ModelError>;
 }
 
-/// The weights of a checkpoint, by site: knows the family's tensor names and GGUF's order of q and k rows.
+/// The weights of a checkpoint, by site: knows the family's tensor names and what GGUF stores in another form.
 #[derive(Clone, Copy)]
 pub struct CheckpointWeights<'a> {
     pub(crate) checkpoint: &'a Checkpoint,
     pub(crate) config: &'a DecoderConfig,
+    pub(crate) sites: &'a SiteTable,
 }
 
 impl CheckpointWeights<'_> {
@@ -40,20 +41,51 @@ impl CheckpointWeights<'_> {
             _ => family.hf_name(site),
         }
     }
-
-    /// For q and k in GGUF: the number of heads whose rows are interleaved.
-    pub fn interleaved_heads(&self, site: Site) -> Option<usize> {
-        let gguf = self.checkpoint.format() == Format::Gguf;
-        if gguf { interleaved_heads(self.config.family(), self.config, site) } else { None }
-    }
 }
 
-/// How many heads' rows llama.cpp interleaves in the weight of `site`, if it does.
-pub(crate) fn interleaved_heads(family: &Family, config: &DecoderConfig, site: Site) -> Option<usize> {
-    match site.part {
-        Part::AttnQ if family.gguf_interleaves_qk => Some(config.heads),
-        Part::AttnK if family.gguf_interleaves_qk => Some(config.kv_heads),
-        _ => None,
+/// How GGUF stores a weight, seen from Hugging Face's layout.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum GgufForm {
+    /// As it is.
+    Same,
+    /// Rows in llama.cpp's order, head by head.
+    Interleaved { heads: usize },
+    /// With 1 added.
+    PlusOne,
+}
+
+impl GgufForm {
+    /// The form of the weight of `site`.
+    pub fn of(config: &DecoderConfig, sites: &SiteTable, site: Site) -> GgufForm {
+        let kind = sites.get(site).map(|e| e.kind);
+        match site.part {
+            _ if config.norm_plus_one && matches!(kind, Some(SiteKind::Norm { .. })) => GgufForm::PlusOne,
+            Part::AttnQ | Part::AttnQBias if config.family().gguf_interleaves_qk => {
+                GgufForm::Interleaved { heads: config.heads }
+            }
+            Part::AttnK | Part::AttnKBias if config.family().gguf_interleaves_qk => {
+                GgufForm::Interleaved { heads: config.kv_heads }
+            }
+            _ => GgufForm::Same,
+        }
+    }
+
+    /// `values` of `rows` rows, from Hugging Face's layout to this one.
+    pub fn make(self, values: Vec<f32>, rows: usize) -> Vec<f32> {
+        match self {
+            GgufForm::Same => values,
+            GgufForm::Interleaved { heads } => interleave_rows(&values, heads, rows, values.len() / rows),
+            GgufForm::PlusOne => values.into_iter().map(|v| v + 1.0).collect(),
+        }
+    }
+
+    /// The inverse of [`GgufForm::make`], up to rounding.
+    pub fn undo(self, values: Vec<f32>, rows: usize) -> Vec<f32> {
+        match self {
+            GgufForm::Same => values,
+            GgufForm::Interleaved { heads } => deinterleave_rows(&values, heads, rows, values.len() / rows),
+            GgufForm::PlusOne => values.into_iter().map(|v| v - 1.0).collect(),
+        }
     }
 }
 
@@ -79,11 +111,11 @@ impl CheckpointWeights<'_> {
 impl TensorSource for CheckpointWeights<'_> {
     fn read_site(&self, site: Site, shape: &[usize]) -> Result<Vec<f32>, ModelError> {
         let name = self.find(site, shape)?;
-        let mut values = self.checkpoint.read_f32(&name)?;
-        if let Some(heads) = self.interleaved_heads(site) {
-            values = deinterleave_rows(&values, heads, shape[0], shape[1]);
+        let values = self.checkpoint.read_f32(&name)?;
+        match self.checkpoint.format() {
+            Format::Gguf => Ok(GgufForm::of(self.config, self.sites, site).undo(values, shape[0])),
+            _ => Ok(values),
         }
-        Ok(values)
     }
 
     fn check_site(&self, site: Site, shape: &[usize]) -> Result<(), ModelError> {
@@ -122,7 +154,7 @@ pub(crate) fn weight_shape(sites: &SiteTable, site: Site) -> Option<Vec<usize>> 
     match entry.kind {
         Linear { d_in, d_out } => Some(vec![d_out, d_in]),
         Embedding { vocab, d_model } => Some(vec![vocab, d_model]),
-        Norm { d } => Some(vec![d]),
+        Norm { d } | Bias { d } => Some(vec![d]),
         _ => None,
     }
 }
@@ -138,7 +170,7 @@ pub(crate) fn interleave_rows(values: &[f32], heads: usize, rows: usize, cols: u
 }
 
 /// For a row in Hugging Face's order, the same row in llama.cpp's.
-pub(crate) fn deinterleaved_row(rows: usize, heads: usize) -> impl Fn(usize) -> usize {
+fn deinterleaved_row(rows: usize, heads: usize) -> impl Fn(usize) -> usize {
     let dim = rows / heads;
     move |row| row / dim * dim + row % dim % (dim / 2) * 2 + row % dim / (dim / 2)
 }

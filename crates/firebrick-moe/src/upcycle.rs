@@ -3,7 +3,7 @@
 use burn::module::Param;
 use burn::tensor::{Device, Tensor, TensorData};
 use firebrick_core::{Part, Seed, Site};
-use firebrick_models::Decoder;
+use firebrick_models::{Activation, Decoder};
 use serde::{Deserialize, Serialize};
 
 use crate::{ExpertBank, MoeError, MoeLayer, RouterConfig, TopKRouter};
@@ -53,7 +53,8 @@ impl Default for UpcycleConfig {
 /// ```
 ///
 /// # Errors
-/// If the decoder lacks a layer, a layer comes twice, or a setting cannot be meant; see [`RouterConfig::check`].
+/// If the decoder lacks a layer, a layer comes twice, its feed-forward networks are no SwiGLU without biases, or a setting
+/// cannot be meant; see [`RouterConfig::check`].
 pub fn upcycle(
     decoder: &Decoder,
     layers: &[usize],
@@ -77,7 +78,12 @@ pub fn upcycle(
     if !missing.is_empty() {
         return Err(MoeError::NoSuchLayer { missing, layers: has });
     }
-    let d_model = decoder.config().d_model;
+    let dense = decoder.config();
+    if dense.activation != Activation::Silu || dense.biases.mlp {
+        let what = "experts have no biases and their gates pass through SiLU, unlike this model's feed-forward network";
+        return Err(MoeError::Settings { problems: vec![what.into()] });
+    }
+    let d_model = dense.d_model;
     let copies = |layer: usize, part: Part| {
         let dense = decoder.weight(Site::layer(layer, part)).expect("a decoder's layer has this weight");
         let dense = dense.without_autodiff().to_device(&device.clone().inner()).transpose();

@@ -12,7 +12,7 @@ use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor};
 use firebrick_core::{Event, Progress, Run, Seed};
 use firebrick_models::tokenizer::train_bpe;
-use firebrick_models::{Decoder, DecoderConfig, Export, ExportType, NormPlacement};
+use firebrick_models::{Decoder, DecoderConfig, Export, ExportType};
 use firebrick_tensor::stream::Executor;
 use firebrick_train::{Schedule, TextData, TrainConfig, fit, perplexity};
 
@@ -61,7 +61,6 @@ fn main() -> Result<(), Box<dyn Error>> {
     eprintln!("{} tokens, {:.2} bytes each", data.ids.len(), data.bytes as f64 / data.ids.len() as f64);
 
     let config = DecoderConfig {
-        model_type: "llama".into(),
         vocab: tokenizer.vocab_size().next_multiple_of(32),
         d_model: 192,
         d_ff: 384,
@@ -73,8 +72,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         rope_theta: 10_000.0,
         norm_eps: 1e-5,
         tied_head: true,
-        norm_placement: NormPlacement::Pre,
-        extra: Default::default(),
+        ..DecoderConfig::tiny(0)
     };
     let device = Device::flex().autodiff();
     let decoder = Decoder::random(config, seed, &device)?.trainable();

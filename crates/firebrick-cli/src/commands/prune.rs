@@ -97,14 +97,14 @@ impl Prune {
     }
 }
 
-/// `decoder` with zeros in the projections that the plan's sublayers end with, so that they add nothing.
+/// `decoder` with zeros in the projections, and their biases, that the plan's sublayers end with, so that they add nothing.
 fn silenced(decoder: Decoder, plan: &DropPlan) -> Decoder {
     plan.sites.iter().fold(decoder, |decoder, site| {
         let part = if site.part == Part::AttnSublayer { Part::AttnO } else { Part::MlpDown };
-        let last = Site { part, ..site };
-        match decoder.weight(last) {
+        let parts = [Some(part), part.bias()].into_iter().flatten();
+        parts.map(|part| Site { part, ..site }).fold(decoder, |decoder, last| match decoder.weight(last) {
             Some(weight) => decoder.with_weight(last, weight.zeros_like()),
             None => decoder,
-        }
+        })
     })
 }

@@ -23,6 +23,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+use firebrick_models::tokenizer::train_bpe;
 use serde_json::Value;
 
 /// Runs the binary in `dir`.
@@ -72,4 +73,19 @@ fn text(dir: &Path, name: &str, word: &str, kilobytes: usize) -> PathBuf {
     let path = dir.join(name);
     std::fs::write(&path, text).unwrap();
     path
+}
+
+/// Copies a tiny model of `firebrick-models` to `dir`, with a tokenizer, its configuration changed.
+fn family(dir: &Path, name: &str, change: impl FnOnce(&mut Value)) {
+    let golden =
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../firebrick-models/tests/golden/families").join(name);
+    let folder = dir.join(name);
+    train_bpe(["the quick brown fox and the lazy dog, the other fox and the other dog"], 264)
+        .unwrap()
+        .save(&folder)
+        .unwrap();
+    std::fs::copy(golden.join("model.safetensors"), folder.join("model.safetensors")).unwrap();
+    let mut config = serde_json::from_slice(&std::fs::read(golden.join("config.json")).unwrap()).unwrap();
+    change(&mut config);
+    std::fs::write(folder.join("config.json"), config.to_string()).unwrap();
 }

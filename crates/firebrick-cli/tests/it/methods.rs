@@ -8,7 +8,7 @@ use firebrick_models::{Model, ModelFiles};
 use firebrick_tensor::checkpoint::Checkpoint;
 use serde_json::Value;
 
-use crate::{json, run, text};
+use crate::{family, json, run, text};
 
 fn nll(dir: &Path, model: &str, extra: &[&str]) -> f64 {
     let args = ["eval", "--model", model, "--data", "known.txt", "--window", "64"];
@@ -112,6 +112,65 @@ fn a_pruned_sublayer_is_a_skipped_one_bit_for_bit() {
         assert_ne!(logits(&base, &[]), skipped, "control: the sublayers do something");
         let plan = std::fs::read_to_string(dir.path().join(&names[2])).unwrap();
         assert!(plan.contains("drop = true"), "{plan}");
+    }
+}
+
+#[test]
+fn every_family_goes_through_the_methods() {
+    let dir = tempfile::tempdir().unwrap();
+    text(dir.path(), "t.txt", "stone", 3);
+    let at = |verb: &str, model: &str, extra: &[&str]| {
+        let arguments = [verb, "--model", model, "--data", "t.txt", "--window", "32"];
+        json(dir.path(), &[&arguments[..], extra].concat())
+    };
+    let eval = |model: &str, extra: &[&str]| at("eval", model, extra)["mean_nll"].as_f64().unwrap();
+    for name in ["llama", "qwen2", "qwen3", "gemma3"] {
+        family(dir.path(), name, |_| ());
+        let base = eval(name, &[]);
+
+        let profile = format!("{name}-profile");
+        at("profile", name, &["--windows", "4", "--out", &profile]);
+        let bits = std::fs::read_to_string(dir.path().join(&profile).join("bits.toml")).unwrap();
+        assert!(bits.contains("bits"), "{bits}");
+
+        let adapter = format!("{name}-adapter");
+        at("train", name, &["--steps", "3", "--out", &adapter]);
+        assert_ne!(eval(name, &["--adapter", &adapter]), base, "control: training changed something");
+
+        let quantized = |bits: &str| {
+            let out = format!("{name}-{bits}.gguf");
+            at("quantize", name, &["--windows", "4", "--bits", bits, "--out", &out]);
+            (eval(&out, &[]) - base).abs()
+        };
+        let (eight, two) = (quantized("8"), quantized("2"));
+        assert!(eight < two && eight < 0.02 * base, "{name}: {eight} at 8 bits, {two} at 2");
+    }
+}
+
+#[test]
+fn a_pruned_sublayer_leaves_no_bias_behind() {
+    let dir = tempfile::tempdir().unwrap();
+    text(dir.path(), "t.txt", "stone", 3);
+    family(dir.path(), "llama", |_| ());
+    let device = Device::flex();
+    let base = Model::open(&dir.path().join("llama"), &device).unwrap();
+    for kind in ["attn", "mlp"] {
+        let prune = ["prune", "--model", "llama", "--data", "t.txt", "--window", "32", "--windows", "2"];
+        let found = json(
+            dir.path(),
+            &[&prune[..], &["--drop", kind, "--count", "1", "--ends", "--out", kind]].concat(),
+        );
+        let site: Site = found["dropped"][0].as_str().unwrap().parse().unwrap();
+        let skip = Skip { sites: [site].into_iter().collect() };
+        let tokens = Tensor::<2, Int>::from_ints([[5, 80, 17, 200, 3, 42]], &device);
+        let skipped = base.decoder.forward(tokens.clone(), &mut Run::new(&[&skip as &dyn Brick])).into_data();
+        let pruned = Model::open(&dir.path().join(kind), &device).unwrap();
+        assert_eq!(
+            pruned.decoder.forward(tokens.clone(), &mut Run::default()).into_data(),
+            skipped,
+            "{kind}"
+        );
+        assert_ne!(base.decoder.forward(tokens, &mut Run::default()).into_data(), skipped, "control");
     }
 }
 

@@ -8,7 +8,7 @@ use std::process::Command;
 
 use serde_json::Value;
 
-use crate::{json, text};
+use crate::{family, json, text};
 
 fn python() -> Option<PathBuf> {
     let path = std::env::var_os("FIREBRICK_PYTHON").map(PathBuf::from);
@@ -80,6 +80,65 @@ fn transformers_and_gguf_load_what_we_write() {
         json(dir.path(), &["convert", &name, &back]);
         let blocks = script(&python, dir.path(), "gguf_equal.py", &[&name, &back]);
         assert_eq!(blocks["largest_difference"].as_f64(), Some(0.0), "{name}: {blocks}");
+    }
+}
+
+#[test]
+fn every_family_goes_to_transformers_and_gguf() {
+    let Some(python) = python() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3"] {
+        family(dir.path(), name, |_| ());
+        let (folder, file) = (format!("{name}-again"), format!("{name}.gguf"));
+        json(dir.path(), &["convert", name, &folder]);
+        json(dir.path(), &["convert", name, &file, "--type", "f32"]);
+        let found = script(&python, dir.path(), "families.py", &[name, &folder, &file]);
+        eprintln!("{name}: {found}");
+        assert_eq!(found["same_class"].as_bool(), Some(true), "{name}: {found}");
+        assert!(found["largest_difference"].as_f64().unwrap() < 1e-5, "{name}: {found}");
+        assert!(found["control"].as_f64().unwrap() > 0.1, "{name}: {found}");
+        assert!(found["largest_weight_difference"].as_f64().unwrap() < 1e-6, "{name}: {found}");
+        for list in ["foreign_tensors", "names_differ", "foreign_keys"] {
+            assert_eq!(found[list].as_array().map(Vec::len), Some(0), "{name}: {found}");
+        }
+    }
+}
+
+#[test]
+fn llama_cpp_runs_every_family() {
+    let Some(python) = python() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let ids = |answer: &Value| answer["ids"].as_array().unwrap().clone();
+    for name in ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3"] {
+        // What llama.cpp does not read for the family is as it takes for granted.
+        family(dir.path(), name, |config| match name {
+            "mistral" => config["sliding_window"] = Value::Null,
+            "qwen2" => config["use_sliding_window"] = false.into(),
+            "gemma2" | "gemma3" => config["query_pre_attn_scalar"] = config["head_dim"].clone(),
+            _ => {}
+        });
+        let file = format!("{name}.gguf");
+        json(dir.path(), &["convert", name, &file, "--type", "f32"]);
+        let generate = |prompt: &str| {
+            let arguments = ["--prompt", prompt, "--max-tokens", "12", "--temperature", "0"];
+            json(dir.path(), &[&["generate", "--model", &file], &arguments[..]].concat())
+        };
+        // More tokens than the windows are wide; llama.cpp goes on where our text ends.
+        let prompts = ["the other fox and", "a lazy brown dog", "(x + 1) * 2 = y"];
+        let texts = prompts.map(|prompt| (prompt, generate(prompt)));
+        let (prompt, ours) =
+            texts.iter().find(|(_, ours)| ids(ours).len() == 12).expect("some text goes on for 12 tokens");
+        let theirs = script(&python, dir.path(), "llama.py", &[&file, prompt, "12"]);
+        eprintln!("{name}: {} and {}", ours["ids"], theirs["ids"]);
+        // llama.cpp does not list tokens that end within a character: the others come in the same order.
+        let follows = |ours: &Value| {
+            let mut rest = ids(ours).into_iter();
+            ids(&theirs).iter().all(|id| rest.any(|other| other == *id))
+        };
+        assert!(ids(&theirs).len() >= 4 && follows(ours), "{name}: {ours} and {theirs}");
+        let others = texts.iter().filter(|(other, _)| other != prompt).map(|(_, text)| text);
+        let same = ids(ours).iter().all(|id| *id == ids(ours)[0]);
+        assert!(same || others.into_iter().any(|other| !follows(other)), "control: {name}, another prompt");
     }
 }
 

@@ -233,7 +233,7 @@ impl<'a> Parser<'a> {
         }
         let start = self.at;
         let leaf = vec![self.segment()?];
-        let inside = |p: &Part| p.parent() == Some(Part::Mlp) && *p != Part::MlpRouter;
+        let inside = |p: &Part| matches!(p, Part::MlpGate | Part::MlpUp | Part::MlpDown);
         let known: Vec<&'static str> = Part::ALL
             .iter()
             .filter(|p| inside(p))

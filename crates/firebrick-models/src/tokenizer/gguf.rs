@@ -1,4 +1,5 @@
-//! Tokenizers in GGUF metadata: the keys `tokenizer.*`, byte-level BPE only (`tokenizer.ggml.model` = `gpt2`).
+//! Tokenizers in GGUF metadata: the keys `tokenizer.*`, of byte-level BPE (`tokenizer.ggml.model` = `gpt2`) and of
+//! SentencePiece's BPE (`llama`, see `spm.rs`).
 //!
 //! GGUF names its pre-tokenizers (`tokenizer.ggml.pre`) and leaves their rules to the reader: [`RULES`] is the part of
 //! llama.cpp's list that the supported model families use, as the patterns of the models' own `tokenizer.json`.
@@ -9,7 +10,7 @@ use firebrick_tensor::checkpoint::Gguf;
 use firebrick_tensor::checkpoint::gguf::{Array, Metadata, Strings, Value};
 use serde_json::{Map, Value as Json, json};
 
-use super::{Kept, Special, Tokenizer, build, merge_pair};
+use super::{Kept, Special, Tokenizer, build, merge_pair, spm};
 use crate::ModelError;
 
 /// How text is cut before the merges.
@@ -160,17 +161,8 @@ pub(super) fn byte_level_json(
     types: &[i32],
 ) -> Result<Json, ModelError> {
     let rules = Rules::named(pre)?;
-    let added: Vec<Json> = vocab
-        .iter()
-        .filter_map(|(content, id)| {
-            let kind = types.get(id.as_u64()? as usize).copied().unwrap_or(NORMAL);
-            let special = matches!(kind, UNKNOWN | CONTROL);
-            (special || kind == USER).then(|| {
-                json!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
-                    "normalized": false, "special": special})
-            })
-        })
-        .collect();
+    let added =
+        added_tokens(vocab.iter().filter_map(|(t, id)| Some((t.as_str(), id.as_u64()? as usize))), types);
     Ok(json!({
         "version": "1.0",
         "truncation": null,
@@ -195,18 +187,34 @@ pub(super) fn byte_level_json(
     }))
 }
 
+/// The tokens that are looked for in a text before it is cut, as in `tokenizer.json`.
+fn added_tokens<'a>(tokens: impl Iterator<Item = (&'a str, usize)>, types: &[i32]) -> Vec<Json> {
+    let added = tokens.filter_map(|(content, id)| {
+        let kind = types.get(id).copied().unwrap_or(NORMAL);
+        let special = matches!(kind, UNKNOWN | CONTROL);
+        (special || kind == USER).then(|| {
+            json!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
+                "normalized": false, "special": special})
+        })
+    });
+    added.collect()
+}
+
 // Values of `tokenizer.ggml.token_type`.
 const NORMAL: i32 = 1;
 const UNKNOWN: i32 = 2;
 const CONTROL: i32 = 3;
 const USER: i32 = 4;
 const UNUSED: i32 = 5;
+const BYTE: i32 = 6;
 
 const MODEL: &str = "tokenizer.ggml.model";
+const SPM: &str = "llama";
 const PRE: &str = "tokenizer.ggml.pre";
 const TOKENS: &str = "tokenizer.ggml.tokens";
 const TOKEN_TYPE: &str = "tokenizer.ggml.token_type";
 const MERGES: &str = "tokenizer.ggml.merges";
+const SCORES: &str = "tokenizer.ggml.scores";
 const BOS: &str = "tokenizer.ggml.bos_token_id";
 const EOS: [&str; 3] =
     ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"];
@@ -238,19 +246,18 @@ impl Tokenizer {
     /// Builds the tokenizer that the `tokenizer.*` keys of a GGUF file describe.
     ///
     /// # Errors
-    /// [`ModelError::Unsupported`] for other types than byte-level BPE and for unknown pre-tokenizers;
+    /// [`ModelError::Unsupported`] for other types than byte-level and SentencePiece's BPE, and for unknown pre-tokenizers;
     /// [`ModelError::Tokenizer`] with everything that does not fit together.
     pub fn from_gguf(gguf: &Gguf) -> Result<Tokenizer, ModelError> {
         let model = gguf.str(MODEL)?;
-        if model != "gpt2" {
+        if model != "gpt2" && model != SPM {
             let kind = match model {
-                "llama" => " (SentencePiece)",
                 "bert" => " (WordPiece)",
                 "t5" => " (Unigram)",
                 _ => "",
             };
             return Err(ModelError::Unsupported(format!(
-                "{}: tokenizer type `{model}`{kind} in GGUF; only `gpt2` (byte-level BPE) is read, other types from tokenizer.json",
+                "{}: tokenizer type `{model}`{kind} in GGUF; only `gpt2` (byte-level BPE) and `llama` (SentencePiece's BPE) are read, other types from tokenizer.json",
                 gguf.path.display()
             )));
         }
@@ -275,7 +282,8 @@ impl Tokenizer {
             }
         }
         let mut merges = Vec::new();
-        for merge in gguf.strings(MERGES)?.iter() {
+        let listed = if model == SPM { None } else { Some(gguf.strings(MERGES)?) };
+        for merge in listed.into_iter().flat_map(|list| list.iter()) {
             match merge.split_once(' ') {
                 Some((a, b)) => merges.push(json!([a, b])),
                 None => problems.push(format!("merge `{merge}` has no space")),
@@ -298,6 +306,17 @@ impl Tokenizer {
             }
         }
         let origin = gguf.path.display().to_string();
+        let prefix = gguf.optional(SPACE_PREFIX, Gguf::bool)?.unwrap_or(true);
+        let mut pieces = None;
+        if model == SPM && problems.is_empty() {
+            let scores = gguf.f32s(SCORES)?;
+            let kind = |id: usize| types.get(id).copied().unwrap_or(NORMAL);
+            let added = added_tokens(tokens.iter().enumerate().map(|(id, token)| (token, id)), &types);
+            match spm::tokenizer_json(tokens, scores, |id| kind(id) == NORMAL, added, special.unk, prefix) {
+                Ok(json) => pieces = Some(json),
+                Err(found) => problems.extend(found),
+            }
+        }
         if !problems.is_empty() {
             let shown = problems[..problems.len().min(5)].join("; ");
             let more =
@@ -305,8 +324,13 @@ impl Tokenizer {
             return Err(ModelError::Tokenizer(format!("{origin}: {shown}{more}")));
         }
 
-        let inner = build(byte_level_json(pre, vocab, merges, &types)?, &origin)?;
-        let add_bos = gguf.optional(ADD_BOS, Gguf::bool)?.unwrap_or(rules.add_bos);
+        let adds = pieces.is_some() || rules.add_bos;
+        let json = match pieces {
+            Some(json) => json,
+            None => byte_level_json(pre, vocab, merges, &types)?,
+        };
+        let inner = build(json, &origin)?;
+        let add_bos = gguf.optional(ADD_BOS, Gguf::bool)?.unwrap_or(adds);
         let add_eos = gguf.optional(ADD_EOS, Gguf::bool)?.unwrap_or(false);
         let template = gguf.optional(TEMPLATE, Gguf::str)?.map(String::from);
         let foreign = gguf
@@ -329,7 +353,7 @@ impl Tokenizer {
     /// same; keys this crate does not know come along from the GGUF file that was read.
     ///
     /// # Errors
-    /// [`ModelError::Unsupported`] when the tokenizer is no byte-level BPE, cuts text in a way GGUF has no name for, or has
+    /// [`ModelError::Unsupported`] when the tokenizer is neither byte-level nor SentencePiece's BPE, cuts text in a way GGUF has no name for, or has
     /// more than three end tokens, for which GGUF has keys.
     pub fn gguf_metadata(&self) -> Result<Metadata, ModelError> {
         self.gguf_metadata_padded(self.vocab_size())
@@ -348,27 +372,47 @@ impl Tokenizer {
             )));
         }
         let json = serde_json::to_value(&self.inner).map_err(|e| ModelError::Tokenizer(e.to_string()))?;
-        let pre = self.gguf_pre(&json)?;
-        let (tokens, types) = self.gguf_tokens(&json, rows);
-        let mut merges = Strings::default();
-        for merge in json["model"]["merges"].as_array().into_iter().flatten() {
-            match merge_pair(merge) {
-                Some((a, b)) if !a.contains(' ') && !b.contains(' ') => merges.push(&format!("{a} {b}")),
-                _ => {
-                    return Err(ModelError::Unsupported(format!(
-                        "merge {merge} has a space and can't be written to GGUF"
-                    )));
-                }
-            }
-        }
-
+        let pieces = spm::describes(&json);
+        let (tokens, mut types) = self.gguf_tokens(&json, rows);
         let mut metadata = Metadata::new();
         let mut put = |key: &str, value: Value| drop(metadata.insert(key.into(), value));
-        put(MODEL, "gpt2".into());
-        put(PRE, pre.into());
-        put(TOKENS, Array::String(tokens).into());
-        put(TOKEN_TYPE, Array::I32(types).into());
-        put(MERGES, Array::String(merges).into());
+        if pieces.is_some() {
+            refuse_greedy(&json)?;
+            let scores = spm::scores(&json, rows);
+            let scores =
+                scores.map_err(|e| ModelError::Unsupported(format!("{e}: this has no place in GGUF")))?;
+            for (id, kind) in types.iter_mut().enumerate() {
+                let byte = |token: &str| token.len() == 6 && token.starts_with("<0x") && token.ends_with('>');
+                if *kind == NORMAL && tokens.get(id).is_some_and(byte) {
+                    *kind = BYTE;
+                } else if self.special.unk == Some(id as u32) {
+                    *kind = UNKNOWN;
+                }
+            }
+            put(MODEL, SPM.into());
+            put(PRE, "default".into());
+            put(TOKENS, Array::String(tokens).into());
+            put(SCORES, Array::F32(self.kept_scores(rows).unwrap_or(scores)).into());
+            put(TOKEN_TYPE, Array::I32(types).into());
+        } else {
+            let pre = self.gguf_pre(&json)?;
+            let mut merges = Strings::default();
+            for merge in json["model"]["merges"].as_array().into_iter().flatten() {
+                match merge_pair(merge) {
+                    Some((a, b)) if !a.contains(' ') && !b.contains(' ') => merges.push(&format!("{a} {b}")),
+                    _ => {
+                        return Err(ModelError::Unsupported(format!(
+                            "merge {merge} has a space and can't be written to GGUF"
+                        )));
+                    }
+                }
+            }
+            put(MODEL, "gpt2".into());
+            put(PRE, pre.into());
+            put(TOKENS, Array::String(tokens).into());
+            put(TOKEN_TYPE, Array::I32(types).into());
+            put(MERGES, Array::String(merges).into());
+        }
         let Special { bos, eos, pad, unk, add_bos, add_eos } = &self.special;
         if eos.len() > EOS.len() {
             return Err(ModelError::Unsupported(format!(
@@ -385,14 +429,27 @@ impl Tokenizer {
         for (key, id) in one(BOS, bos).into_iter().chain(ends).chain(one(UNK, unk)).chain(one(PAD, pad)) {
             put(key, id.into());
         }
-        put(SPACE_PREFIX, false.into());
+        put(SPACE_PREFIX, pieces.unwrap_or(false).into());
         put(ADD_BOS, (*add_bos).into());
         put(ADD_EOS, (*add_eos).into());
         if let Some(source) = &self.chat_template {
             put(TEMPLATE, source.as_str().into());
         }
-        metadata.extend(self.kept.gguf.iter().map(|(key, value)| (key.clone(), value.clone())));
+        let foreign = self.kept.gguf.iter().filter(|(key, _)| pieces.is_none() || *key != SCORES);
+        metadata.extend(foreign.map(|(key, value)| (key.clone(), value.clone())));
         Ok(metadata)
+    }
+
+    /// The scores of the GGUF file this was read from, with 0 for the tokens up to `rows`.
+    fn kept_scores(&self, rows: usize) -> Option<Vec<f32>> {
+        match self.kept.gguf.get(SCORES) {
+            Some(Value::Array(Array::F32(scores))) => {
+                let mut scores = scores.clone();
+                scores.resize(rows, 0.0);
+                Some(scores)
+            }
+            _ => None,
+        }
     }
 
     /// GGUF's name for how this tokenizer cuts text.
@@ -407,14 +464,7 @@ impl Tokenizer {
                 "a {kind} tokenizer in GGUF; only byte-level BPE can be written"
             )));
         }
-        let greedy =
-            |token: &&Json| ["single_word", "lstrip", "rstrip"].iter().any(|flag| token[flag] == true);
-        if let Some(token) = json["added_tokens"].as_array().into_iter().flatten().find(greedy) {
-            return Err(ModelError::Unsupported(format!(
-                "token {} swallows spaces, which GGUF can't say",
-                token["content"]
-            )));
-        }
+        refuse_greedy(json)?;
         if let Some(pre) = &self.kept.pre {
             return Ok(pre);
         }
@@ -453,5 +503,17 @@ impl Tokenizer {
         });
         let strings = spelled.collect();
         (strings, types)
+    }
+}
+
+/// Tokens that take neighbouring spaces with them.
+fn refuse_greedy(json: &Json) -> Result<(), ModelError> {
+    let greedy = |token: &&Json| ["single_word", "lstrip", "rstrip"].iter().any(|flag| token[flag] == true);
+    match json["added_tokens"].as_array().into_iter().flatten().find(greedy) {
+        None => Ok(()),
+        Some(token) => Err(ModelError::Unsupported(format!(
+            "token {} swallows spaces, which GGUF can't say",
+            token["content"]
+        ))),
     }
 }

@@ -1,6 +1,7 @@
 //! Tokenizers: Hugging Face's `tokenizer.json`, the keys of a GGUF file, or a byte-level BPE trained here.
 
 mod gguf;
+mod spm;
 mod stream;
 mod train;
 

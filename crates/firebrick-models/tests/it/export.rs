@@ -341,9 +341,9 @@ fn damaged_models_are_refused_with_every_reason() {
     assert!(error.contains("embed_tokens") && error.contains("model.norm"), "{error}");
     std::fs::write(
         &config,
-        text.replace("silu", "gelu").replace("\"attention_bias\": false", "\"attention_bias\": true"),
+        text.replace("silu", "gelu").replace("\"rope_type\": \"default\"", "\"rope_type\": \"yarn\""),
     )
     .unwrap();
     let error = Model::open(&path, &Device::flex()).unwrap_err().to_string();
-    assert!(error.contains("gelu") && error.contains("attention_bias"), "{error}");
+    assert!(error.contains("gelu") && error.contains("yarn"), "{error}");
 }

@@ -5,6 +5,7 @@
 mod decoder;
 mod diff;
 mod export;
+mod families;
 mod generate;
 mod model;
 mod smollm2;

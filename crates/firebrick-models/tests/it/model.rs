@@ -52,12 +52,12 @@ fn tensors_without_a_place_in_gguf_are_refused() {
     write(&path, true, 1);
     changed_gguf(&path, |_, _| ()).unwrap();
     let error = changed_gguf(&path, |_, tensors| {
-        tensors.push(vector("rope_freqs.weight", &[1.0, 8.0]));
-        tensors.push(vector("blk.0.attn_q.bias", &[0.0; 16]));
+        tensors.push(vector("blk.0.attn_q_norm.weight", &[1.0; 4]));
+        tensors.push(vector("blk.7.attn_q.bias", &[0.0; 16]));
     })
     .unwrap_err();
-    assert!(error.contains("rope_freqs.weight` has no place") && error.contains("rotary scaling"), "{error}");
-    assert!(error.contains("blk.0.attn_q.bias"), "every one is listed: {error}");
+    assert!(error.contains("attn_q_norm.weight` has no place"), "{error}");
+    assert!(error.contains("blk.7.attn_q.bias"), "every one is listed: {error}");
     let scalar = changed_gguf(&path, |_, tensors| {
         tensors[0] = (TensorSpec::new("token_embd.weight", DType::F32, []), vec![0; 4]);
     });

@@ -217,8 +217,9 @@ fn damaged_gguf_is_an_error_that_names_the_damage() {
         Tokenizer::from_gguf(&gguf(metadata)).unwrap_err()
     };
     let strings = |list: &[&str]| Value::Array(Array::String(list.iter().collect()));
-    let llama = broken("model", "llama".into());
-    assert!(matches!(&llama, ModelError::Unsupported(text) if text.contains("SentencePiece")), "{llama}");
+    let bert = broken("model", "bert".into());
+    assert!(matches!(&bert, ModelError::Unsupported(text) if text.contains("WordPiece")), "{bert}");
+    assert!(broken("model", "llama".into()).to_string().contains("scores"));
     assert!(matches!(broken("pre", "made-up".into()), ModelError::Unsupported(_)));
     assert!(broken("bos_token_id", Value::U32(300)).to_string().contains("bos_token_id"));
     assert!(broken("eos_token_id", "text".into()).to_string().contains("eos_token_id"));
@@ -230,6 +231,92 @@ fn damaged_gguf_is_an_error_that_names_the_damage() {
     let mut missing = good.clone();
     missing.shift_remove("tokenizer.ggml.merges");
     assert!(Tokenizer::from_gguf(&gguf(missing)).unwrap_err().to_string().contains("merges"));
+}
+
+/// The keys of a SentencePiece model of `tests/golden/spm.json`, made by `tests/golden/spm.py`.
+fn pieces(model: &Json) -> Metadata {
+    let list = |key: &str| model[key].as_array().unwrap().iter();
+    let tokens = list("pieces").map(|t| t.as_str().unwrap()).collect();
+    let scores = list("scores").map(|s| s.as_f64().unwrap() as f32).collect();
+    let types = list("types").map(|t| t.as_i64().unwrap() as i32).collect();
+    [
+        ("model", "llama".into()),
+        ("tokens", Array::String(tokens).into()),
+        ("scores", Array::F32(scores).into()),
+        ("token_type", Array::I32(types).into()),
+        ("unknown_token_id", Value::U32(0)),
+        ("bos_token_id", Value::U32(1)),
+        ("eos_token_id", Value::U32(2)),
+        ("add_space_prefix", model["prefix"].as_bool().unwrap().into()),
+    ]
+    .map(|(key, value)| (format!("tokenizer.ggml.{key}"), value))
+    .into_iter()
+    .collect()
+}
+
+#[test]
+fn sentencepiece_in_gguf_cuts_as_sentencepiece_does() {
+    let golden: Json = serde_json::from_str(include_str!("../golden/spm.json")).unwrap();
+    let models = golden["models"].as_array().unwrap();
+    let texts: Vec<&str> = golden["texts"].as_array().unwrap().iter().map(|t| t.as_str().unwrap()).collect();
+    for model in models {
+        let prefix = model["prefix"] == true;
+        let tokenizer = Tokenizer::from_gguf(&gguf(pieces(model))).unwrap();
+        assert!(tokenizer.adds_bos(), "as llama.cpp does where nothing is said");
+        let other = models.iter().find(|m| m["prefix"] != model["prefix"]).unwrap();
+        let other = Tokenizer::from_gguf(&gguf(pieces(other))).unwrap();
+        for (text, ids) in texts.iter().zip(model["ids"].as_array().unwrap()) {
+            let ids: Vec<u32> = serde_json::from_value(ids.clone()).unwrap();
+            // Behind a token found in the text llama.cpp puts a space as in front of it all, SentencePiece does not.
+            if prefix && text.contains("<user>") {
+                continue;
+            }
+            assert_eq!(tokenizer.encode(text, false).unwrap(), ids, "{text:?}, prefix: {prefix}");
+            assert_eq!(tokenizer.decode(&ids, false).unwrap(), *text);
+            assert!(text.trim().is_empty() || other.encode(text, false).unwrap() != ids, "control: {text:?}");
+        }
+
+        // Through a folder, where the merges are, and back to scores.
+        let folder = tempfile::tempdir().unwrap();
+        tokenizer.save(folder.path()).unwrap();
+        let read = Tokenizer::from_folder(folder.path()).unwrap();
+        assert_same(&tokenizer, &read, &texts);
+        let written = read.gguf_metadata_padded(430).unwrap();
+        let again = Tokenizer::from_gguf(&gguf(written.clone())).unwrap();
+        for text in &texts {
+            assert_eq!(again.encode(text, true).unwrap(), tokenizer.encode(text, true).unwrap());
+        }
+        let Value::Array(Array::I32(types)) = &written["tokenizer.ggml.token_type"] else { panic!() };
+        let known: Vec<i32> = serde_json::from_value(model["types"].clone()).unwrap();
+        assert_eq!(types[..known.len()], known);
+        assert!(types[known.len()..].iter().all(|t| *t == 5));
+        // From GGUF to GGUF the scores stay as they were.
+        let kept = tokenizer.gguf_metadata().unwrap();
+        assert_eq!(kept["tokenizer.ggml.scores"], pieces(model)["tokenizer.ggml.scores"]);
+    }
+}
+
+#[test]
+fn merges_that_scores_can_not_say_are_refused() {
+    let golden: Json = serde_json::from_str(include_str!("../golden/spm.json")).unwrap();
+    let tokenizer = Tokenizer::from_gguf(&gguf(pieces(&golden["models"][0]))).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    tokenizer.save(folder.path()).unwrap();
+    let path = folder.path().join("tokenizer.json");
+    let json = read_json(&path);
+    let error = |change: &dyn Fn(&mut Vec<Json>)| {
+        let mut json = json.clone();
+        change(json["model"]["merges"].as_array_mut().unwrap());
+        std::fs::write(&path, json.to_string()).unwrap();
+        Tokenizer::from_folder(folder.path()).unwrap().gguf_metadata().map_err(|e| e.to_string())
+    };
+    assert!(error(&|_| ()).is_ok(), "control");
+    let merges = json["model"]["merges"].as_array().unwrap();
+    let piece = |m: &Json| format!("{}{}", m[0].as_str().unwrap(), m[1].as_str().unwrap());
+    let same = |i: usize, j: usize| piece(&merges[i]) == piece(&merges[j]);
+    let twice = (1..merges.len() - 1).find(|i| same(*i, i - 1) && !same(*i, i + 1)).unwrap();
+    assert!(error(&|m| drop(m.remove(twice))).unwrap_err().contains("would join"));
+    assert!(error(&|m| m.swap(twice, twice + 1)).unwrap_err().contains("side by side"));
 }
 
 #[test]

@@ -1,7 +1,7 @@
 use burn::optim::GradientsParams;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use firebrick_core::{Brick, Mode, Run, Seed};
-use firebrick_models::{Decoder, DecoderConfig};
+use firebrick_models::{Biases, Decoder, DecoderConfig};
 use firebrick_moe::{ExpertLoads, MoeError, MoeLayer, UpcycleConfig, upcycle};
 use firebrick_train::AdamW;
 
@@ -44,6 +44,16 @@ fn an_upcycled_decoder_computes_what_it_computed() {
     assert!(gap(&decoder, &make(2, plain)) > 1e-3, "weights that do not sum to 1 change the function");
     let noisy = UpcycleConfig { noise: 0.1, ..UpcycleConfig::default() };
     assert!(gap(&decoder, &make(2, noisy)) > 1e-3);
+}
+
+#[test]
+fn networks_that_experts_can_not_be_are_refused() {
+    let biases = Biases { mlp: true, ..Biases::default() };
+    let config = DecoderConfig { biases, ..DecoderConfig::tiny(32) };
+    let decoder = Decoder::random(config, Seed(1), &Device::flex()).unwrap();
+    let config = UpcycleConfig::default();
+    let error = upcycle(&decoder, &[0], 4, 2, &config, Seed(2), &Device::flex()).unwrap_err();
+    assert!(error.to_string().contains("biases"), "{error}");
 }
 
 #[test]

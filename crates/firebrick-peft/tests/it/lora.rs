@@ -1,7 +1,8 @@
 use burn::module::Module;
 use burn::optim::GradientsParams;
 use burn::tensor::{Device, Tensor};
-use firebrick_core::{Brick, LayerPlan, Mode, Run, Seed, Settings, Silent, Site};
+use firebrick_core::{Brick, LayerPlan, Mode, Part, Run, Seed, Settings, Silent, Site};
+use firebrick_models::{Biases, Decoder, DecoderConfig};
 use firebrick_moe::AdapterGates;
 use firebrick_peft::{LoraBank, LoraConfig, LoraSettings, PeftError, fit_lora};
 use firebrick_train::{TextData, TrainConfig};
@@ -31,6 +32,31 @@ fn merged_equals_unmerged() {
     assert!(largest(logits(&half, &[]), with) > 1e-3, "control: the weight matters");
     let back = bank.unmerge(merged, 1.0).unwrap();
     assert!(largest(logits(&back, &[]), logits(&decoder, &[])) < 1e-5);
+}
+
+#[test]
+fn merged_equals_unmerged_beside_biases_and_norms_on_heads() {
+    let device = Device::flex();
+    let config = DecoderConfig {
+        model_type: "qwen3".into(),
+        biases: Biases { qkv: true, o: true, mlp: false },
+        qk_norm: true,
+        ..DecoderConfig::tiny(40)
+    };
+    let decoder = Decoder::random(config, Seed(5), &device).unwrap();
+    let biased = decoder.sites().all().filter(|s| Part::ALL.iter().any(|p| p.bias() == Some(s.part)));
+    assert_eq!(biased.len(), 2 * 4);
+    let decoder = biased.iter().fold(decoder, |decoder, site| {
+        let bias = decoder.weight(site).unwrap();
+        let [_, d] = bias.dims();
+        let draw = burn::tensor::TensorData::new(Seed(7).normal(&site.to_string(), d, 0.3), [1, d]);
+        decoder.with_weight(site, bias + Tensor::from_data(draw, &device))
+    });
+    let bank = trained(&decoder, &device);
+    let with = logits(&decoder, &[&bank]);
+    let merged = bank.merge(decoder.clone(), 1.0).unwrap();
+    assert!(largest(logits(&merged, &[]), with.clone()) < 1e-5);
+    assert!(largest(logits(&decoder, &[]), with) > 1e-3, "control: the adapter does something");
 }
 
 #[test]
@@ -125,7 +151,7 @@ fn plans_decide_where_and_how_much() {
     let nothing = nothing.resolve(decoder.sites()).unwrap();
     let error = LoraConfig::default().init_plan(decoder.sites(), &nothing, Seed(1), &device).unwrap_err();
     assert!(matches!(error, PeftError::Nothing));
-    let norm = [Site::layer(0, firebrick_core::Part::AttnNorm)].into_iter().collect();
+    let norm = [Site::layer(0, Part::AttnNorm)].into_iter().collect();
     assert!(LoraConfig::default().init(decoder.sites(), &norm, Seed(1), &device).is_err());
 }
 

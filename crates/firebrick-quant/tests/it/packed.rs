@@ -1,9 +1,9 @@
 use burn::module::Module;
 use burn::tensor::{Device, Tensor, TensorData};
-use firebrick_core::{Brick, Run, Seed, Site};
-use firebrick_models::{Decoder, DecoderConfig};
+use firebrick_core::{Brick, Run, Seed, Silent, Site, SiteKind};
+use firebrick_models::{Biases, Decoder, DecoderConfig};
 use firebrick_peft::LoraConfig;
-use firebrick_quant::{PackedLinear, rtn};
+use firebrick_quant::{GptqConfig, Method, PackedLinear, QuantConfig, quantize, rtn};
 use firebrick_tensor::grid::{Grid, GridKind};
 
 fn decoder(device: &Device) -> Decoder {
@@ -60,6 +60,54 @@ fn packed_equals_dequantized() {
     let bytes =
         |bits| both(&decoder, Grid { bits, group: 16, kind: GridKind::SymHalf, clip: false }).0.bytes();
     assert!(bytes(2) < bytes(4) && bytes(4) < bytes(8));
+}
+
+#[test]
+fn biases_and_norms_on_heads_stay_beside_packed_weights() {
+    let device = Device::flex();
+    let config = DecoderConfig {
+        model_type: "qwen3".into(),
+        biases: Biases { qkv: true, o: true, mlp: false },
+        qk_norm: true,
+        d_model: 32,
+        d_ff: 48,
+        head_dim: 8,
+        ..DecoderConfig::tiny(40)
+    };
+    let decoder = Decoder::random(config, Seed(5), &device).unwrap();
+    let with_vectors = |size: f64| {
+        let entries = decoder.sites().entries().iter();
+        let vectors = entries.filter(|e| matches!(e.kind, SiteKind::Bias { .. } | SiteKind::Norm { .. }));
+        vectors.filter(|e| e.site.layer.is_some()).fold(decoder.clone(), |decoder, entry| {
+            let weight = decoder.weight(entry.site).unwrap();
+            let [_, d] = weight.dims();
+            let draw = TensorData::new(Seed(7).normal(&entry.site.to_string(), d, size), [1, d]);
+            decoder.with_weight(entry.site, weight + Tensor::from_data(draw, &device))
+        })
+    };
+    let (plain, full) = (with_vectors(0.0), with_vectors(0.3));
+    let grid = Grid { bits: 4, group: 16, kind: GridKind::SymHalf, clip: false };
+    let (packed, dense) = both(&full, grid);
+    assert!(largest(logits(&full, &[&packed]), logits(&dense, &[])) < 2e-6);
+    assert!(largest(logits(&plain, &[&packed]), logits(&dense, &[])) > 1e-2, "control: they do something");
+
+    // Calibrated block by block through them.
+    let text: Vec<u32> = (0..256).map(|i| (i * 7 + i / 11) % 40).collect();
+    let config = QuantConfig {
+        method: Method::Gptq(GptqConfig::default()),
+        grid,
+        plan: None,
+        true_sequential: true,
+        window: 32,
+    };
+    let found = quantize(full.clone(), &text, &config, &Silent).unwrap();
+    assert_eq!(found.matrices.len(), decoder.sites().block_linears().len());
+    let (gptq, rtn) = (
+        largest(logits(&found.decoder, &[]), logits(&full, &[])),
+        largest(logits(&dense, &[]), logits(&full, &[])),
+    );
+    println!("logits move by {gptq:e} with GPTQ, {rtn:e} with rounding");
+    assert!(gptq > 0.0 && gptq < 2.0 * rtn, "{gptq} against {rtn}");
 }
 
 #[test]

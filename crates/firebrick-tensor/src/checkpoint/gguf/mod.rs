@@ -124,6 +124,17 @@ impl Gguf {
         })
     }
 
+    /// The list of numbers of `key`, stored as f32.
+    ///
+    /// # Errors
+    /// When the key is missing or does not hold an array of f32.
+    pub fn f32s(&self, key: &str) -> Result<&[f32]> {
+        self.read(key, "an array of f32", |v| match v {
+            Value::Array(Array::F32(values)) => Some(&values[..]),
+            _ => None,
+        })
+    }
+
     /// The list of integers of `key`, stored as any integer type that fits.
     ///
     /// # Errors
