@@ -7,7 +7,8 @@ use clap::{Args, Parser, Subcommand};
 use firebrick_core::DeviceSpec;
 
 use crate::commands::{
-    completions, convert, devices, diff, eval, generate, imatrix, inspect, man, merge, profile, prune, quantize, train,
+    completions, convert, devices, diff, embed, eval, generate, imatrix, inspect, man, merge, profile, prune, quantize,
+    train,
 };
 use crate::specialize;
 
@@ -67,6 +68,8 @@ pub enum Verb {
     Eval(eval::Eval),
     /// Continue a prompt.
     Generate(generate::Generate),
+    /// Texts as vectors, from an encoder.
+    Embed(embed::Embed),
     /// Train adapters on a text.
     Train(train::Train),
     /// Measure what every layer does on a text.

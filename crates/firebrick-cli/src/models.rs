@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 use burn::tensor::Device;
 use firebrick_core::{LayerPlan, ResolvedPlan, Site, folder, write_atomic};
 use firebrick_models::tokenizer::Tokenizer;
-use firebrick_models::{EncodedWeight, Model, ModelError, ModelFiles};
+use firebrick_models::{EncodedWeight, EncoderFiles, Model, ModelError, ModelFiles};
 use firebrick_peft::LoraBank;
 use firebrick_peft::hf;
 use firebrick_quant::QuantizedMatrix;
@@ -19,8 +19,8 @@ use serde_json::json;
 use crate::args::{Global, Usage};
 use crate::ui::Terminal;
 
-/// Names that `cargo xtask model` fetches, and the file each one is.
-const FETCHED: &[(&str, &str)] = &[("smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")];
+/// Names that `cargo xtask model` fetches, and the file each one is; none for a folder.
+const FETCHED: &[(&str, &str)] = &[("smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"), ("minilm", "")];
 
 /// Opens `embedded`, a folder, a GGUF file, or a name fetched with `cargo xtask model`.
 pub fn open(model: &str) -> Result<ModelFiles> {
@@ -36,28 +36,48 @@ fn open_with(model: &str, open: fn(&Path) -> Result<ModelFiles, ModelError>) -> 
     if model == "embedded" {
         return ModelFiles::embedded().context("the embedded model");
     }
-    let mut path = PathBuf::from(model);
-    if let Some((name, file)) = FETCHED.iter().find(|(name, _)| *name == model)
-        && !path.exists()
-    {
+    let path = locate(model)?;
+    let mut files = open(&path)?;
+    if path != Path::new(model) {
+        files.name = model.to_string();
+    }
+    Ok(files)
+}
+
+/// Opens an encoder: a folder, or a name fetched with `cargo xtask model`.
+pub fn open_encoder(model: &str) -> Result<EncoderFiles> {
+    let path = locate(model)?;
+    let mut files = EncoderFiles::open(&path)?;
+    if path != Path::new(model) {
+        files.name = model.to_string();
+    }
+    Ok(files)
+}
+
+/// Whether this names an encoder rather than a decoder.
+pub fn is_encoder(model: &str) -> bool {
+    locate(model).is_ok_and(|path| EncoderFiles::is_encoder(&path))
+}
+
+/// The path itself, or where a name fetched with `cargo xtask model` lies.
+fn locate(model: &str) -> Result<PathBuf> {
+    let path = PathBuf::from(model);
+    if path.exists() {
+        return Ok(path);
+    }
+    if let Some((name, file)) = FETCHED.iter().find(|(name, _)| *name == model) {
         let starts = [std::env::current_dir(), std::env::current_exe()];
         let fetched = Path::new("target/models").join(name).join(file);
-        path = upward(starts.iter().flatten(), &fetched).ok_or_else(|| {
-            Usage(format!("`{name}` is not here; fetch it with `cargo xtask model {name}`"))
-        })?;
-        let mut files = open(&path)?;
-        files.name = name.to_string();
-        return Ok(files);
+        return upward(starts.iter().flatten(), &fetched).ok_or_else(|| {
+            Usage(format!("`{name}` is not here; fetch it with `cargo xtask model {name}`")).into()
+        });
     }
-    if !path.exists() {
-        let known: Vec<&str> = FETCHED.iter().map(|(name, _)| *name).collect();
-        return Err(Usage(format!(
-            "{model}: no such file or folder; give a Hugging Face folder, a .gguf file, `embedded` or one of {}",
-            known.join(", ")
-        ))
-        .into());
-    }
-    Ok(open(&path)?)
+    let known: Vec<&str> = FETCHED.iter().map(|(name, _)| *name).collect();
+    Err(Usage(format!(
+        "{model}: no such file or folder; give a Hugging Face folder, a .gguf file, `embedded` or one of {}",
+        known.join(", ")
+    ))
+    .into())
 }
 
 /// The first `relative` that exists in one of `starts` or in a folder above.

@@ -44,7 +44,7 @@ pub enum Part {
     AttnO,
     /// Bias of the output projection.
     AttnOBias,
-    /// The norm on attention's output (Peri placement).
+    /// The norm on attention's output (Peri placement), or on its sum with the residual (BERT).
     AttnPostNorm,
     /// Norm, feed-forward network and residual add: residual stream to residual stream.
     MlpSublayer,
@@ -66,7 +66,7 @@ pub enum Part {
     MlpDown,
     /// Bias of the down projection.
     MlpDownBias,
-    /// The norm on the feed-forward network's output (Peri placement).
+    /// The norm on the feed-forward network's output (Peri placement), or on its sum with the residual (BERT).
     MlpPostNorm,
     /// The norm in front of the head.
     Norm,

@@ -1,13 +1,15 @@
 //! Wirings of pretrained architectures, tokenizers, chat templates and generation.
 //!
 //! The forward pass of an architecture is written once and asks at every [`Site`](firebrick_core::Site) whether a
-//! [`Brick`](firebrick_core::Brick) sits there; see [`Decoder`].
+//! [`Brick`](firebrick_core::Brick) sits there; see
+//! [`Decoder`] and, for texts as vectors, [`Encoder`].
 #![forbid(unsafe_code)]
 
 pub mod chat;
 mod config;
 mod decoder;
 mod diff;
+mod encoder;
 mod error;
 mod export;
 mod family;
@@ -22,9 +24,14 @@ mod weights;
 pub use config::{Activation, Biases, DecoderConfig, NormPlacement};
 pub use decoder::Decoder;
 pub use diff::{Diff, Stored, SumDiff, TensorDiff, ValueDiff, diff, diff_checkpoints};
+pub use encoder::{
+    EmbedOptions, Encoder, EncoderConfig, EncoderFiles, EncoderModel, EncoderWeights, Padding, Pooling,
+    SentenceConfig, TokenTypes, cosine, cosine_matrix, normalize, pool,
+};
 pub use error::ModelError;
 pub use export::{EncodedWeight, Export, ExportType};
 pub use family::Family;
+pub use family::bert::EncoderTensor;
 pub use generate::{GenerateOptions, generate};
 pub use model::{Model, ModelFiles};
 pub use rotary::RopeScaling;

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use burn::tensor::{Device, Tensor, TensorData};
-use firebrick_core::{MAX_SETTINGS, Site, SiteTable, read_text, write_atomic};
+use firebrick_core::{MAX_SETTINGS, Part, Site, SiteTable, read_text, write_atomic};
 use firebrick_tensor::block::DType;
 use firebrick_tensor::checkpoint::{Checkpoint, Metadata, TensorSpec, write_safetensors};
 use regex::Regex;
@@ -130,9 +130,11 @@ fn config_of(
         let rows = settings.iter().filter(|(_, _, s)| differs(s));
         rows.map(|(_, module, s)| (module.clone(), value(s))).collect::<Map<_, _>>()
     };
+    // An encoder has no head, and PEFT wants to know.
+    let head = sites.get(Site::global(Part::Head)).is_some();
     json!({
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": if head { "CAUSAL_LM" } else { "FEATURE_EXTRACTION" },
         "base_model_name_or_path": base,
         "inference_mode": true,
         "r": rank,

@@ -6,6 +6,7 @@
 use crate::block::DType;
 use crate::checkpoint::gguf::{Array, Gguf, Metadata, Strings};
 use crate::checkpoint::{Checkpoint, CheckpointError, Format, TensorSpec, Value, write_gguf};
+use firebrick_core::read_file;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
@@ -13,6 +14,8 @@ const SUMS: &str = ".in_sum2";
 const COUNTS: &str = ".counts";
 /// Longest name in an old file; ggml's end at 63 bytes.
 const MAX_NAME: usize = 1024;
+/// Longest old file: 256 million inputs, more than any model has.
+const MAX_DAT: u64 = 1 << 30;
 
 /// Squared inputs of the linear layers of a model, over a calibration text.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -81,7 +84,7 @@ impl ImportanceMatrix {
         let (found, mut problems) = if gguf {
             Self::from_gguf(&Checkpoint::open(path)?)?
         } else {
-            (Self::from_dat(path, &std::fs::read(path).map_err(io)?)?, Vec::new())
+            (Self::from_dat(path, &read_file(path, MAX_DAT).map_err(io)?)?, Vec::new())
         };
         problems.extend(found.entries.iter().flat_map(|(name, entry)| entry.problems(name)));
         if problems.is_empty() {

@@ -104,6 +104,12 @@ pub enum TrainError {
     /// An evaluation would record gradients that nobody takes.
     #[error("evaluation with trainable bricks would pile up gradient records: pass `bricks.valid()`")]
     Tracked,
+    /// Scores and relevant documents that do not fit together; every problem is listed.
+    #[error("retrieval: {}", listed(problems))]
+    Retrieval {
+        /// One line each, naming the query.
+        problems: Vec<String>,
+    },
     /// A read-back from the device failed.
     #[error("device: {0}")]
     Device(String),

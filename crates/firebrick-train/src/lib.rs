@@ -37,6 +37,7 @@ mod error;
 mod eval;
 mod optimizer;
 mod params;
+mod retrieval;
 mod schedule;
 mod trainer;
 
@@ -47,5 +48,6 @@ pub use error::TrainError;
 pub use eval::{EvalReport, perplexity};
 pub use firebrick_models::token_tensor;
 pub use optimizer::{AdamW, Group};
+pub use retrieval::{RetrievalReport, pearson, rank, recall_at, reciprocal_rank, retrieval, spearman};
 pub use schedule::Schedule;
 pub use trainer::{TrainConfig, TrainReport, fit};

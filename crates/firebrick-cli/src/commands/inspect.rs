@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 
 use anyhow::{Result, bail};
 use clap::Args;
-use firebrick_core::{Part, Progress, Task};
-use firebrick_models::ModelFiles;
-use firebrick_tensor::checkpoint::Checkpoint;
-use serde_json::{Map, json};
+use firebrick_core::{Part, Progress, Site, SiteTable, Task};
+use firebrick_models::{EncoderFiles, EncoderTensor, EncoderWeights, ModelFiles};
+use firebrick_tensor::checkpoint::{Checkpoint, TensorInfo};
+use serde_json::{Map, Value, json};
 
 use crate::args::{Global, Usage};
 use crate::models;
@@ -31,6 +31,9 @@ type Sizes = (usize, usize, usize);
 
 impl Inspect {
     pub fn run(&self, _global: &Global, terminal: &Terminal) -> Result<()> {
+        if models::is_encoder(&self.model) {
+            return self.encoder(&models::open_encoder(&self.model)?, terminal);
+        }
         match models::open_unchecked(&self.model) {
             Ok(files) => self.model(&files, terminal),
             // Of another architecture, or no model at all: its tensors can be shown nevertheless.
@@ -44,14 +47,7 @@ impl Inspect {
     fn model(&self, files: &ModelFiles, terminal: &Terminal) -> Result<()> {
         let types = types(&files.checkpoint);
         let (_, parameters, bytes) = total(&types);
-        let mut parts = BTreeMap::<Part, Sizes>::new();
-        for entry in files.sites().entries().iter().filter(|e| e.tensor.is_some()) {
-            let name = files.weights().tensor_name(entry.site);
-            if let Some(t) = name.and_then(|n| files.checkpoint.get(&n)) {
-                add(parts.entry(entry.site.part).or_default(), t.elements(), t.len);
-            }
-        }
-        let by_part: Map<_, _> = parts.iter().map(|(part, sizes)| (part.to_string(), json!(sizes))).collect();
+        let parts = parts(&files.checkpoint, files.sites(), |site| files.weights().tensor_name(site));
         let mut problems = files.problems()?;
         problems.extend(self.values(&files.checkpoint, terminal)?);
         let sites: Vec<_> = files.sites().entries().iter().filter(|e| e.tensor.is_some()).collect();
@@ -62,7 +58,7 @@ impl Inspect {
             "parameters": parameters,
             "bytes": bytes,
             "types": types,
-            "parts": by_part,
+            "parts": named(&parts),
             "vocab": files.tokenizer.vocab_size(),
             "chat_template": files.tokenizer.chat_template().is_some(),
             "sites": sites,
@@ -85,14 +81,55 @@ impl Inspect {
                 if config.tied_head { ", tied head" } else { "" },
             );
             text += &sizes(&types);
-            let linears = linears(files);
-            for (part, (_, elements, bytes)) in &parts {
-                let shape = linears.iter().filter(|l| l.0 == *part);
-                let shape =
-                    shape.map(|(_, (d_in, d_out), count)| format!("  {count} sites   {d_in} -> {d_out}"));
-                let shape = shape.collect::<String>();
-                text += &format!("  {:14} {elements:>12} values {bytes:>12} bytes{shape}\n", part.name());
-            }
+            text += &parts_text(&parts, files.sites());
+            text + &self.tail(&files.checkpoint, &problems)
+        })?;
+        verdict(&problems)
+    }
+
+    fn encoder(&self, files: &EncoderFiles, terminal: &Terminal) -> Result<()> {
+        let types = types(&files.checkpoint);
+        let (_, parameters, bytes) = total(&types);
+        let weights = EncoderWeights::new(&files.checkpoint);
+        let parts = parts(&files.checkpoint, files.sites(), |site| {
+            Some(weights.find(EncoderTensor::Weight(site))?.name.clone())
+        });
+        let problems = self.values(&files.checkpoint, terminal)?;
+        let sites: Vec<_> = files.sites().entries().iter().filter(|e| e.tensor.is_some()).collect();
+        let (config, sentence) = (&files.config, &files.sentence);
+        let (pooling, normalize) = (sentence.pooling.name(), sentence.normalize);
+        let output = json!({
+            "name": files.name,
+            "config": config,
+            "pooling": pooling,
+            "normalize": normalize,
+            "max_tokens": sentence.max_tokens,
+            "parameters": parameters,
+            "bytes": bytes,
+            "types": types,
+            "parts": named(&parts),
+            "vocab": files.tokenizer.vocab_size(),
+            "sites": sites,
+            "tensors": listed(&files.checkpoint),
+            "checked_values": self.check,
+            "problems": problems,
+        });
+        terminal.result(&output, || {
+            let mut text = format!(
+                "{} ({}, encoder)\n  {} layers, d_model {}, d_ff {}, {} heads of {}, vocabulary {}, {} positions\n  pooling {pooling}{}\n",
+                files.name,
+                config.model_type,
+                config.layers,
+                config.d_model,
+                config.d_ff,
+                config.heads,
+                config.head_dim(),
+                config.vocab,
+                config.max_tokens,
+                if normalize { ", normalized" } else { "" },
+            );
+            text += &sizes(&types);
+            text += &parts_text(&parts, files.sites());
             text + &self.tail(&files.checkpoint, &problems)
         })?;
         verdict(&problems)
@@ -194,16 +231,48 @@ fn sizes(types: &BTreeMap<&str, Sizes>) -> String {
     text
 }
 
-fn listed(checkpoint: &Checkpoint) -> Vec<serde_json::Value> {
-    let one = |t: &firebrick_tensor::checkpoint::TensorInfo| json!({"name": t.name, "type": t.dtype.name(), "shape": t.shape, "bytes": t.len});
+fn listed(checkpoint: &Checkpoint) -> Vec<Value> {
+    let one = |t: &TensorInfo| json!({"name": t.name, "type": t.dtype.name(), "shape": t.shape, "bytes": t.len});
     checkpoint.tensors().iter().map(one).collect()
 }
 
+/// Sizes by part of the sites that `name` finds a tensor for.
+fn parts(
+    checkpoint: &Checkpoint,
+    sites: &SiteTable,
+    name: impl Fn(Site) -> Option<String>,
+) -> BTreeMap<Part, Sizes> {
+    let mut parts = BTreeMap::<Part, Sizes>::new();
+    for entry in sites.entries().iter().filter(|e| e.tensor.is_some()) {
+        if let Some(t) = name(entry.site).and_then(|n| checkpoint.get(&n)) {
+            add(parts.entry(entry.site.part).or_default(), t.elements(), t.len);
+        }
+    }
+    parts
+}
+
+fn named(parts: &BTreeMap<Part, Sizes>) -> Map<String, Value> {
+    parts.iter().map(|(part, sizes)| (part.to_string(), json!(sizes))).collect()
+}
+
+/// A line for each part, with the shapes of its linear layers.
+fn parts_text(parts: &BTreeMap<Part, Sizes>, sites: &SiteTable) -> String {
+    let mut text = String::new();
+    let linears = linears(sites);
+    for (part, (_, elements, bytes)) in parts {
+        let shapes = linears.iter().filter(|l| l.0 == *part);
+        let shapes = shapes.map(|(_, (d_in, d_out), count)| format!("  {count} sites   {d_in} -> {d_out}"));
+        let shapes = shapes.collect::<String>();
+        text += &format!("  {:14} {elements:>12} values {bytes:>12} bytes{shapes}\n", part.name());
+    }
+    text
+}
+
 /// The linear layers by part and shape `(d_in, d_out)`, and how many there are of each.
-fn linears(files: &ModelFiles) -> Vec<(Part, (usize, usize), usize)> {
+fn linears(sites: &SiteTable) -> Vec<(Part, (usize, usize), usize)> {
     let mut found: Vec<(Part, (usize, usize), usize)> = Vec::new();
-    for entry in files.sites().entries() {
-        let Some(shape) = files.sites().linear(entry.site) else { continue };
+    for entry in sites.entries() {
+        let Some(shape) = sites.linear(entry.site) else { continue };
         match found.iter_mut().find(|(part, s, _)| (*part, *s) == (entry.site.part, shape)) {
             Some((_, _, count)) => *count += 1,
             None => found.push((entry.site.part, shape, 1)),

@@ -4,6 +4,7 @@ pub mod completions;
 pub mod convert;
 pub mod devices;
 pub mod diff;
+pub mod embed;
 pub mod eval;
 pub mod generate;
 pub mod imatrix;
@@ -31,7 +32,13 @@ pub fn run(cli: &Cli, terminal: &Terminal) -> Result<()> {
     }
     let idle = matches!(
         cli.verb,
-        Verb::Generate(_) | Verb::Inspect(_) | Verb::Diff(_) | Verb::Devices(_) | Verb::Completions(_) | Verb::Man(_)
+        Verb::Embed(_)
+            | Verb::Generate(_)
+            | Verb::Inspect(_)
+            | Verb::Diff(_)
+            | Verb::Devices(_)
+            | Verb::Completions(_)
+            | Verb::Man(_)
     );
     if global.dry_run && idle {
         return Err(Usage("--dry-run: this verb writes nothing that could be foreseen".into()).into());
@@ -40,6 +47,7 @@ pub fn run(cli: &Cli, terminal: &Terminal) -> Result<()> {
         Verb::Specialize(v) => v.run(global, terminal),
         Verb::Eval(v) => v.run(global, terminal),
         Verb::Generate(v) => v.run(global, terminal),
+        Verb::Embed(v) => v.run(global, terminal),
         Verb::Train(v) => v.run(global, terminal),
         Verb::Profile(v) => v.run(global, terminal),
         Verb::Merge(v) => v.run(global, terminal),

@@ -3,6 +3,7 @@
 #![allow(clippy::disallowed_methods, reason = "tests are told by the environment what is there")]
 
 mod contract;
+mod embed;
 #[cfg(unix)]
 mod faults;
 mod fuzzing;

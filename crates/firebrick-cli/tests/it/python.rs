@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use crate::{family, json, text};
 
-fn python() -> Option<PathBuf> {
+pub fn python() -> Option<PathBuf> {
     let path = std::env::var_os("FIREBRICK_PYTHON").map(PathBuf::from);
     if path.is_none() {
         let required = std::env::var("FIREBRICK_REQUIRE").unwrap_or_default();
@@ -23,7 +23,7 @@ fn python() -> Option<PathBuf> {
 }
 
 /// Runs one of `tests/python/*.py` in `dir` and gives the JSON it prints.
-fn script(python: &Path, dir: &Path, name: &str, arguments: &[&str]) -> Value {
+pub fn script(python: &Path, dir: &Path, name: &str, arguments: &[&str]) -> Value {
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/python").join(name);
     let output = Command::new(python)
         .arg(file)

@@ -1,5 +1,6 @@
 //! One table per family of architectures: site, Hugging Face name, GGUF name, and what its `config.json` can say.
 
+pub(crate) mod bert;
 mod gemma2;
 mod gemma3;
 mod llama;

@@ -4,14 +4,29 @@
 
 mod decoder;
 mod diff;
+mod encoder;
 mod export;
 mod families;
 mod generate;
+mod minilm;
 mod model;
 mod smollm2;
 mod tokenizer;
 
 use std::path::{Path, PathBuf};
+
+/// The folder of all-MiniLM-L6-v2; none where it was not fetched, unless `FIREBRICK_REQUIRE` names `minilm`.
+fn minilm() -> Option<PathBuf> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let path = root.join("target/models/minilm");
+    if path.join("model.safetensors").exists() {
+        return Some(path);
+    }
+    let required = std::env::var("FIREBRICK_REQUIRE").unwrap_or_default();
+    assert!(!required.contains("minilm"), "{} is required and missing", path.display());
+    println!("skipped: `cargo xtask model minilm` fetches the model this test needs");
+    None
+}
 
 /// The file of SmolLM2-135M-Instruct; none where it was not fetched, unless `FIREBRICK_REQUIRE` names `smollm2`.
 fn smollm2() -> Option<PathBuf> {

@@ -2,6 +2,7 @@
 
 use super::error::{CheckpointError, Result};
 use super::{Checkpoint, Contents, Format, Metadata, pytorch};
+use firebrick_core::read_file;
 use indexmap::IndexMap;
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::path::{Component, Path};
@@ -112,15 +113,7 @@ pub(super) fn open(folder: &Path) -> Result<Checkpoint> {
 
 fn read_index(path: &Path) -> Result<IndexMap<String, String>> {
     let io = |e| CheckpointError::io(path, e);
-    let size = std::fs::metadata(path).map_err(io)?.len();
-    if size > MAX_INDEX {
-        return Err(CheckpointError::malformed(
-            path,
-            0,
-            format!("an index of {size} bytes (at most {MAX_INDEX})"),
-        ));
-    }
-    let text = std::fs::read(path).map_err(io)?;
+    let text = read_file(path, MAX_INDEX).map_err(io)?;
     let index: Index = serde_json::from_slice(&text).map_err(|e| {
         CheckpointError::malformed(path, 0, format!("the index is not what it should be: {e}"))
     })?;

@@ -8,6 +8,7 @@ mod attention;
 mod attention_cpu;
 mod cpu;
 mod cross_entropy;
+mod gelu;
 mod grouped_matmul;
 mod kv_cache;
 mod linear_cross_entropy;
@@ -22,6 +23,7 @@ mod swiglu;
 
 pub use attention::{AttentionOptions, attention};
 pub use cross_entropy::cross_entropy;
+pub use gelu::gelu;
 pub use grouped_matmul::grouped_matmul;
 pub use kv_cache::KvCache;
 pub use linear_cross_entropy::linear_cross_entropy;

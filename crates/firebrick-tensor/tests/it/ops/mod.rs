@@ -2,6 +2,7 @@
 
 mod attention;
 mod cross_entropy;
+mod gelu;
 mod grouped_matmul;
 mod kv_cache;
 mod linear_kl;
