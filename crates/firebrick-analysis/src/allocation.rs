@@ -7,13 +7,16 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use firebrick_core::{Baseline, BudgetError, Choice, LayerPlan, Seed, Settings, Site, SiteTable};
+use firebrick_core::{Baseline, BudgetError, Choice, LayerPlan, Part, Seed, Settings, Site, SiteTable};
 use firebrick_core::{allocate, allocate_baseline};
 use serde::Serialize;
 
 use crate::profile::{LinearProfile, Profile};
-use crate::report::{Cell, Heatmap, Row, Section, Table};
+use crate::report::{Cell, Heatmap, Row, Scatter, Section, Table};
 use crate::{AnalysisError, by_part};
+
+/// Budgets of a front beside the least.
+const STEPS: u8 = 12;
 
 /// One allocation: the plan, and what it costs and loses by the profile.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -117,6 +120,25 @@ pub fn rank_plans(
     seeds: &[Seed],
 ) -> Result<Plans, AnalysisError> {
     Market::ranks(profile, table, budget, candidates)?.plans(seeds)
+}
+
+/// Expected rise against size at a series of budgets, planned and uniform: what the plan gains where.
+///
+/// # Errors
+/// See [`bit_plans`].
+pub fn bit_front(profile: &Profile, table: &SiteTable, candidates: &[u8]) -> Result<Scatter, AnalysisError> {
+    let (low, high) = (candidates.iter().min().copied(), candidates.iter().max().copied());
+    let (low, high) = (f64::from(low.unwrap_or(0)), f64::from(high.unwrap_or(0)));
+    let mut chart = Scatter::new("Size and expected rise of the loss", "MB of codes", "nats per token").log();
+    for i in 0..=STEPS {
+        let mean_bits = low + (high - low) * (f64::from(i) / f64::from(STEPS)).powi(2);
+        let plans = bit_plans(profile, table, mean_bits, candidates, &[])?;
+        for (kind, a) in [("planned", &plans.planned), ("uniform", &plans.uniform)] {
+            let label = format!("{kind}, {mean_bits:.2} bits");
+            chart = chart.point(kind, label, a.cost as f64 / 8e6, a.loss);
+        }
+    }
+    Ok(chart.front())
 }
 
 /// Sites, their choices, and what each choice sets.
@@ -307,6 +329,29 @@ impl Plans {
             .table(table.highlight(0))
             .heatmap(self.levels("planned", &self.planned))
             .heatmap(self.levels("uniform", &self.uniform))
+    }
+
+    /// What the planned allocation gives each layer, beside what the profile says of the layer.
+    pub fn beside(&self, profile: &Profile) -> Heatmap {
+        let layers = profile.layers;
+        let mean_of = |values: &[f64]| (!values.is_empty()).then(|| crate::stats::mean(values));
+        let levels = |l: usize| {
+            let here = self.planned.levels.iter().filter(|(s, _)| s.layer == Some(l));
+            mean_of(&here.map(|(_, v)| *v as f64).collect::<Vec<_>>())
+        };
+        let linear = |l: usize, value: fn(&LinearProfile) -> f64| {
+            let here = profile.linear.iter().filter(|p| p.site.layer == Some(l));
+            mean_of(&here.map(value).collect::<Vec<_>>())
+        };
+        let influence =
+            |part: Part| move |l: usize| profile.residual_at(Site::layer(l, part)).map(|r| r.influence.mean);
+        Heatmap::new(format!("Planned {} beside the profile", self.setting), "layer", layers)
+            .row(Row::new(format!("planned {}, mean", self.setting), (0..layers).map(levels)))
+            .row(Row::new("gradient energy", (0..layers).map(|l| linear(l, |p| p.gradient_energy))).log())
+            .row(Row::new("rank of the inputs", (0..layers).map(|l| linear(l, |p| p.activation_rank))))
+            .row(Row::new("block: influence", (0..layers).map(influence(Part::Block))).log())
+            .row(Row::new("attention: influence", (0..layers).map(influence(Part::AttnSublayer))).log())
+            .row(Row::new("feed-forward: influence", (0..layers).map(influence(Part::MlpSublayer))).log())
     }
 
     fn levels(&self, name: &str, allocation: &Allocation) -> Heatmap {

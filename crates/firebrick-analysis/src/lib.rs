@@ -10,27 +10,50 @@ use std::collections::BTreeMap;
 
 use firebrick_core::{Part, Site};
 
+mod activation_sparsity;
 mod allocation;
+mod attention_pattern;
+mod cka;
 mod error;
+mod expert_usage;
 mod file;
+mod fisher;
+mod functional_partition;
+mod hessian_trace;
 mod host;
 mod importance;
+mod logit_lens;
+mod metric;
 mod profile;
 mod report;
 mod residual_flow;
+mod sample;
 mod second_moments;
 mod stats;
+mod weight_gradients;
 
-pub use allocation::{Allocation, Plans, RankBudget, allocate_bits, allocate_ranks, bit_plans, rank_plans};
+pub use activation_sparsity::{ActivationProfile, DropLoss};
+pub use allocation::{
+    Allocation, Plans, RankBudget, allocate_bits, allocate_ranks, bit_front, bit_plans, rank_plans,
+};
+pub use attention_pattern::{AttentionPattern, AttentionProfile, HeadPattern};
+pub use cka::{LayerGrams, Similarity, SimilarityOptions, cka, layer_grams};
 pub use error::AnalysisError;
+pub use expert_usage::{ExpertProfile, ExpertUsage};
+pub use fisher::{FisherOptions, FisherProfile, Labels, fisher_diagonal, fisher_traces};
+pub use functional_partition::{Partition, adjusted_rand, balanced_groups, functional_partition};
+pub use hessian_trace::{Blocks, HessianOptions, HessianProfile, hessian_traces, hutchinson};
 pub use host::{output_energies, weight_on_host};
 pub use importance::importance;
+pub use logit_lens::{LensLayer, LogitLens, logit_lens};
+pub use metric::Metric;
 pub use profile::{
     BitLoss, LinearProfile, Profile, ProfileOptions, RankLoss, ResidualProfile, SplitHalf, WeightSkew,
     profile,
 };
 pub use report::{
-    Bar, Bars, Cell, Column, Heatmap, Item, Lines, Report, Row, Section, Series, Table, number,
+    Bar, Bars, Cell, Column, Heatmap, Item, Lines, Point, Report, Row, Scatter, Section, Series, Strips,
+    Table, number,
 };
 pub use residual_flow::{ResidualFlow, TokenFlow};
 pub use second_moments::{SecondMoments, input_site};

@@ -1,9 +1,11 @@
 //! The command line.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand};
+use firebrick_analysis::Metric;
 use firebrick_core::DeviceSpec;
 
 use crate::commands::{
@@ -161,6 +163,22 @@ impl std::fmt::Display for Usage {
 
 impl std::error::Error for Usage {}
 
+/// Metrics of a profile, separated by commas.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Metrics(pub BTreeSet<Metric>);
+
+impl FromStr for Metrics {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "all" => Ok(Metrics(Metric::ALL.into())),
+            "none" => Ok(Metrics(BTreeSet::new())),
+            list => Ok(Metrics(list.split(',').map(|name| name.trim().parse()).collect::<Result<_, _>>()?)),
+        }
+    }
+}
+
 /// What chooses the codes of a quantized weight.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Quantizer {
@@ -191,5 +209,8 @@ mod tests {
         assert_eq!((named.name.as_str(), named.path), ("law", PathBuf::from("a/b=c.txt")));
         assert!("../x=y".parse::<NamedFile>().is_err());
         assert!("x".parse::<NamedFile>().is_err());
+        let metrics = |text: &str| text.parse::<Metrics>().map(|m| m.0.len());
+        assert_eq!((metrics("all"), metrics("none"), metrics("lens, fisher")), (Ok(7), Ok(0), Ok(2)));
+        assert!(metrics("lens,entropy").is_err());
     }
 }

@@ -8,6 +8,7 @@ use burn::tensor::{Device, Int, Tensor, TensorData, module};
 use firebrick_core::{Part, Run, Seed, Site, SiteKind, SiteTable};
 use firebrick_tensor::ops::{self, AttentionOptions, KvCache};
 
+use crate::attention_taps::AttentionTaps;
 use crate::config::{Activation, DecoderConfig};
 use crate::error::ModelError;
 use crate::rotary::{RopeScaling, Rotary};
@@ -307,7 +308,7 @@ impl Decoder {
         for layer in 0..self.layers.len() {
             x = self.block_at(layer, x, &rotary, run);
         }
-        self.norm_at(Site::global(Part::Norm), &self.norm, x, run)
+        self.final_norm(x, run)
     }
 
     /// The embedded tokens `[batch, tokens, d_model]` of `tokens: [batch, tokens]`.
@@ -337,6 +338,11 @@ impl Decoder {
         })
     }
 
+    /// The norm in front of the head, of a residual stream `x: [batch, tokens, d_model]` of any layer.
+    pub fn final_norm(&self, x: Tensor<3>, run: &mut Run<'_>) -> Tensor<3> {
+        self.norm_at(Site::global(Part::Norm), &self.norm, x, run)
+    }
+
     /// The head: logits `[batch, tokens, vocab]` of `hidden: [batch, tokens, d_model]`.
     pub fn logits(&self, hidden: Tensor<3>, run: &mut Run<'_>) -> Tensor<3> {
         let logits = run.at(Site::global(Part::Head), hidden, &mut |x, _| {
@@ -351,26 +357,33 @@ impl Decoder {
         }
     }
 
-    /// Negative log-likelihood in nats of each next token of `tokens: [batch, tokens]`, `[batch, tokens - 1]`, without
-    /// materialising the logits where the head is bare and nothing caps them.
+    /// Negative log-likelihood in nats of each next token of `tokens: [batch, tokens]`, `[batch, tokens - 1]`.
     ///
     /// # Panics
     /// If there are no tokens.
     pub fn nll(&self, tokens: Tensor<2, Int>, run: &mut Run<'_>) -> Tensor<2> {
         let [batch, length] = tokens.dims();
-        let hidden = self.hidden(tokens.clone(), run);
-        let d = hidden.dims()[2];
-        let hidden = hidden.narrow(1, 0, length - 1);
+        let hidden = self.hidden(tokens.clone(), run).narrow(1, 0, length - 1);
         let targets = tokens.narrow(1, 1, length - 1).reshape([batch * (length - 1)]);
-        let fused = run.is_bare(Site::global(Part::Head)) && self.config().final_softcap.is_none();
-        let nll = if fused {
-            ops::linear_cross_entropy(hidden.reshape([batch * (length - 1), d]), self.head_weight(), targets)
-        } else {
-            let logits = self.logits(hidden, run);
-            let vocab = logits.dims()[2];
-            ops::cross_entropy(logits.reshape([batch * (length - 1), vocab]), targets)
-        };
-        nll.reshape([batch, length - 1])
+        self.cross_entropy(hidden, targets, run).reshape([batch, length - 1])
+    }
+
+    /// Negative log-likelihood in nats `[batch * tokens]` of `targets: [batch * tokens]` behind
+    /// `hidden: [batch, tokens, d_model]`, without materialising the logits where the head is bare and nothing caps them.
+    pub fn cross_entropy(
+        &self,
+        hidden: Tensor<3>,
+        targets: Tensor<1, Int>,
+        run: &mut Run<'_>,
+    ) -> Tensor<1> {
+        let rows = targets.dims()[0];
+        if run.is_bare(Site::global(Part::Head)) && self.config().final_softcap.is_none() {
+            let d = hidden.dims()[2];
+            return ops::linear_cross_entropy(hidden.reshape([rows, d]), self.head_weight(), targets);
+        }
+        let logits = self.logits(hidden, run);
+        let vocab = logits.dims()[2];
+        ops::cross_entropy(logits.reshape([rows, vocab]), targets)
     }
 
     /// An empty key-value cache for `batch` sequences of up to `capacity` tokens; put it into a [`Run`] to decode step by
@@ -495,6 +508,9 @@ impl Decoder {
             window: c.window.filter(|_| windowed),
             softcap: c.attn_softcap,
         };
+        if let Some(taps) = run.get_mut::<AttentionTaps>() {
+            taps.seen.push((site(Part::Attn), q.clone(), k.clone(), options.clone()));
+        }
         let mixed = ops::attention(q, k, v, options);
         let mixed = mixed.swap_dims(1, 2).reshape([batch, length, c.heads * c.head_dim]);
         self.linear_at(site(Part::AttnO), &layer.o, mixed, run)

@@ -5,6 +5,7 @@
 //! [`Decoder`] and, for texts as vectors, [`Encoder`].
 #![forbid(unsafe_code)]
 
+mod attention_taps;
 pub mod chat;
 mod config;
 mod decoder;
@@ -21,6 +22,7 @@ pub mod tokenizer;
 mod tokens;
 mod weights;
 
+pub use attention_taps::AttentionTaps;
 pub use config::{Activation, Biases, DecoderConfig, NormPlacement};
 pub use decoder::Decoder;
 pub use diff::{Diff, Stored, SumDiff, TensorDiff, ValueDiff, diff, diff_checkpoints};

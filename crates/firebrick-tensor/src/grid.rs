@@ -87,7 +87,11 @@ impl Grid {
         }
         let error = |p: &GroupParams| -> f32 {
             let (inverse, low, high) = (p.scale.recip(), -p.zero, p.top - p.zero);
-            values.iter().map(|v| (p.scale * near((v * inverse).clamp(low, high)) - v).powi(2)).sum()
+            let one = |v: &f32| (p.scale * near((v * inverse).clamp(low, high)) - v).powi(2);
+            // Sums side by side: a single one waits for each addition.
+            let mut sums = [0.0f32; 8];
+            values.chunks(8).for_each(|eight| sums.iter_mut().zip(eight).for_each(|(s, v)| *s += one(v)));
+            sums.iter().sum()
         };
         let mut best = (error(&whole), whole);
         for step in 1..=CLIP_STEPS {

@@ -1,34 +1,16 @@
 //! How much the loss minds an error in each output of each linear layer.
 
-use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::ops::Range;
 
 use burn::tensor::Tensor;
-use firebrick_core::{Base, Brick, Progress, Run, Site, SiteSet, Task};
+use firebrick_core::{Progress, Run, Site, Task};
 use firebrick_models::{Decoder, token_tensor};
 
 use super::ProfileOptions;
 use crate::AnalysisError;
-
-/// Adds a zero to the output of each site, whose gradient is the gradient of that output.
-struct Probes {
-    sites: SiteSet,
-    zeros: RefCell<Vec<(Site, Tensor<3>)>>,
-}
-
-impl Brick for Probes {
-    fn sites(&self) -> &SiteSet {
-        &self.sites
-    }
-
-    fn at(&self, site: Site, x: Tensor<3>, base: &mut Base<'_>, run: &mut Run<'_>) -> Tensor<3> {
-        let y = base(x, run).autodiff();
-        let zero = Tensor::<3>::zeros(y.dims(), &y.device()).autodiff().require_grad();
-        self.zeros.borrow_mut().push((site, zero.clone()));
-        y + zero
-    }
-}
+use crate::sample::read;
+use crate::weight_gradients::Probes;
 
 /// For each linear layer and output `o`, `E[g_o^2]` over tokens: `g` is the gradient of the summed negative
 /// log-likelihood of the text's own next tokens (the empirical Fisher diagonal of the layer's output, in nats^2).
@@ -48,11 +30,12 @@ pub(super) fn measure(
     let mut sums: BTreeMap<Site, Tensor<1>> = BTreeMap::new();
     let mut task = Task::begin(progress, "gradients", Some(windows.len() as u64), "windows");
     for window in windows {
-        let probes = Probes { sites: sites.clone(), zeros: RefCell::default() };
+        let probes = Probes::new(&sites, false);
         let nll = decoder.nll(token_tensor(&[&ids[window.clone()]], &device), &mut Run::new(&[&probes]));
         let gradients = nll.sum().backward();
-        for (site, zero) in probes.zeros.into_inner() {
-            let Some(g) = zero.grad(&gradients) else { continue };
+        for probe in probes.into_seen() {
+            let site = probe.site;
+            let Some(g) = probe.zero.grad(&gradients) else { continue };
             let [batch, length, d_out] = g.dims();
             let g = g.narrow(1, skip, length - skip).reshape([batch * (length - skip), d_out]);
             let square = (g.clone() * g).sum_dim(0).reshape([d_out]);
@@ -64,19 +47,17 @@ pub(super) fn measure(
         }
         task.advance(1, "")?;
     }
-    let read = |(site, sum): (Site, Tensor<1>)| -> Result<(Site, Vec<f64>), AnalysisError> {
-        let values = sum.into_data().try_into_vec_as::<f32>();
-        let values = values.map_err(|e| AnalysisError::Site { site, what: e.to_string() })?;
-        Ok((site, values.iter().map(|v| f64::from(*v) / tokens as f64).collect()))
+    let mean = |(site, sum): (Site, Tensor<1>)| {
+        Ok((site, read(site, sum)?.iter().map(|v| f64::from(*v) / tokens as f64).collect()))
     };
-    sums.into_iter().map(read).collect()
+    sums.into_iter().map(mean).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use burn::tensor::{Device, Int, TensorData};
-    use firebrick_core::{Part, Seed, Silent};
+    use firebrick_core::{Base, Brick, Part, Seed, Silent, SiteSet};
     use firebrick_models::DecoderConfig;
 
     /// Adds `by` to one output of one token.

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use burn::tensor::{Device, Tensor, TensorData};
 use firebrick_core::{Site, SiteSet};
 use firebrick_models::Decoder;
 use firebrick_tensor::grid::Grid;
@@ -11,7 +12,8 @@ use firebrick_tensor::linalg::{
 use rayon::prelude::*;
 
 use super::{BitLoss, LinearProfile, ProfileOptions, RankLoss};
-use crate::host::{dot, output_energies, weight_on_host};
+use crate::host::{dot, output_energies_on_device, weight_on_host};
+use crate::sample::read;
 use crate::{AnalysisError, SecondMoments, input_site};
 
 /// Measures the linear layers `sites` of one block; `moments` summed over `tokens` tokens, `curvature` is `E[g_o^2]`.
@@ -24,21 +26,21 @@ pub(super) fn measure(
     options: &ProfileOptions,
 ) -> Result<Vec<LinearProfile>, AnalysisError> {
     let inputs: SiteSet = sites.iter().map(input_site).collect();
-    let mut means: BTreeMap<Site, Matrix> = BTreeMap::new();
+    let mut means: BTreeMap<Site, Input> = BTreeMap::new();
     for site in inputs.iter() {
         let mut h = moments.matrix(site)?;
         h.data_mut().iter_mut().for_each(|v| *v /= tokens as f64);
-        means.insert(site, h);
+        let fail = || AnalysisError::Site { site, what: "nothing passed this site".into() };
+        let on_device = moments.sum(site).ok_or_else(fail)? / tokens as f64;
+        means.insert(site, Input { h, on_device });
     }
-    let weights: Vec<Weight> = sites.iter().map(|site| read(decoder, site)).collect::<Result<_, _>>()?;
+    let weights: Vec<Weight> = sites.iter().map(|site| weight(decoder, site)).collect::<Result<_, _>>()?;
     let (spectra, outputs) = rayon::join(
         || -> Result<BTreeMap<Site, Vec<f64>>, AnalysisError> {
-            means.par_iter().map(|(site, h)| Ok((*site, spectrum(h).map_err(at(*site))?))).collect()
+            means.par_iter().map(|(site, x)| Ok((*site, spectrum(&x.h).map_err(at(*site))?))).collect()
         },
         || -> Result<Vec<LinearProfile>, AnalysisError> {
-            let one = |w: &Weight| {
-                w.measure(&means[&input_site(w.site)], &curvature[&w.site], options).map_err(at(w.site))
-            };
+            let one = |w: &Weight| w.measure(&means[&input_site(w.site)], &curvature[&w.site], options);
             weights.par_iter().map(one).collect()
         },
     );
@@ -56,9 +58,15 @@ fn at(site: Site) -> impl Fn(LinalgError) -> AnalysisError {
     move |error| AnalysisError::Linalg { site, error }
 }
 
-fn read(decoder: &Decoder, site: Site) -> Result<Weight, AnalysisError> {
+fn weight(decoder: &Decoder, site: Site) -> Result<Weight, AnalysisError> {
     let (values, [d_out, d_in]) = weight_on_host(decoder, site)?;
     Ok(Weight { site, d_out, d_in, values })
+}
+
+/// `E[x x^T]` of an input, in f64 here and in f32 on the device.
+struct Input {
+    h: Matrix,
+    on_device: Tensor<2>,
 }
 
 /// A weight `[d_out, d_in]` on the host.
@@ -73,19 +81,49 @@ impl Weight {
     /// Everything but the numbers of the input alone.
     fn measure(
         &self,
+        input: &Input,
+        curvature: &[f64],
+        options: &ProfileOptions,
+    ) -> Result<LinearProfile, AnalysisError> {
+        let found = self.spectra(&input.h, curvature, options).map_err(at(self.site))?;
+        let mut bits = Vec::with_capacity(options.bits.len());
+        for &b in &options.bits {
+            let grid = options.grid(b);
+            let difference = self.rounding_difference(grid, &input.on_device.device());
+            let errors = read(self.site, output_energies_on_device(&difference, &input.on_device))?;
+            let errors: Vec<f64> = errors.into_iter().map(f64::from).collect();
+            let (error, rise): (f64, f64) = (errors.iter().sum(), 0.5 * dot(curvature, &errors));
+            let size = (grid.bits_per_weight(self.d_in) * (self.d_in * self.d_out) as f64).round() as u64;
+            let relative = if found.output_energy > 0.0 { error / found.output_energy } else { 0.0 };
+            bits.push(BitLoss { bits: b, size, error, relative, rise });
+        }
+        Ok(LinearProfile { bits, ..found })
+    }
+
+    /// Everything but the numbers of the input alone and the losses of rounding.
+    fn spectra(
+        &self,
         h: &Matrix,
         curvature: &[f64],
         options: &ProfileOptions,
     ) -> Result<LinearProfile, LinalgError> {
         let (d_in, d_out) = (self.d_in, self.d_out);
         let w = Matrix::from_f32(d_out, d_in, &self.values)?;
-        let by_output = output_energies(&w, h)?;
+        let wh = w.matmul(h)?;
+        let by_output: Vec<f64> = (0..d_out).map(|o| dot(wh.row(o), w.row(o)).max(0.0)).collect();
         let total: f64 = by_output.iter().sum();
         let mean_curvature = if total > 0.0 { dot(curvature, &by_output) / total } else { 0.0 };
         // W = Q R turns W H W^T into R H R^T without its zero eigenvalues.
-        let small = if d_out > d_in { qr(&w)?.r } else { w };
+        let (small, small_h) = match d_out > d_in {
+            true => {
+                let r = qr(&w)?.r;
+                let rh = r.matmul(h)?;
+                (r, rh)
+            }
+            false => (w, wh),
+        };
         let transposed = small.transpose();
-        let energies = spectrum(&small.matmul(h)?.matmul(&transposed)?)?;
+        let energies = spectrum(&small_h.matmul(&transposed)?)?;
         let sigma: Vec<f64> = spectrum(&small.matmul(&transposed)?)?.iter().map(|v| v.sqrt()).collect();
         // Summed from the smallest up: the tail of a large sum would lose its digits.
         let tail = |rank: usize| energies[rank..].iter().rev().sum::<f64>();
@@ -96,14 +134,6 @@ impl Weight {
             let size = (rank * (d_in + d_out)) as u64;
             RankLoss { rank, size, error, relative: relative(error), rise: 0.5 * mean_curvature * error }
         };
-        let mut bits = Vec::with_capacity(options.bits.len());
-        for &b in &options.bits {
-            let grid = options.grid(b);
-            let errors = output_energies(&self.rounding_difference(grid)?, h)?;
-            let (error, rise): (f64, f64) = (errors.iter().sum(), 0.5 * dot(curvature, &errors));
-            let size = (grid.bits_per_weight(d_in) * (d_in * d_out) as f64).round() as u64;
-            bits.push(BitLoss { bits: b, size, error, relative: relative(error), rise });
-        }
         let ranks = options.ranks.iter().filter(|r| **r <= energies.len()).map(|r| rank_loss(*r)).collect();
         Ok(LinearProfile {
             site: self.site,
@@ -117,18 +147,17 @@ impl Weight {
             stable_rank: stable_rank(&sigma),
             output_energy,
             gradient_energy: curvature.iter().sum(),
-            bits,
+            bits: Vec::new(),
             ranks,
         })
     }
 
     /// `D = W - Q(W)`, the error of rounding to the nearest codes.
-    fn rounding_difference(&self, grid: Grid) -> Result<Matrix, LinalgError> {
-        let mut rounded = self.values.clone();
-        grid.round(&mut rounded, self.d_in);
-        let difference =
-            self.values.iter().zip(&rounded).map(|(w, r)| f64::from(*w) - f64::from(*r)).collect();
-        Matrix::new(self.d_out, self.d_in, difference)
+    fn rounding_difference(&self, grid: Grid, device: &Device) -> Tensor<2> {
+        let mut difference = self.values.clone();
+        grid.round(&mut difference, self.d_in);
+        difference.iter_mut().zip(&self.values).for_each(|(r, w)| *r = w - *r);
+        Tensor::from_data(TensorData::new(difference, [self.d_out, self.d_in]), device)
     }
 }
 
@@ -147,6 +176,11 @@ mod tests {
     use firebrick_tensor::grid::GridKind;
     use firebrick_tensor::linalg::{svd, symmetric_eigen};
 
+    fn input(h: Matrix) -> Input {
+        let data = TensorData::new(h.to_f32(), [h.rows(), h.cols()]);
+        Input { h, on_device: Tensor::from_data(data, &Device::flex()) }
+    }
+
     fn moments(n: usize) -> Matrix {
         let x = Matrix::random_normal(3 * n, n, Seed(1), "x");
         // Inputs of very unequal size, as in real models.
@@ -156,7 +190,7 @@ mod tests {
         h
     }
 
-    fn weight(d_out: usize, d_in: usize, values: Vec<f32>) -> Weight {
+    fn of(d_out: usize, d_in: usize, values: Vec<f32>) -> Weight {
         Weight { site: Site::layer(0, Part::AttnQ), d_out, d_in, values }
     }
 
@@ -173,9 +207,9 @@ mod tests {
     #[test]
     fn tail_energies_are_those_of_the_svd() {
         for (d_out, d_in) in [(20, 16), (16, 16), (9, 16)] {
-            let w = weight(d_out, d_in, Seed(2).normal("w", d_out * d_in, 0.3));
+            let w = of(d_out, d_in, Seed(2).normal("w", d_out * d_in, 0.3));
             let h = moments(d_in);
-            let found = w.measure(&h, &vec![1.0; d_out], &options()).unwrap();
+            let found = w.measure(&input(h.clone()), &vec![1.0; d_out], &options()).unwrap();
             // The definition: H^(1/2) by eigenvectors, the singular values of W H^(1/2) by SVD.
             let e = symmetric_eigen(&h).unwrap();
             let root = Matrix::from_fn(d_in, d_in, |i, j| e.vectors[(i, j)] * e.values[j].sqrt());
@@ -202,25 +236,27 @@ mod tests {
         let (d_out, d_in) = (12, 16);
         let a = Matrix::random_normal(d_out, 2, Seed(3), "a");
         let b = Matrix::random_normal(2, d_in, Seed(3), "b");
-        let w = weight(d_out, d_in, a.matmul(&b).unwrap().to_f32());
-        let found = w.measure(&moments(d_in), &vec![1.0; d_out], &options()).unwrap();
+        let w = of(d_out, d_in, a.matmul(&b).unwrap().to_f32());
+        let found = w.measure(&input(moments(d_in)), &vec![1.0; d_out], &options()).unwrap();
         let relative = |rank: usize| found.ranks.iter().find(|r| r.rank == rank).unwrap().relative;
         assert!(relative(2) < 1e-10 && relative(1) > 1e-3);
         assert!((relative(0) - 1.0).abs() < 1e-12);
         assert!(found.weight_rank < 2.01 && found.weight_rank > 1.0);
-        let full = weight(d_out, d_in, Seed(2).normal("w", d_out * d_in, 0.3));
-        assert!(full.measure(&moments(d_in), &vec![1.0; d_out], &options()).unwrap().weight_rank > 6.0);
+        let full = of(d_out, d_in, Seed(2).normal("w", d_out * d_in, 0.3));
+        assert!(
+            full.measure(&input(moments(d_in)), &vec![1.0; d_out], &options()).unwrap().weight_rank > 6.0
+        );
     }
 
     #[test]
     fn rounding_error_is_the_mean_squared_output_error() {
         let (d_out, d_in, n) = (6, 16, 40);
-        let w = weight(d_out, d_in, Seed(4).normal("w", d_out * d_in, 0.1));
+        let w = of(d_out, d_in, Seed(4).normal("w", d_out * d_in, 0.1));
         let x = Matrix::random_normal(n, d_in, Seed(4), "x");
         let mut h = x.transpose().matmul(&x).unwrap();
         h.data_mut().iter_mut().for_each(|v| *v /= n as f64);
         let curvature = [0.5, 0.0, 2.0, 1.0, 0.0, 3.0];
-        let found = w.measure(&h, &curvature, &options()).unwrap();
+        let found = w.measure(&input(h), &curvature, &options()).unwrap();
         let mut last = f64::INFINITY;
         for loss in &found.bits {
             let grid = Grid { bits: loss.bits, group: 8, kind: GridKind::SymHalf, clip: false };
@@ -243,10 +279,10 @@ mod tests {
 
     #[test]
     fn zeros_and_infinities() {
-        let zero = weight(4, 4, vec![0.0; 16]).measure(&moments(4), &[1.0; 4], &options()).unwrap();
+        let zero = of(4, 4, vec![0.0; 16]).measure(&input(moments(4)), &[1.0; 4], &options()).unwrap();
         assert_eq!((zero.output_energy, zero.weight_rank, zero.bits[0].relative), (0.0, 0.0, 0.0));
         let mut values = vec![1.0; 16];
         values[5] = f32::NAN;
-        assert!(weight(4, 4, values).measure(&moments(4), &[1.0; 4], &options()).is_err());
+        assert!(of(4, 4, values).measure(&input(moments(4)), &[1.0; 4], &options()).is_err());
     }
 }

@@ -1,6 +1,6 @@
 //! Profiles: per-site numbers from one calibration pass.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::path::Path;
 
@@ -10,13 +10,25 @@ use firebrick_models::{Decoder, token_tensor};
 use firebrick_tensor::grid::{Grid, GridKind};
 use serde::{Deserialize, Serialize};
 
+use crate::activation_sparsity::ActivationProfile;
+use crate::attention_pattern::AttentionProfile;
+use crate::cka::Similarity;
+use crate::expert_usage::ExpertProfile;
+use crate::fisher::{FisherOptions, FisherProfile, Labels, fisher_traces};
+use crate::hessian_trace::{HessianOptions, HessianProfile, hessian_traces};
+use crate::logit_lens::LogitLens;
 use crate::residual_flow::{ResidualFlow, TokenFlow};
 use crate::stats::{Estimate, gini, mean, median, spearman};
-use crate::{AnalysisError, SecondMoments, file};
+use crate::{AnalysisError, Metric, SecondMoments, file};
 
 mod gradients;
+mod layers;
 mod linear;
+mod metric_sections;
 mod sections;
+
+/// Tokens of a window that are run backwards at most: what is held between the passes grows with them.
+const BACKWARDS: usize = 256;
 
 /// The version of the format written here.
 const VERSION: u32 = 1;
@@ -27,14 +39,19 @@ const VERSION: u32 = 1;
 pub struct ProfileOptions {
     /// Name of the model in the profile; the family's name if empty.
     pub model: String,
+    /// What is measured beside the residual stream.
+    pub metrics: BTreeSet<Metric>,
     /// Tokens per window; each is a text of its own.
     pub window: usize,
     /// At most so many windows; of a longer text they are drawn at random.
     pub max_windows: usize,
     /// Windows per forward pass.
     pub batch: usize,
-    /// Windows that are also run backwards, for what an error costs in nats; they are spread over the text.
+    /// Windows that are also run backwards, up to their first 256 tokens, for what an error costs in nats; they are spread over the text.
     pub gradient_windows: usize,
+    /// Tokens behind second moments for each input of the widest layer, evenly spread over the text; 0 for all tokens. The sums cost as much
+    /// as the forward pass, and a mean over a few times as many tokens as it has rows changes little with more.
+    pub tokens_per_input: usize,
     /// Leaves the first token of each window out of every number: it is an attention sink of another magnitude.
     pub skip_first_token: bool,
     /// Bit widths whose round-to-nearest error is measured, 2 to 8.
@@ -47,7 +64,19 @@ pub struct ProfileOptions {
     pub clip: bool,
     /// Ranks whose truncation error is measured; those above a layer's full rank are left out.
     pub ranks: Vec<usize>,
-    /// Seed of the choice of windows.
+    /// At most so many queries of each window are looked at for what attention does, evenly spread.
+    pub queries: usize,
+    /// Tokens of the whole text whose neurons are looked at.
+    pub neuron_tokens: usize,
+    /// Groups the neurons of a layer are cut into.
+    pub groups: usize,
+    /// Tokens of the whole text that are predicted from every layer.
+    pub lens_tokens: usize,
+    /// Tokens of a minibatch on which layers are compared, and how many minibatches.
+    pub similarity: [usize; 2],
+    /// Random directions for the traces of the Hessian.
+    pub directions: usize,
+    /// Seed of the choice of windows and of every other draw.
     pub seed: Seed,
 }
 
@@ -55,16 +84,24 @@ impl Default for ProfileOptions {
     fn default() -> Self {
         ProfileOptions {
             model: String::new(),
+            metrics: Metric::one_pass(),
             window: 256,
             max_windows: 16,
             batch: 4,
             gradient_windows: 4,
+            tokens_per_input: 4,
             skip_first_token: true,
             bits: vec![2, 3, 4, 8],
             group: 64,
             kind: GridKind::Asym,
             clip: true,
             ranks: vec![0, 2, 4, 8, 16, 32, 64, 128, 256, 512],
+            queries: 128,
+            neuron_tokens: 1024,
+            groups: 8,
+            lens_tokens: 256,
+            similarity: [256, 8],
+            directions: 8,
             seed: Seed(0),
         }
     }
@@ -86,7 +123,7 @@ pub struct Profile {
     pub quantizer: String,
     /// Windows that were run.
     pub windows: usize,
-    /// Tokens behind every mean.
+    /// Tokens behind every mean, but for those of samples (see the options).
     pub tokens: usize,
     /// BLAKE3 of all token ids of the text, as little-endian 32-bit numbers.
     pub text_hash: String,
@@ -98,6 +135,27 @@ pub struct Profile {
     pub weight_skew: WeightSkew,
     /// Whether more text would change the order of the layers.
     pub split_half: SplitHalf,
+    /// Attention, layer by layer.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub attention: Vec<AttentionProfile>,
+    /// The neurons of the feed-forward networks, layer by layer.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub activation: Vec<ActivationProfile>,
+    /// Every layer beside every other.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub similarity: Option<Similarity>,
+    /// What every layer would predict.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lens: Option<LogitLens>,
+    /// Fisher information of the linear layers.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub fisher: Vec<FisherProfile>,
+    /// Hessian of the linear layers.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub hessian: Vec<HessianProfile>,
+    /// Experts, layer by layer; whoever ran the router puts them here.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub experts: Vec<ExpertProfile>,
 }
 
 /// What a block or sublayer does to the residual stream.
@@ -203,6 +261,13 @@ impl ProfileOptions {
             ("max_windows", self.max_windows),
             ("batch", self.batch),
             ("gradient_windows", self.gradient_windows),
+            ("queries", self.queries),
+            ("neuron_tokens", self.neuron_tokens),
+            ("groups", self.groups),
+            ("lens_tokens", self.lens_tokens),
+            ("similarity[0]", self.similarity[0]),
+            ("similarity[1]", self.similarity[1]),
+            ("directions", self.directions),
         ];
         problems.extend(sizes.iter().filter(|s| s.1 == 0).map(|s| format!("{} is 0; it is at least 1", s.0)));
         problems.extend(self.bits.iter().filter_map(|bits| self.grid(*bits).check().err()));
@@ -212,6 +277,20 @@ impl ProfileOptions {
     /// The grid that weights are rounded on at `bits` bits.
     pub fn grid(&self, bits: u8) -> Grid {
         Grid { bits, group: self.group, kind: self.kind, clip: self.clip }
+    }
+
+    fn wants(&self, metric: Metric) -> bool {
+        self.metrics.contains(&metric)
+    }
+
+    /// How many tokens of each of `windows` windows second moments are summed over, at most.
+    fn moment_tokens(&self, decoder: &Decoder, windows: usize) -> usize {
+        let sites = decoder.sites();
+        let widest = sites.block_linears().iter().filter_map(|s| sites.linear(s)).map(|(d_in, _)| d_in).max();
+        match self.tokens_per_input {
+            0 => usize::MAX,
+            n => (n * widest.unwrap_or(0)).div_ceil(windows.max(1)).max(1),
+        }
     }
 
     fn skipped(&self) -> usize {
@@ -233,9 +312,10 @@ impl ProfileOptions {
 
 /// Measures every block, sublayer and linear layer of `decoder` on the text `ids`.
 ///
-/// First [`ProfileOptions::gradient_windows`] windows go through the whole model and back, one at a time, for the curvature of
-/// each output. Then one forward pass, block by block over all windows: the second moments of one block are all that is held beside the
-/// residual streams (`4 (3 d_model^2 + d_ff^2)` bytes on the device and twice that here, not times the number of layers).
+/// With [`Metric::Linear`], first [`ProfileOptions::gradient_windows`] windows go through the whole model and back, one at a time, for the
+/// curvature of each output. Then one forward pass, block by block over all windows: the second moments of one block are all
+/// that is held beside the residual streams (`4 (3 d_model^2 + d_ff^2)` bytes on the device and twice that here, not times the
+/// number of layers), and samples of fixed size for the other metrics.
 /// Sums are kept on the device in f32 and read once per block; the linear algebra runs here in f64, the sites of a block
 /// side by side. Its cost per block is about `4/3 d_ff^3` operations for the spectrum of the widest input and
 /// `2 (bits + 3) d_out d_in^2` per linear layer. The same numbers for any thread count.
@@ -265,24 +345,36 @@ pub fn profile(
 ) -> Result<Profile, AnalysisError> {
     check(decoder, ids, options)?;
     let windows = options.windows(ids.len());
-    let mut streams = embed(decoder, ids, &windows, options.batch);
     let skipped = options.skipped();
     let tokens = windows.iter().map(|w| w.len() - skipped).sum();
     let layers = decoder.sites().layers();
-    let count = options.gradient_windows.min(windows.len());
-    let spread: Vec<Range<usize>> = (0..count).map(|j| windows[j * windows.len() / count].clone()).collect();
-    let curvature = gradients::measure(decoder, ids, &spread, options, progress)?;
+    // Tokens of each window behind second moments.
+    let each = options.moment_tokens(decoder, windows.len()).min(windows[0].len() - skipped);
+    let summed = each * windows.len();
+    let curvature = match options.wants(Metric::Linear) {
+        true => gradients::measure(decoder, ids, &spread_over(&windows, options), options, progress)?,
+        false => BTreeMap::new(),
+    };
+    let mut streams = embed(decoder, ids, &windows, options.batch);
+    let mut across = layers::AcrossLayers::new(ids, &windows, options);
+    across.see(0, &streams)?;
     let (mut residual, mut linear) = (Vec::new(), Vec::new());
+    let (mut attention, mut activation) = (Vec::new(), Vec::new());
     let mut flows: Vec<(Site, TokenFlow)> = Vec::new();
     let mut task = Task::begin(progress, "profile", Some(layers as u64), "layers");
     for layer in 0..layers {
         let here = decoder.sites().all().filter(|s| s.layer == Some(layer));
-        let weighted = decoder.sites().block_linears().filter(|s| here.contains(s));
+        let weighted = match options.wants(Metric::Linear) {
+            true => decoder.sites().block_linears().filter(|s| here.contains(s)),
+            false => SiteSet::default(),
+        };
         let changed: SiteSet =
             here.filter(|s| matches!(s.part, Part::Block | Part::AttnSublayer | Part::MlpSublayer));
-        let moments = SecondMoments::new(&weighted).skipping(skipped);
+        let moments = SecondMoments::new(&weighted).skipping(skipped).at_most(each);
         let flow = ResidualFlow::new(&changed);
-        let bricks: [&dyn Brick; 2] = [&moments, &flow];
+        let inside = layers::InsideLayer::new(&here, windows.len(), options);
+        let mut bricks: Vec<&dyn Brick> = vec![&moments, &flow];
+        bricks.extend(inside.bricks());
         for x in &mut streams {
             *x = decoder.block(layer, x.clone(), &mut Run::new(&bricks));
             progress.check()?;
@@ -293,14 +385,18 @@ pub fn profile(
             residual.push(ResidualProfile { site, influence, update });
             flows.push((site, flow));
         }
-        let unseen = weighted.filter(|s| moments.sum(s).is_none() || !curvature.contains_key(&s));
+        across.see(layer + 1, &streams)?;
+        attention.extend(inside.attention()?);
+        activation.extend(inside.activation(decoder, &moments, summed, options)?);
+        let unseen = weighted.filter(|s| !moments.has(s) || !curvature.contains_key(&s));
         for site in unseen.iter() {
             progress.on(Event::Warn(&format!("no token passed {site}; the profile leaves it out")));
         }
         let seen = weighted.filter(|s| !unseen.contains(s));
-        linear.extend(linear::measure(decoder, &seen, &moments, &curvature, tokens, options)?);
+        linear.extend(linear::measure(decoder, &seen, &moments, &curvature, summed, options)?);
         task.advance(1, "")?;
     }
+    drop(task);
     // Only now: weights that are not finite were reported at their own layer by then.
     if let Some((site, _)) = curvature.iter().find(|(_, c)| c.iter().any(|v| !v.is_finite())) {
         return Err(AnalysisError::Site {
@@ -308,6 +404,7 @@ pub fn profile(
             what: "the gradient of its output is not finite".into(),
         });
     }
+    let (similarity, lens) = across.finish(decoder, progress)?;
     let name = if options.model.is_empty() { &decoder.config().model_type } else { &options.model };
     Ok(Profile {
         version: VERSION,
@@ -322,7 +419,68 @@ pub fn profile(
         split_half: split_half(&flows),
         residual,
         linear,
+        attention,
+        activation,
+        similarity,
+        lens,
+        fisher: fisher(decoder, ids, &windows, options, progress)?,
+        hessian: hessian(decoder, ids, &windows, options, progress)?,
+        experts: Vec::new(),
     })
+}
+
+/// The windows that are also run backwards, as far as they are.
+fn spread_over(windows: &[Range<usize>], options: &ProfileOptions) -> Vec<Range<usize>> {
+    let count = options.gradient_windows.min(windows.len());
+    let begin = |w: &Range<usize>| w.start..w.end.min(w.start + BACKWARDS);
+    (0..count).map(|j| begin(&windows[j * windows.len() / count])).collect()
+}
+
+fn text_of(ids: &[u32], windows: &[Range<usize>]) -> Vec<u32> {
+    windows.iter().flat_map(|w| &ids[w.clone()]).copied().collect()
+}
+
+fn fisher(
+    decoder: &Decoder,
+    ids: &[u32],
+    windows: &[Range<usize>],
+    options: &ProfileOptions,
+    progress: &dyn Progress,
+) -> Result<Vec<FisherProfile>, AnalysisError> {
+    if !options.wants(Metric::Fisher) {
+        return Ok(Vec::new());
+    }
+    let chosen = spread_over(windows, options);
+    let settings = FisherOptions {
+        window: chosen[0].len(),
+        windows: chosen.len(),
+        labels: Labels::Model,
+        seed: options.seed.derive("fisher"),
+    };
+    let sites = decoder.sites().block_linears();
+    fisher_traces(decoder, &text_of(ids, &chosen), &sites, &settings, progress)
+}
+
+fn hessian(
+    decoder: &Decoder,
+    ids: &[u32],
+    windows: &[Range<usize>],
+    options: &ProfileOptions,
+    progress: &dyn Progress,
+) -> Result<Vec<HessianProfile>, AnalysisError> {
+    if !options.wants(Metric::Hessian) {
+        return Ok(Vec::new());
+    }
+    let chosen = spread_over(windows, options);
+    let settings = HessianOptions {
+        window: chosen[0].len(),
+        windows: chosen.len(),
+        probes: options.directions,
+        seed: options.seed.derive("hessian"),
+        ..HessianOptions::default()
+    };
+    let sites = decoder.sites().block_linears();
+    hessian_traces(decoder, &text_of(ids, &chosen), &sites, &settings, progress)
 }
 
 pub(crate) fn check(decoder: &Decoder, ids: &[u32], options: &ProfileOptions) -> Result<(), AnalysisError> {
@@ -438,15 +596,42 @@ impl Profile {
     /// of another version.
     pub fn from_json(text: &str) -> Result<Self, AnalysisError> {
         let profile: Profile = file::versioned(text, VERSION)?;
-        // A number of layers that nothing stands behind would be allocated for in every report.
-        let sites = profile.residual.iter().map(|r| r.site).chain(profile.linear.iter().map(|l| l.site));
-        let listed = sites.filter_map(|s| s.layer).max().map_or(0, |l| l.saturating_add(1));
-        if listed != profile.layers || profile.weight_skew.layers.len() != listed {
-            let skew = profile.weight_skew.layers.len();
-            let what = format!("{} layers, sites of {listed}, weight norms of {skew}", profile.layers);
-            return Err(<serde_json::Error as serde::de::Error>::custom(what).into());
+        let problems = profile.problems();
+        match problems.is_empty() {
+            true => Ok(profile),
+            false => Err(<serde_json::Error as serde::de::Error>::custom(problems.join("; ")).into()),
         }
-        Ok(profile)
+    }
+
+    /// What does not fit together; reports allocate by these numbers.
+    fn problems(&self) -> Vec<String> {
+        let mut problems = Vec::new();
+        let sites = self.residual.iter().map(|r| r.site).chain(self.linear.iter().map(|l| l.site));
+        let listed = sites.filter_map(|s| s.layer).max().map_or(0, |l| l.saturating_add(1));
+        if listed != self.layers || self.weight_skew.layers.len() != listed {
+            let skew = self.weight_skew.layers.len();
+            problems.push(format!("{} layers, sites of {listed}, weight norms of {skew}", self.layers));
+            return problems;
+        }
+        let sites = (self.attention.iter().map(|a| a.site))
+            .chain(self.activation.iter().map(|a| a.site))
+            .chain(self.fisher.iter().map(|f| f.site))
+            .chain(self.hessian.iter().map(|h| h.site));
+        let outside = sites.filter(|s| s.layer.is_none_or(|l| l >= self.layers));
+        problems.extend(outside.map(|s| format!("{s} is outside its {} layers", self.layers)));
+        let experts = self.experts.iter().filter(|e| e.layer >= self.layers);
+        problems.extend(experts.map(|e| format!("experts of layer {} of {}", e.layer, self.layers)));
+        if let Some(s) = &self.similarity
+            && (s.cka.len() != self.layers + 1 || s.cka.iter().any(|row| row.len() != self.layers + 1))
+        {
+            problems.push(format!("similarity of {} layers, not {}", s.cka.len(), self.layers + 1));
+        }
+        if let Some(lens) = &self.lens
+            && lens.layers.len() != self.layers + 1
+        {
+            problems.push(format!("a lens of {} layers, not {}", lens.layers.len(), self.layers + 1));
+        }
+        problems
     }
 
     /// Writes a JSON file; an interrupted run leaves the old one.

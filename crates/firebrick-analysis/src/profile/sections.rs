@@ -23,9 +23,14 @@ impl Profile {
         ]
     }
 
-    /// The profile as sections: residual stream, linear layers, rounding, rank.
+    /// The profile as sections: residual stream, linear layers, rounding, rank, and what else was measured.
     pub fn sections(&self) -> Vec<Section> {
-        vec![self.residual_section(), self.linear_section(), self.bit_section(), self.rank_section()]
+        let mut sections = vec![self.residual_section()];
+        if !self.linear.is_empty() {
+            sections.extend([self.linear_section(), self.bit_section(), self.rank_section()]);
+        }
+        sections.extend(self.metric_sections());
+        sections
     }
 
     fn residual_section(&self) -> Section {

@@ -15,6 +15,9 @@ pub struct Heatmap {
     pub rows: Vec<Row>,
     /// Whether all rows share one colour scale; else each has its own.
     pub shared: bool,
+    /// Whether cells are square and hold no numbers: for a matrix of layers by layers.
+    #[serde(default)]
+    pub square: bool,
 }
 
 /// One row of a heat map.
@@ -78,6 +81,53 @@ pub struct Series {
     pub y: Vec<Option<f64>>,
 }
 
+/// Points on a plane: quality against size, mostly.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Scatter {
+    /// Its caption.
+    pub title: String,
+    /// Name and unit of the horizontal axis.
+    pub x_label: String,
+    /// Name and unit of the vertical axis.
+    pub y_label: String,
+    /// The points.
+    pub points: Vec<Point>,
+    /// Vertical axis by the logarithm; falls back to linear where a value is not positive.
+    pub log: bool,
+    /// Draws a line through the points that no other beats on both axes, where less is better.
+    pub front: bool,
+}
+
+/// One point.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Point {
+    /// What it is.
+    pub label: String,
+    /// The kind it belongs to; each kind has a colour and a shape.
+    pub kind: String,
+    /// Its place.
+    pub x: f64,
+    /// Its place.
+    pub y: f64,
+    /// Whether its label stands beside it.
+    pub named: bool,
+}
+
+/// A strip of points for each column (layers, mostly): how values are spread there.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Strips {
+    /// Its caption.
+    pub title: String,
+    /// What a column is: `layer`.
+    pub unit: String,
+    /// Name and unit of the vertical axis.
+    pub y_label: String,
+    /// The values of each column.
+    pub columns: Vec<Vec<f64>>,
+    /// Vertical axis by the logarithm; falls back to linear where a value is not positive.
+    pub log: bool,
+}
+
 fn finite(values: impl IntoIterator<Item = Option<f64>>) -> Vec<Option<f64>> {
     values.into_iter().map(|v| v.filter(|v| v.is_finite())).collect()
 }
@@ -86,7 +136,7 @@ impl Heatmap {
     /// A heat map over `columns` columns named `0`, `1`, ...; `unit` says what they are.
     pub fn new(title: impl Into<String>, unit: impl Into<String>, columns: usize) -> Self {
         let columns = (0..columns).map(|c| c.to_string()).collect();
-        Heatmap { title: title.into(), unit: unit.into(), columns, rows: Vec::new(), shared: false }
+        Heatmap { title: title.into(), unit: unit.into(), columns, ..Heatmap::default() }
     }
 
     /// Other names for the columns.
@@ -104,6 +154,12 @@ impl Heatmap {
     /// One colour scale for all rows.
     pub fn shared_scale(mut self) -> Self {
         self.shared = true;
+        self
+    }
+
+    /// Square cells without numbers.
+    pub fn square(mut self) -> Self {
+        self.square = true;
         self
     }
 }
@@ -178,6 +234,63 @@ impl Lines {
     pub fn even(mut self) -> Self {
         self.even = true;
         self
+    }
+
+    /// Vertical axis by the logarithm.
+    pub fn log(mut self) -> Self {
+        self.log = true;
+        self
+    }
+}
+
+impl Scatter {
+    /// A plane without points.
+    pub fn new(title: impl Into<String>, x_label: impl Into<String>, y_label: impl Into<String>) -> Self {
+        Scatter {
+            title: title.into(),
+            x_label: x_label.into(),
+            y_label: y_label.into(),
+            ..Scatter::default()
+        }
+    }
+
+    /// Adds a point of a kind; one that is not finite is left out.
+    pub fn point(mut self, kind: impl Into<String>, label: impl Into<String>, x: f64, y: f64) -> Self {
+        let point = Point { label: label.into(), kind: kind.into(), x, y, named: false };
+        self.points.extend(Some(point).filter(|p| p.x.is_finite() && p.y.is_finite()));
+        self
+    }
+
+    /// Writes its label beside every point; else it shows where one points.
+    pub fn named(mut self) -> Self {
+        self.points.iter_mut().for_each(|p| p.named = true);
+        self
+    }
+
+    /// Vertical axis by the logarithm.
+    pub fn log(mut self) -> Self {
+        self.log = true;
+        self
+    }
+
+    /// Draws the line of the points that no other beats on both axes.
+    pub fn front(mut self) -> Self {
+        self.front = true;
+        self
+    }
+}
+
+impl Strips {
+    /// Strips of these columns, named `0`, `1`, ...; `unit` says what they are. Values that are not finite are left out.
+    pub fn new(
+        title: impl Into<String>,
+        unit: impl Into<String>,
+        y_label: impl Into<String>,
+        columns: impl IntoIterator<Item = Vec<f64>>,
+    ) -> Self {
+        let clean = |values: Vec<f64>| values.into_iter().filter(|v| v.is_finite()).collect();
+        let columns = columns.into_iter().map(clean).collect();
+        Strips { title: title.into(), unit: unit.into(), y_label: y_label.into(), columns, log: false }
     }
 
     /// Vertical axis by the logarithm.

@@ -5,7 +5,7 @@ use std::fmt::Write;
 use super::chart::Bars;
 use super::color::{hex, ramp};
 use super::number::{column, number};
-use super::{Cell, Item, Report, Section, Table, svg};
+use super::{Cell, Item, Report, Section, Table, plot, svg};
 
 /// `text` with everything HTML gives a meaning to escaped, for elements and quoted attributes.
 pub(super) fn escape(text: &str) -> String {
@@ -78,6 +78,8 @@ fn write_section(out: &mut String, section: &Section, number: usize) {
             }
             Item::Heatmap(map) => figure(out, &map.title, &svg::heatmap(map)),
             Item::Lines(chart) => figure(out, &chart.title, &svg::lines(chart)),
+            Item::Scatter(chart) => figure(out, &chart.title, &plot::scatter(chart)),
+            Item::Strips(chart) => figure(out, &chart.title, &plot::strips(chart)),
             Item::Bars(chart) => figure(out, &chart.title, &bars(chart)),
             Item::Table(t) => table(out, t),
         }
@@ -197,6 +199,9 @@ svg .tick{fill:var(--soft);font-size:11px;font-variant-numeric:tabular-nums}\
 svg .in{font-size:10.5px;text-anchor:middle;pointer-events:none;font-variant-numeric:tabular-nums}\
 svg .none{stroke:var(--line);stroke-dasharray:2 2}\
 svg .grid{stroke:var(--line)}svg .curve{fill:none;stroke-width:2;stroke-linejoin:round}\
+svg .front{fill:none;stroke:var(--soft);stroke-dasharray:1 3;stroke-linecap:round}\
+svg .halo{paint-order:stroke;stroke:var(--bg);stroke-width:3px}\
+svg .median{stroke:var(--ink);stroke-width:1.5}\
 .key{display:flex;flex-wrap:wrap;align-items:center;gap:.25rem 1rem;margin:.45rem 0 0;font-size:.82rem;color:var(--soft)}\
 .key span{display:inline-flex;align-items:center;gap:.4rem}\
 .ramp{width:7rem;height:.6rem;border-radius:3px;margin:0 -.4rem}\
@@ -227,7 +232,7 @@ section{break-inside:auto}.scroll{overflow:visible}.heat{zoom:.8}\
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::report::{Heatmap, Lines, Row};
+    use crate::report::{Heatmap, Lines, Row, Scatter, Strips};
 
     /// A name that tries to leave every context a name can stand in.
     const HOSTILE: &str = "\"'></title></style><script>alert(1)</script><img src=x onerror=y>&\u{0}";
@@ -244,7 +249,9 @@ mod tests {
                 .table(Table::new(HOSTILE).text_column(HOSTILE).row([HOSTILE.into()]))
                 .table(Table::new(HOSTILE).text_column(HOSTILE).folded())
                 .bars(Bars::new(HOSTILE).bar(HOSTILE, 1.0))
-                .lines(Lines::new(HOSTILE, HOSTILE, HOSTILE, [1.0, 2.0]).series(HOSTILE, [1.0, 2.0])),
+                .lines(Lines::new(HOSTILE, HOSTILE, HOSTILE, [1.0, 2.0]).series(HOSTILE, [1.0, 2.0]))
+                .scatter(Scatter::new(HOSTILE, HOSTILE, HOSTILE).point(HOSTILE, HOSTILE, 1.0, 2.0).named())
+                .strips(Strips::new(HOSTILE, HOSTILE, HOSTILE, [vec![1.0, 2.0]])),
         )
     }
 

@@ -10,9 +10,10 @@ mod chart;
 mod color;
 mod html;
 mod number;
+mod plot;
 mod svg;
 
-pub use chart::{Bar, Bars, Heatmap, Lines, Row, Series};
+pub use chart::{Bar, Bars, Heatmap, Lines, Point, Row, Scatter, Series, Strips};
 pub use number::number;
 
 /// The version of the format written here.
@@ -73,6 +74,10 @@ pub enum Item {
     Bars(Bars),
     /// Curves.
     Lines(Lines),
+    /// Points on a plane.
+    Scatter(Scatter),
+    /// A strip of points for each layer.
+    Strips(Strips),
 }
 
 /// A table with typed columns.
@@ -222,6 +227,16 @@ impl Section {
     /// Adds curves.
     pub fn lines(self, lines: Lines) -> Self {
         self.item(Item::Lines(lines))
+    }
+
+    /// Adds points on a plane.
+    pub fn scatter(self, scatter: Scatter) -> Self {
+        self.item(Item::Scatter(scatter))
+    }
+
+    /// Adds a strip of points for each layer.
+    pub fn strips(self, strips: Strips) -> Self {
+        self.item(Item::Strips(strips))
     }
 }
 

@@ -14,26 +14,26 @@ const TOP: f64 = 22.0;
 const ROOM: f64 = 600.0;
 
 /// Width of a text of 12 px, roughly.
-fn width(text: &str) -> f64 {
+pub(super) fn width(text: &str) -> f64 {
     text.chars().count() as f64 * 6.7
 }
 
 /// How a value becomes a place between 0 and 1.
-struct Scale {
-    low: f64,
-    high: f64,
-    log: bool,
+pub(super) struct Scale {
+    pub(super) low: f64,
+    pub(super) high: f64,
+    pub(super) log: bool,
 }
 
 impl Scale {
-    fn new(values: impl Iterator<Item = f64> + Clone, log: bool) -> Self {
+    pub(super) fn new(values: impl Iterator<Item = f64> + Clone, log: bool) -> Self {
         let log = log && values.clone().all(|v| v > 0.0);
         let low = values.clone().fold(f64::INFINITY, f64::min);
         let high = values.fold(f64::NEG_INFINITY, f64::max);
         Scale { low, high, log }
     }
 
-    fn place(&self, value: f64) -> f64 {
+    pub(super) fn place(&self, value: f64) -> f64 {
         let f = |v: f64| if self.log { v.ln() } else { v };
         let span = f(self.high) - f(self.low);
         if span > 0.0 { (f(value) - f(self.low)) / span } else { 0.5 }
@@ -45,23 +45,31 @@ pub(super) fn heatmap(map: &Heatmap) -> String {
     let n = map.columns.len();
     let all = || map.rows.iter().flat_map(|r| r.values.iter().flatten().copied());
     let shared = Scale::new(all(), map.rows.iter().all(|r| r.log));
-    let labels = map.rows.iter().map(|r| width(&r.label)).fold(40.0, f64::max).min(230.0) + 18.0;
-    let cell = (ROOM / n.max(1) as f64).clamp(16.0, 64.0);
+    let names = map.rows.iter().map(|r| &r.label).chain([&map.unit]);
+    let labels = names.map(|r| width(r)).fold(40.0, f64::max).min(230.0) + 18.0;
+    let cell = match map.square {
+        true => (0.7 * ROOM / n.max(1) as f64).clamp(9.0, 26.0),
+        false => (ROOM / n.max(1) as f64).clamp(16.0, 64.0),
+    };
+    let tall = if map.square { cell } else { CELL };
     let scale = |row: &Row| match map.shared {
         true => Scale { ..shared },
         false => Scale::new(row.values.iter().flatten().copied(), row.log),
     };
+    // In all cells or in none.
+    let fits = |v: f64| width(&digits(v, 3)) * 0.9 < cell - 5.5;
+    let written = n <= 30 && !map.square && all().all(fits);
     let ranges: Vec<String> = map.rows.iter().map(|r| range(&scale(r))).collect();
     let right = if map.shared { 4.0 } else { ranges.iter().map(|r| width(r)).fold(0.0, f64::max) + 14.0 };
-    let height = TOP + CELL * map.rows.len() as f64 + 2.0;
+    let height = TOP + tall * map.rows.len() as f64 + 2.0;
     let mut out = format!(
         "<svg class=\"labels\" width=\"{labels:.0}\" height=\"{height:.0}\" aria-hidden=\"true\">\
          <text class=\"tick\" x=\"{:.0}\" y=\"14\" text-anchor=\"end\">{}</text>",
         labels - 8.0,
         escape(&map.unit)
     );
-    for (i, row) in map.rows.iter().enumerate() {
-        let y = TOP + CELL * i as f64 + CELL / 2.0 + 4.0;
+    for (i, row) in map.rows.iter().enumerate().step_by(thin(map.rows.len(), tall, 14.0)) {
+        let y = TOP + tall * i as f64 + tall / 2.0 + 4.0;
         let text = shorten(&row.label, 34);
         let _ = write!(
             out,
@@ -88,7 +96,7 @@ pub(super) fn heatmap(map: &Heatmap) -> String {
     }
     for (i, row) in map.rows.iter().enumerate() {
         let scale = scale(row);
-        let y = TOP + CELL * i as f64;
+        let y = TOP + tall * i as f64;
         for (j, name) in map.columns.iter().enumerate() {
             let x = cell * j as f64;
             let value = row.values.get(j).copied().flatten();
@@ -97,7 +105,8 @@ pub(super) fn heatmap(map: &Heatmap) -> String {
             let class = if value.is_none() { " class=\"none\"" } else { "" };
             let shown = value.map_or("no value".to_string(), number);
             let tip = format!("{} {name}, {}: {shown}", map.unit, row.label);
-            let (w, h) = (cell - 1.5, CELL - 1.5);
+            let gap = if map.square { 0.5 } else { 1.5 };
+            let (w, h) = (cell - gap, tall - gap);
             let _ = write!(
                 out,
                 "<rect{class} x=\"{x:.1}\" y=\"{y:.1}\" width=\"{w:.1}\" height=\"{h:.1}\" rx=\"2\" fill=\"{fill}\">\
@@ -106,7 +115,7 @@ pub(super) fn heatmap(map: &Heatmap) -> String {
             );
             if let (Some(v), Some(rgb)) = (value, color) {
                 let text = digits(v, 3);
-                if width(&text) * 0.9 < w - 4.0 && n <= 30 {
+                if written {
                     let _ = write!(
                         out,
                         "<text class=\"in\" x=\"{:.1}\" y=\"{:.1}\" style=\"fill:{}\">{text}</text>",
@@ -122,7 +131,7 @@ pub(super) fn heatmap(map: &Heatmap) -> String {
                 out,
                 "<text class=\"tick\" x=\"{:.1}\" y=\"{:.1}\">{}</text>",
                 cell * n as f64 + 8.0,
-                y + CELL / 2.0 + 4.0,
+                y + tall / 2.0 + 4.0,
                 ranges[i]
             );
         }
@@ -146,11 +155,11 @@ fn range(scale: &Scale) -> String {
     }
 }
 
-fn logarithmic(log: bool) -> &'static str {
+pub(super) fn logarithmic(log: bool) -> &'static str {
     if log { " (log)" } else { "" }
 }
 
-fn shorten(text: &str, most: usize) -> String {
+pub(super) fn shorten(text: &str, most: usize) -> String {
     match text.chars().count() > most {
         true => text.chars().take(most - 1).chain(['…']).collect(),
         false => text.to_string(),
@@ -158,17 +167,17 @@ fn shorten(text: &str, most: usize) -> String {
 }
 
 /// Every how-manieth label is shown where each takes `widest` of steps of `step`.
-fn thin(count: usize, step: f64, widest: f64) -> usize {
+pub(super) fn thin(count: usize, step: f64, widest: f64) -> usize {
     let least = (widest / step).ceil().max(1.0) as usize;
     [1, 2, 5, 10, 20, 50, 100].into_iter().find(|s| *s >= least).unwrap_or(count.max(1))
 }
 
-const WIDE: f64 = 720.0;
-const HIGH: f64 = 280.0;
-const LEFT: f64 = 64.0;
-const RIGHT: f64 = 18.0;
-const BOTTOM: f64 = 40.0;
-const ABOVE: f64 = 28.0;
+pub(super) const WIDE: f64 = 720.0;
+pub(super) const HIGH: f64 = 280.0;
+pub(super) const LEFT: f64 = 64.0;
+pub(super) const RIGHT: f64 = 18.0;
+pub(super) const BOTTOM: f64 = 40.0;
+pub(super) const ABOVE: f64 = 28.0;
 
 /// Curves with axes and a legend.
 pub(super) fn lines(chart: &Lines) -> String {
@@ -262,7 +271,7 @@ pub(super) fn lines(chart: &Lines) -> String {
 }
 
 /// About five round values over the scale, which is widened to hold whole steps; 0 joins if it is near.
-fn steps(scale: &mut Scale) -> Vec<f64> {
+pub(super) fn steps(scale: &mut Scale) -> Vec<f64> {
     if scale.low > 0.0 && scale.low < 0.5 * scale.high {
         scale.low = 0.0;
     }
@@ -285,7 +294,7 @@ fn steps(scale: &mut Scale) -> Vec<f64> {
 }
 
 /// Powers of ten over a logarithmic scale, which is widened to hold them; at most about eight.
-fn decades(scale: &mut Scale) -> Vec<f64> {
+pub(super) fn decades(scale: &mut Scale) -> Vec<f64> {
     // Within the powers that are numbers.
     let first = (scale.low.log10().floor() as i32).clamp(-307, 307);
     let last = (scale.high.log10().ceil() as i32).clamp(first + 1, 308);

@@ -1,4 +1,7 @@
-use firebrick_analysis::{AnalysisError, Profile, ProfileOptions, Report, SecondMoments, profile};
+use firebrick_analysis::{
+    AnalysisError, ExpertUsage, Item, Metric, Profile, ProfileOptions, Report, SecondMoments,
+    SimilarityOptions, cka, layer_grams, profile,
+};
 use firebrick_core::{Brick, Cancelled, Event, Part, Progress, Run, Seed, Silent, Site, SiteSet};
 use firebrick_models::Decoder;
 
@@ -191,4 +194,112 @@ fn moments_can_leave_out_the_first_tokens() {
     assert_eq!(sums(0, 5), Some(10.0));
     assert_eq!(sums(2, 5), Some(6.0));
     assert_eq!(sums(5, 5), None);
+}
+
+#[test]
+fn one_pass_gives_every_metric_and_each_is_what_its_own_function_says() {
+    let decoder = decoder();
+    let profile = measured(&decoder);
+    assert_eq!((profile.attention.len(), profile.activation.len()), (4, 4));
+    for a in &profile.attention {
+        assert!(a.entropy.mean > 0.0 && a.entropy.mean < 1.0 && a.entropy.error > 0.0, "{a:?}");
+        assert!(a.sink.mean > 0.0 && a.sink.mean < 1.0 && a.distance.mean > 0.0 && a.heads.len() == 4);
+        assert!(a.disagreement.mean > 0.0 && a.disagreement.mean < 1.0);
+    }
+    for a in &profile.activation {
+        assert!(
+            a.neurons == 48 && a.hoyer > 0.0 && a.active > 0.0 && a.active < 0.95 && a.dead == 0,
+            "{a:?}"
+        );
+        assert!(a.dropped.windows(2).all(|d| d[0].error < d[1].error) && a.partition.is_some());
+    }
+    let similarity = profile.similarity.as_ref().unwrap();
+    assert!(
+        (0..5).all(|i| (similarity.cka[i][i].unwrap() - 1.0).abs() < 1e-9 && similarity.cka[i].len() == 5)
+    );
+    assert!(similarity.cka[0][4].unwrap() < 0.9, "the ends differ");
+    let lens = profile.lens.as_ref().unwrap();
+    assert_eq!((lens.layers.len(), lens.layers[4].agreement), (5, 1.0));
+    assert!(lens.layers[4].kl.abs() < 1e-6 && lens.layers[0].kl > 1e-3);
+    assert!(profile.fisher.is_empty() && profile.hessian.is_empty() && profile.experts.is_empty());
+
+    // The same numbers when each is measured alone; nothing else is there.
+    for metric in Metric::one_pass() {
+        let options = ProfileOptions { metrics: [metric].into(), ..options() };
+        let alone = firebrick_analysis::profile(&decoder, &ids(200), &options, &Silent).unwrap();
+        assert_eq!(alone.residual, profile.residual);
+        assert_eq!(alone.linear.is_empty(), metric != Metric::Linear);
+        match metric {
+            Metric::Linear => assert_eq!(alone.linear, profile.linear),
+            Metric::Attention => assert_eq!(alone.attention, profile.attention),
+            Metric::Similarity => assert_eq!(alone.similarity, profile.similarity),
+            Metric::Lens => assert_eq!(alone.lens, profile.lens),
+            _ => assert_eq!(alone.activation[2].partition, profile.activation[2].partition),
+        }
+        assert_eq!(Profile::from_json(&alone.to_json().unwrap()).unwrap(), alone);
+    }
+}
+
+#[test]
+fn curvature_takes_passes_of_its_own() {
+    let decoder = decoder();
+    let options = ProfileOptions {
+        metrics: [Metric::Fisher, Metric::Hessian].into(),
+        directions: 2,
+        gradient_windows: 2,
+        ..options()
+    };
+    let mut found = profile(&decoder, &ids(200), &options, &Silent).unwrap();
+    assert_eq!((found.fisher.len(), found.hessian.len(), found.linear.len()), (28, 28, 0));
+    assert!(found.fisher.iter().all(|f| f.trace.mean > 0.0 && f.trace.error > 0.0));
+    assert!(found.hessian.iter().all(|h| h.trace.mean.is_finite() && h.parameters > 0));
+    let mut usage = ExpertUsage::new(4, 2);
+    usage.add(&[0, 1, 1, 2]).unwrap();
+    found.experts.push(usage.profile(2));
+    assert_eq!(Profile::from_json(&found.to_json().unwrap()).unwrap(), found);
+    let html = Report::new("curvature").sections(found.sections()).to_html();
+    for title in ["Curvature of the loss", "Experts"] {
+        assert!(html.contains(&format!("<h2>{title}</h2>")), "{title}");
+    }
+    // A file whose parts do not fit together names every one that does not.
+    found.experts[0].layer = 9;
+    found.fisher[0].site = Site::layer(7, Part::AttnQ);
+    let error = Profile::from_json(&found.to_json().unwrap()).unwrap_err().to_string();
+    assert!(error.contains("layers.7.attn.q") && error.contains("experts of layer 9"), "{error}");
+}
+
+#[test]
+fn reports_show_every_metric_and_two_profiles_side_by_side() {
+    let decoder = decoder();
+    let before = measured(&decoder);
+    let site = Site::layer(2, Part::MlpDown);
+    let changed = decoder.clone().with_weight(site, decoder.weight(site).unwrap() * 3.0);
+    let after = measured(&changed);
+    let report = Report::new("both").sections(after.sections()).section(after.change_section(&before));
+    let html = report.to_html();
+    for title in
+        ["Attention", "Neurons", "Similarity of layers", "Logit lens", "Before and after", "Linear layers"]
+    {
+        assert!(html.contains(&format!("<h2>{title}</h2>")), "{title}");
+    }
+    assert_eq!(Report::from_json(&report.to_json().unwrap()).unwrap(), report);
+    let Some(Item::Heatmap(map)) =
+        after.change_section(&before).items.into_iter().find(|i| matches!(i, Item::Heatmap(_)))
+    else {
+        panic!("no heat map of changes")
+    };
+    let influence = &map.rows[0].values;
+    assert_eq!(influence[..2], [Some(1.0), Some(1.0)], "layers before the change are as they were");
+    assert!((influence[2].unwrap() - 1.0).abs() > 0.05, "the changed one is not: {influence:?}");
+    let shallow = measured(&decoder.clone().with_layers(&[0, 1]));
+    assert!(matches!(after.change_section(&shallow).items[..], [Item::Note(_)]));
+
+    // Two models: each layer is most like itself, and the first layers are those of both.
+    let options =
+        SimilarityOptions { window: 24, windows: 4, tokens: 64, batches: 2, skip_first_token: true };
+    let grams = |d: &Decoder| layer_grams(d, &ids(200), &options, &Silent).unwrap();
+    let found = cka(&grams(&decoder), &grams(&changed)).unwrap().cka;
+    assert!((0..3).all(|l| (found[l][l].unwrap() - 1.0).abs() < 1e-6), "{found:?}");
+    assert!(found[3][3].unwrap() < 0.999, "{found:?}");
+    assert_eq!(cka(&grams(&decoder), &grams(&decoder)).unwrap().batches, 2);
 }

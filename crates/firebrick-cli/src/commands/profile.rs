@@ -1,15 +1,20 @@
 //! `firebrick profile`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use anyhow::Result;
+use anyhow::{Context, Result, bail};
+use burn::tensor::Device;
 use clap::Args;
-use firebrick_analysis::{ProfileOptions, RankBudget, Report, bit_plans, profile, rank_plans};
+use firebrick_analysis::{
+    Metric, Profile as Measured, ProfileOptions, RankBudget, Report, Section, SimilarityOptions, bit_front,
+    bit_plans, cka, layer_grams, profile, rank_plans,
+};
 use firebrick_core::Seed;
+use firebrick_models::Model;
 use firebrick_quant::{GptqConfig, gptq_bit_losses};
 use serde_json::json;
 
-use crate::args::{Global, Quantizer};
+use crate::args::{Global, Metrics, Quantizer, Usage};
 use crate::models;
 use crate::ui::Terminal;
 
@@ -27,6 +32,16 @@ pub struct Profile {
     /// At most this many windows.
     #[arg(long, default_value_t = 16, value_name = "N")]
     windows: usize,
+    /// What to measure beside the residual stream, separated by commas: linear, attention, sparsity, similarity, lens (all from one
+    /// pass, the default), fisher, hessian; or all, or none. Plans need linear.
+    #[arg(long, value_name = "LIST")]
+    metrics: Option<Metrics>,
+    /// An earlier profile.json to show beside this one.
+    #[arg(long, value_name = "FILE")]
+    before: Option<PathBuf>,
+    /// Another model of the same vocabulary, whose layers are compared with this one's.
+    #[arg(long, value_name = "M")]
+    against: Option<String>,
     /// Mean bits per weight of the plan it suggests.
     #[arg(long, default_value_t = 4.0, value_name = "BITS")]
     mean_bits: f64,
@@ -45,6 +60,15 @@ impl Profile {
     pub fn run(&self, global: &Global, terminal: &Terminal) -> Result<()> {
         models::check_output(&self.out, None, global)?;
         models::check_windows(self.window, self.windows)?;
+        let metrics = self.metrics.as_ref().map_or_else(Metric::one_pass, |m| m.0.clone());
+        let linear = metrics.contains(&Metric::Linear);
+        if !linear && self.quantizer == Quantizer::Gptq {
+            return Err(Usage("--quantizer gptq plans bits, which needs the metric linear".into()).into());
+        }
+        let before = self.before.as_ref().map(|path| {
+            Measured::load(path).with_context(|| format!("{}: an earlier profile", path.display()))
+        });
+        let before = before.transpose()?;
         let files = models::open(&self.model)?;
         let data = models::text(&self.data, &files.tokenizer, self.window)?;
         if global.dry_run {
@@ -52,9 +76,11 @@ impl Profile {
             let facts = json!({"tokens": windows * self.window, "linear_layers": files.sites().block_linears().len()});
             return models::preview(&files, &[&self.data], &[&self.out], facts, terminal);
         }
-        let model = files.load(&models::device(global)?)?;
+        let device = models::device(global)?;
+        let model = files.load(&device)?;
         let options = ProfileOptions {
             model: model.name.clone(),
+            metrics,
             window: self.window,
             max_windows: self.windows,
             seed: Seed(global.seed),
@@ -69,23 +95,69 @@ impl Profile {
                 gptq_bit_losses(found, &model.decoder, &text, settings, terminal)?
             }
         };
-        let sites = model.decoder.sites();
-        let seeds: Vec<Seed> = (0..3).map(|i| Seed(global.seed).derive(&format!("plan/{i}"))).collect();
-        let bits = bit_plans(&found, sites, self.mean_bits, &options.bits, &seeds)?;
-        let ranks = rank_plans(&found, sites, RankBudget::MeanRank(self.mean_rank), &options.ranks, &seeds)?;
+        let text = data.spread(self.window, self.windows).concat();
+        let compared = self.against.as_ref().map(|name| self.compare(name, &model, &text, &device, terminal));
+        let compared = compared.transpose()?;
         let report = Report::new(format!("Profile of {}", model.name))
             .fact("model", &model.name)
             .fact("tokens", found.tokens)
-            .sections(found.sections())
-            .section(bits.section(&format!("Bits, {} on average", self.mean_bits)))
-            .section(ranks.section(&format!("Ranks, {} on average", self.mean_rank)));
+            .sections(found.sections());
+        let report = compared.into_iter().fold(report, Report::section);
+        let report = before.iter().fold(report, |report, b| report.section(found.change_section(b)));
         models::write_folder(&self.out, |folder| {
             found.save(folder.join("profile.json"))?;
-            bits.planned.plan.save(folder.join("bits.toml"))?;
-            ranks.planned.plan.save(folder.join("ranks.toml"))?;
+            let report = if linear { self.plans(report, folder, &found, &model, global)? } else { report };
             Ok(report.save(folder)?)
         })?;
         let output = json!({"out": self.out, "tokens": found.tokens, "layers": found.layers});
         terminal.result(&output, || format!("wrote {}", self.out.join("report.html").display()))
+    }
+
+    /// Plans of bits and ranks from the profile, as files and in the report.
+    fn plans(
+        &self,
+        report: Report,
+        folder: &Path,
+        found: &Measured,
+        model: &Model,
+        global: &Global,
+    ) -> Result<Report> {
+        let (sites, options) = (model.decoder.sites(), &found.options);
+        let seeds: Vec<Seed> = (0..3).map(|i| Seed(global.seed).derive(&format!("plan/{i}"))).collect();
+        let bits = bit_plans(found, sites, self.mean_bits, &options.bits, &seeds)?;
+        let ranks = rank_plans(found, sites, RankBudget::MeanRank(self.mean_rank), &options.ranks, &seeds)?;
+        bits.planned.plan.save(folder.join("bits.toml"))?;
+        ranks.planned.plan.save(folder.join("ranks.toml"))?;
+        let bit_section = bits.section(&format!("Bits, {} on average", self.mean_bits));
+        let rank_section = ranks.section(&format!("Ranks, {} on average", self.mean_rank));
+        Ok(report
+            .section(bit_section.heatmap(bits.beside(found)).scatter(bit_front(found, sites, &options.bits)?))
+            .section(rank_section.heatmap(ranks.beside(found))))
+    }
+
+    /// The layers of this model beside those of another, on the same tokens.
+    fn compare(
+        &self,
+        name: &str,
+        model: &Model,
+        text: &[u32],
+        device: &Device,
+        terminal: &Terminal,
+    ) -> Result<Section> {
+        let other = models::load(name, device)?;
+        let sizes = [model.decoder.config().vocab, other.decoder.config().vocab];
+        if sizes[0] != sizes[1] {
+            bail!("{name} has a vocabulary of {}, {} one of {}", sizes[1], model.name, sizes[0]);
+        }
+        let options = SimilarityOptions { window: self.window, ..SimilarityOptions::default() };
+        let grams = |m: &Model| layer_grams(&m.decoder, text, &options, terminal);
+        let found = cka(&grams(model)?, &grams(&other)?)?;
+        Ok(Section::new(format!("Beside {}", other.name))
+            .text(format!(
+                "Centred kernel alignment of the layers: rows are those of {}, columns those of {}; 1 for the same up to \
+                 rotation and scale, 0 for unrelated.",
+                model.name, other.name
+            ))
+            .heatmap(found.heatmap("Layers of the two models")))
     }
 }

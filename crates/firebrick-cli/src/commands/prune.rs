@@ -1,5 +1,6 @@
 //! `firebrick prune`.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use anyhow::Result;
@@ -72,6 +73,8 @@ impl Prune {
         let model = files.load(&models::device(global)?)?;
         let options = ProfileOptions {
             model: model.name.clone(),
+            // Influence is all that decides.
+            metrics: BTreeSet::new(),
             window: self.window,
             max_windows: self.windows,
             seed: Seed(global.seed),

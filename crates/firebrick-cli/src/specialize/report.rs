@@ -1,6 +1,6 @@
 //! The report of a specialization.
 
-use firebrick_analysis::{Bars, Cell, Heatmap, Lines, Report, Row, Section, Table};
+use firebrick_analysis::{Bars, Cell, Heatmap, Lines, Report, Row, Scatter, Section, Table};
 
 use super::Settings;
 use super::results::{Results, Variant};
@@ -72,9 +72,19 @@ fn variants(results: &Results) -> Section {
             map = map.row(Row::new(&variant.name, (0..results.domains.len()).map(ratio)));
         }
     }
+    // Of the variants that were measured everywhere.
+    let mut sizes = Scatter::new("Quality against size", "MB of block weights", "perplexity, geometric mean");
+    for variant in &results.variants {
+        let logs: Option<Vec<f64>> = variant.perplexity.iter().map(|p| p.map(f64::ln)).collect();
+        if let (Some(logs), Some(bytes)) = (logs, variant.bytes) {
+            let mean = logs.iter().sum::<f64>() / logs.len().max(1) as f64;
+            sizes = sizes.point("variant", &variant.name, bytes as f64 / 1e6, mean.exp());
+        }
+    }
     Section::new("Every variant on every domain")
         .text("Perplexity per token on text that no adapter was trained on; lower is better.")
         .heatmap(map)
+        .scatter(sizes.named().front())
         .table(table)
 }
 
