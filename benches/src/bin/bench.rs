@@ -11,16 +11,17 @@ use burn::optim::GradientsParams;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use clap::Parser;
 use firebrick_benches::{Measured, time};
-use firebrick_core::{Brick, DeviceSpec, Run, Seed};
+use firebrick_core::{Brick, DeviceSpec, Run, Seed, Silent};
 use firebrick_models::{Export, ExportType, ModelFiles};
 use firebrick_peft::LoraConfig;
 use firebrick_tensor::stream::Executor;
 use firebrick_train::AdamW;
+use firebrick_train::eval::{Batching, EvalTask, Request, TaskSettings, loglikelihoods, run_task};
 
 /// Measures firebrick, beside its Python peers if asked.
 #[derive(Parser)]
 struct Arguments {
-    /// forward, train, decode, checkpoint; all if absent.
+    /// forward, train, decode, choices, checkpoint; all if absent.
     suites: Vec<String>,
     /// Devices, separated by commas.
     #[arg(long, default_value = "flex", value_delimiter = ',')]
@@ -51,10 +52,15 @@ type Suite = fn(&Bench) -> Result<Vec<Measured>>;
 
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
-    let all: [(&str, Suite); 4] =
-        [("forward", forward), ("train", train), ("decode", decode), ("checkpoint", checkpoint)];
+    let all: [(&str, Suite); 5] = [
+        ("forward", forward),
+        ("train", train),
+        ("decode", decode),
+        ("choices", choices),
+        ("checkpoint", checkpoint),
+    ];
     if let Some(unknown) = arguments.suites.iter().find(|s| all.iter().all(|(name, _)| name != s)) {
-        bail!("`{unknown}` is not one of forward, train, decode, checkpoint");
+        bail!("`{unknown}` is not one of forward, train, decode, choices, checkpoint");
     }
     #[allow(clippy::disallowed_methods, reason = "where Python is comes from the environment")]
     let python = std::env::var_os("FIREBRICK_PYTHON").map(PathBuf::from);
@@ -199,6 +205,43 @@ fn decode(bench: &Bench) -> Result<Vec<Measured>> {
         Ok(Measured::new("decode", &case, &bench.name, "tok/s", 32.0, &seconds))
     };
     bench.models.iter().map(one).collect()
+}
+
+/// The built-in tasks, 40 items each with and without examples, beside one sequence at a time; in tokens that the latter takes.
+fn choices(bench: &Bench) -> Result<Vec<Measured>> {
+    let mut all = Vec::new();
+    for (model, files) in &bench.models {
+        let decoder = bench.load(files, &bench.device)?;
+        for (name, shots) in [("gloss_pair", 0), ("gloss_rank", 0), ("gloss_rank", 4)] {
+            let task = EvalTask::built_in(name).with_context(|| format!("no task {name}"))?;
+            let batching = Batching { longest: 1024, tokens: 2048 };
+            let settings = TaskSettings { shots: Some(shots), limit: Some(40), special: false, batching };
+            let asked = run_task(&decoder, &[], &files.tokenizer, &task, &settings, &Silent)?;
+            let requests = asked.samples.iter().map(|s| {
+                let texts: Vec<&str> = s.arguments.iter().map(|(_, text)| text.as_str()).collect();
+                Request::encode(&files.tokenizer, &s.arguments[0].0, &texts, false)
+            });
+            let requests = requests.collect::<Result<Vec<_>, _>>()?;
+            let one = |(r, c): (&Request, &Vec<u32>)| Request {
+                context: r.context.clone(),
+                continuations: vec![c.clone()],
+            };
+            let single: Vec<[Request; 1]> =
+                requests.iter().flat_map(|r| r.continuations.iter().map(move |c| [one((r, c))])).collect();
+            let score = |requests: &[Request]| {
+                loglikelihoods(&decoder, &[], requests, batching, &Silent).unwrap_or_else(|e| panic!("{e}"));
+            };
+            let tokens = requests.iter().map(Request::tokens).sum::<usize>() as f64;
+            let together = time(&bench.device, bench.repeats, || score(&requests));
+            let naive = time(&bench.device, bench.repeats, || single.iter().for_each(|r| score(r)));
+            let case = format!("{model} {name}, {shots} shots");
+            let measure =
+                |seconds: &[f64]| Measured::new("choices", &case, &bench.name, "tok/s", tokens, seconds);
+            let naive = measure(&naive).median;
+            all.push(measure(&together).with_peer("one at a time", naive));
+        }
+    }
+    Ok(all)
 }
 
 /// Writing the model as a bf16 folder.

@@ -179,7 +179,7 @@ pub fn hessian_traces(
 mod tests {
     use super::*;
     use burn::tensor::Device;
-    use firebrick_core::{Part, Run, Silent};
+    use firebrick_core::{Part, Silent};
     use firebrick_models::DecoderConfig;
     use firebrick_tensor::linalg::Matrix;
 

@@ -66,7 +66,7 @@ pub struct Global {
 pub enum Verb {
     /// The whole way: profile, plan, adapt, merge, route, quantize, distill, evaluate, report.
     Specialize(specialize::Specialize),
-    /// Perplexity of a model on a text.
+    /// Perplexity of a model on a text, its distance from another model, tasks.
     Eval(eval::Eval),
     /// Continue a prompt.
     Generate(generate::Generate),

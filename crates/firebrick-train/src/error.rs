@@ -58,6 +58,49 @@ pub enum TrainError {
         /// Rows of the model's embedding.
         vocab: usize,
     },
+    /// A model and its reference that do not speak of the same tokens.
+    #[error(
+        "the model knows {vocab} tokens, the reference {reference}: they can't be compared token by token"
+    )]
+    Vocabularies {
+        /// Rows of the model's embedding.
+        vocab: usize,
+        /// Rows of the reference's.
+        reference: usize,
+    },
+    /// A text is to be scored without context, and no token stands for the beginning or the end of one.
+    #[error("a text without context needs a token that begins or ends a text; the tokenizer has neither")]
+    NoContext,
+    /// A continuation that the tokenizer joins with the end of its context.
+    #[error("`{text}` has no token of its own after its context: the tokenizer joins the two")]
+    NoContinuation {
+        /// The continuation.
+        text: String,
+    },
+    /// A request whose context or one of whose continuations has no token.
+    #[error("request {index} has an empty context or continuation")]
+    EmptyRequest {
+        /// Which one, counted from 0.
+        index: usize,
+    },
+    /// A continuation that does not fit into what the model may see.
+    #[error(
+        "a continuation has {tokens} tokens, more than the {longest} of a sequence; give a larger window"
+    )]
+    TooLong {
+        /// Tokens of the continuation.
+        tokens: usize,
+        /// Tokens of a sequence, at most.
+        longest: usize,
+    },
+    /// An evaluation task that cannot be read or run; every problem is listed.
+    #[error("{name}: {}", listed(problems))]
+    Task {
+        /// The task's file or name.
+        name: String,
+        /// One line each, with its line and column where it stands in a file.
+        problems: Vec<String>,
+    },
     /// Settings that cannot be meant; every problem is listed.
     #[error("training settings: {}", listed(problems))]
     Config {

@@ -1,7 +1,7 @@
 //! Text data, the training loop, optimizers, schedules and evaluation.
 //!
 //! [`fit`] trains any burn module (an adapter bank over a frozen decoder, or a decoder itself) on the windows of a
-//! [`TextData`] and resumes bit for bit; [`perplexity`] evaluates a decoder with bricks; [`domains`] are five small
+//! [`TextData`] and resumes bit for bit; [`perplexity`] and [`eval`] evaluate a decoder with bricks; [`domains`] are five small
 //! texts that need no download.
 //!
 //! ```
@@ -34,7 +34,7 @@ mod clip;
 mod data;
 mod domains;
 mod error;
-mod eval;
+pub mod eval;
 mod optimizer;
 mod params;
 mod retrieval;

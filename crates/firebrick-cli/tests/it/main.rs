@@ -4,9 +4,11 @@
 
 mod contract;
 mod embed;
+mod evaluate;
 #[cfg(unix)]
 mod faults;
 mod fuzzing;
+mod guide;
 #[cfg(unix)]
 mod hostile;
 #[cfg(unix)]

@@ -6,7 +6,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::{family, json, text};
 
@@ -212,4 +212,83 @@ fn merges_equal_mergekit() {
             assert!(found["tensors"].as_u64().unwrap() > 10);
         }
     }
+}
+
+/// Items of a task of each kind from the glosses: four glosses of a word, what sort of name it is, a pair of glosses.
+fn gloss_tasks(dir: &Path, items: usize) {
+    let glosses = firebrick_train::domain("glosses").unwrap();
+    let entries: Vec<(&str, &str)> =
+        glosses.documents().flat_map(str::lines).filter_map(|l| l.split_once(" (noun): ")).collect();
+    let (mut choice, mut class, mut pair) = (String::new(), String::new(), String::new());
+    for i in 0..items {
+        let (words, gloss) = entries[i * 9];
+        // The right one at another place each time, the others from elsewhere in the text.
+        let mut texts: Vec<&str> = (1..4).map(|j| entries[(i * 9 + 131 * j) % entries.len()].1).collect();
+        texts.insert(i % 4, gloss);
+        choice += &format!("{}\n", json!({"words": words, "texts": texts, "right": i % 4}));
+        let sort = if words.contains("genus ") {
+            "genus"
+        } else if words.contains("family ") {
+            "family"
+        } else {
+            "thing"
+        };
+        class += &format!("{}\n", json!({"gloss": gloss, "sort": sort}));
+        pair += &format!("{}\n", json!({"words": words, "gloss": gloss, "other": texts[(i + 1) % 4]}));
+    }
+    let task = |name: &str, lines: &str, rest: &str| {
+        std::fs::write(dir.join(format!("{name}.jsonl")), lines).unwrap();
+        let toml = format!("name = \"{name}\"\ndata = \"{name}.jsonl\"\n{rest}");
+        std::fs::write(dir.join(format!("{name}.toml")), toml).unwrap();
+    };
+    // A space at the end of a prompt has to move to the choices.
+    let rest = "kind = \"multiple_choice\"\nprompt = \"{{ words }} (noun): \"\nchoices = \"texts\"\nanswer = \"right\"\ntarget_delimiter = \"\"\nmetrics = [\"acc\"]\n";
+    task("choice", &choice, rest);
+    let rest = "kind = \"classification\"\nprompt = \"{{ gloss }}\\nThis is a\"\nchoices = [\"genus\", \"family\", \"thing\"]\nanswer = \"sort\"\n[fewshot]\ncount = 2\n";
+    task("class", &class, rest);
+    let rest = "kind = \"pair\"\nprompt = \"{{ words }} (noun):\"\nchoices = [\"{{ gloss }}\", \"{{ other }}\"]\nmetrics = [\"acc\", \"acc_norm\", \"acc_mutual_info\"]\n";
+    task("pair", &pair, rest);
+}
+
+#[test]
+fn evaluation_equals_transformers() {
+    let Some(python) = python() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let text = firebrick_train::domain("prose").unwrap().held_out_text();
+    std::fs::write(dir.path().join("t.txt"), &text[..11_000]).unwrap();
+    gloss_tasks(dir.path(), 200);
+    json(dir.path(), &["convert", "embedded", "folder"]);
+    script(&python, dir.path(), "perturb.py", &["folder", "moved"]);
+    let eval = ["eval", "--model", "folder"];
+    let text = ["--data", "t.txt", "--window", "64", "--stride", "16", "--reference", "moved"];
+    let tasks = ["--samples", "s.jsonl", "--task", "choice.toml", "class.toml", "pair.toml"];
+    let ours = json(dir.path(), &[&eval[..], &text].concat());
+    let results = &json(dir.path(), &[&eval[..], &tasks].concat())["results"];
+    assert!(ours["windows"].as_u64().unwrap() >= 200, "{}", ours["windows"]);
+    let theirs =
+        script(&python, dir.path(), "evaluate.py", &["folder", "moved", "t.txt", "64", "16", "s.jsonl"]);
+    let near = |what: &str, ours: &Value, theirs: &Value| {
+        let apart = (ours.as_f64().unwrap() - theirs.as_f64().unwrap()).abs();
+        assert!(apart < 1e-4, "{what}: {ours} against {theirs}");
+    };
+    assert_eq!(ours["tokens"], theirs["strided"]["tokens"]);
+    near("strided", &ours["mean_nll"], &theirs["strided"]["mean_nll"]);
+    for (name, value) in theirs["reference"].as_object().unwrap() {
+        near(name, &ours["reference"][name], value);
+    }
+    assert!(theirs["reference"]["mean_kl"].as_f64().unwrap() > 1e-3, "control: the copy is another model");
+    let tasks = &theirs["tasks"];
+    assert_eq!(
+        (tasks["items"].as_u64(), tasks["sequences"].as_u64()),
+        (Some(600), Some(200 * (4 + 3 + 2 + 2)))
+    );
+    assert!(tasks["largest_difference"].as_f64().unwrap() < 1e-4, "{tasks}");
+    assert!(tasks["control"].as_f64().unwrap() > 1.0, "control: choices differ: {tasks}");
+    for task in ["choice", "class", "pair"] {
+        let figures = results[task].as_object().unwrap();
+        for (name, value) in figures.iter().filter(|(_, value)| value.is_f64()) {
+            near(&format!("{task} {name}"), value, &tasks["results"][task][name]);
+        }
+    }
+    println!("{theirs}");
 }

@@ -1,6 +1,6 @@
 //! Preallocated keys and values of past tokens, layer by layer.
 
-use burn::tensor::{Device, Tensor};
+use burn::tensor::{Device, Int, Tensor, TensorData};
 
 /// Keys and values of the tokens seen so far, one preallocated buffer per layer.
 ///
@@ -67,9 +67,41 @@ impl KvCache {
         filled
     }
 
+    /// A cache of its own whose sequence `i` holds what sequence `sequences[i]` of this one holds, with room for `capacity`
+    /// tokens: one context goes on in several ways without being computed again.
+    ///
+    /// # Panics
+    /// If there is no such sequence, or a layer holds more than `capacity` tokens.
+    pub fn select(&self, sequences: &[usize], capacity: usize) -> KvCache {
+        let [batch, kv_heads, _, head_dim] = self.shape;
+        assert!(
+            sequences.iter().all(|&i| i < batch),
+            "KvCache: sequences {sequences:?} of a batch of {batch}"
+        );
+        let shape = [sequences.len(), kv_heads, capacity, head_dim];
+        let ids: Vec<i32> = sequences.iter().map(|&i| i as i32).collect();
+        let ids = Tensor::<1, Int>::from_data(TensorData::new(ids, [sequences.len()]), &self.device);
+        let copy = |held: &Layer| {
+            assert!(held.len <= capacity, "KvCache: {} tokens exceed the capacity of {capacity}", held.len);
+            let rows = [0..sequences.len(), 0..kv_heads, 0..held.len, 0..head_dim];
+            let buffer = |from: &Tensor<4>| {
+                let filled = from.clone().narrow(2, 0, held.len).select(0, ids.clone());
+                Tensor::zeros(shape, (&self.device, from.dtype())).slice_assign(rows.clone(), filled)
+            };
+            Layer { keys: buffer(&held.keys), values: buffer(&held.values), len: held.len }
+        };
+        let layers = self.layers.iter().map(|layer| layer.as_ref().filter(|l| l.len > 0).map(copy)).collect();
+        KvCache { layers, shape, device: self.device.clone() }
+    }
+
     /// Forgets all tokens; the buffers stay for the next sequence.
     pub fn clear(&mut self) {
-        self.layers.iter_mut().flatten().for_each(|held| held.len = 0);
+        self.truncate(0);
+    }
+
+    /// Forgets the tokens from position `len` on; the buffers stay.
+    pub fn truncate(&mut self, len: usize) {
+        self.layers.iter_mut().flatten().for_each(|held| held.len = held.len.min(len));
     }
 
     /// Tokens held by a layer.

@@ -3,6 +3,11 @@
 #![allow(clippy::disallowed_methods, reason = "tests are told by the environment what is there")]
 
 mod eval;
+mod loglikelihood;
+mod plain;
+mod reference;
 mod resume;
+mod strided;
+mod tasks;
 mod tiny;
 mod training;

@@ -84,6 +84,34 @@ fn decoding_step_by_step_equals_the_whole() {
 }
 
 #[test]
+fn selected_sequences_go_on_by_themselves() {
+    for device in devices() {
+        let (k, v) = (heads("k", [2, 3, 5, 4], &device), heads("v", [2, 3, 5, 4], &device));
+        let mut cache = KvCache::new(2, 2, 3, 6, 4, &device);
+        cache.append(1, k.clone().narrow(2, 0, 4), v.clone().narrow(2, 0, 4));
+        let mut chosen = cache.select(&[1, 0, 1], 5);
+        assert_eq!((chosen.len(0), chosen.len(1), chosen.remaining(1)), (0, 4, 1));
+        let rows = |t: &Tensor<4>| Tensor::cat([1, 0, 1].map(|i| t.clone().narrow(0, i, 1)).to_vec(), 0);
+        let last = |t: &Tensor<4>| rows(t).narrow(2, 4, 1);
+        let (keys, all) = chosen.append(1, last(&k), last(&v));
+        assert_eq!((values(keys), values(all)), (values(rows(&k)), values(rows(&v))));
+        // A cut cache goes on from the cut.
+        chosen.truncate(2);
+        let (keys, _) = chosen.append(1, last(&k), last(&v));
+        assert_eq!(values(keys), values(Tensor::cat(vec![rows(&k).narrow(2, 0, 2), last(&k)], 2)));
+        // The cache it came from does not notice.
+        let (keys, _) = cache.append(1, k.clone().narrow(2, 4, 1), v.clone().narrow(2, 4, 1));
+        assert_eq!(values(keys), values(k));
+    }
+}
+
+#[test]
+#[should_panic(expected = "sequences [2] of a batch of 2")]
+fn a_sequence_that_is_not_there_is_refused() {
+    KvCache::new(1, 2, 1, 4, 2, &Device::flex()).select(&[2], 4);
+}
+
+#[test]
 #[should_panic(expected = "exceed the capacity of 4")]
 fn more_than_the_capacity_is_refused() {
     let device = Device::flex();

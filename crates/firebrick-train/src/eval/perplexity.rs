@@ -5,6 +5,7 @@ use firebrick_core::{Brick, Progress, Run, Task};
 use firebrick_models::Decoder;
 use serde::{Deserialize, Serialize};
 
+use super::score::{check_ids, read};
 use crate::{TrainError, token_tensor};
 
 /// How well a decoder predicts a text.
@@ -50,22 +51,13 @@ pub fn perplexity(
     if windows.is_empty() {
         return Err(TrainError::TooShort { tokens: ids.len(), window });
     }
-    // A device would read some other row, or none.
-    let (largest, vocab) = (ids.iter().copied().max().unwrap_or(0), decoder.config().vocab);
-    if largest as usize >= vocab {
-        return Err(TrainError::UnknownToken { id: largest, vocab });
-    }
+    check_ids(ids, decoder)?;
     let decoder = decoder.valid();
     let device = decoder.device();
     let mut task = Task::begin(progress, "evaluate", Some(windows.len() as u64), "windows");
     let mut means = Vec::with_capacity(windows.len());
     for windows in windows.chunks(batch) {
-        let nll = decoder.nll(token_tensor(windows, &device), &mut Run::new(bricks));
-        if nll.is_tracked() {
-            return Err(TrainError::Tracked);
-        }
-        let data = nll.try_into_data().map_err(|e| TrainError::Device(e.to_string()))?;
-        let values: Vec<f64> = data.iter::<f64>().collect();
+        let values = read(decoder.nll(token_tensor(windows, &device), &mut Run::new(bricks)))?;
         means.extend(values.chunks_exact(window - 1).map(|w| w.iter().sum::<f64>() / w.len() as f64));
         let so_far = means.iter().sum::<f64>() / means.len() as f64;
         task.advance(windows.len() as u64, &format!("perplexity {:.3}", so_far.exp()))?;
