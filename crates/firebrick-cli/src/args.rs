@@ -73,7 +73,7 @@ pub enum Verb {
     /// Texts as vectors, from an encoder.
     Embed(embed::Embed),
     /// Train adapters on a text.
-    Train(train::Train),
+    Train(Box<train::Train>),
     /// Measure what every layer does on a text.
     Profile(profile::Profile),
     /// Merge checkpoints as a mergekit YAML says.

@@ -6,7 +6,7 @@ use burn::module::{Module, ModuleMapper, Param, ParamId};
 use burn::nn::Linear;
 use burn::tensor::{Device, Int, Tensor, TensorData, module};
 use firebrick_core::{Part, Run, Seed, Site, SiteKind, SiteTable};
-use firebrick_tensor::ops::{self, AttentionOptions, KvCache};
+use firebrick_tensor::ops::{self, AttentionOptions, KvCache, Segments};
 
 use crate::attention_taps::AttentionTaps;
 use crate::config::{Activation, DecoderConfig};
@@ -118,7 +118,7 @@ impl Builder<'_> {
     }
 }
 
-/// Rotary positions of one pass, by layer.
+/// Rotary positions of one pass, by layer: those of one row, or with [`Segments`] in the run those of all rows.
 struct Rotations {
     global: Rotary,
     /// In layers with a window, where it is another one.
@@ -255,6 +255,39 @@ impl Decoder {
         layer.linear(site.part).map(linear).or_else(|| layer.vector(site.part).map(row))
     }
 
+    /// The path of the parameter at `site` in this module, such as `layers.0.q.weight`, by which optimizers know it; `None`
+    /// where the site has no weight of its own.
+    pub fn parameter(&self, site: Site) -> Option<String> {
+        self.weight(site)?;
+        let name = match site.part {
+            Part::Embed => return Some("embed".into()),
+            Part::Norm => return Some("norm".into()),
+            Part::Head => return Some("head.weight".into()),
+            Part::AttnNorm => "attn_norm",
+            Part::AttnPostNorm => "attn_post_norm",
+            Part::MlpNorm => "mlp_norm",
+            Part::MlpPostNorm => "mlp_post_norm",
+            Part::AttnQNorm => "q_norm",
+            Part::AttnKNorm => "k_norm",
+            Part::AttnQ => "q.weight",
+            Part::AttnK => "k.weight",
+            Part::AttnV => "v.weight",
+            Part::AttnO => "o.weight",
+            Part::MlpGate => "gate.weight",
+            Part::MlpUp => "up.weight",
+            Part::MlpDown => "down.weight",
+            Part::AttnQBias => "q.bias",
+            Part::AttnKBias => "k.bias",
+            Part::AttnVBias => "v.bias",
+            Part::AttnOBias => "o.bias",
+            Part::MlpGateBias => "gate.bias",
+            Part::MlpUpBias => "up.bias",
+            Part::MlpDownBias => "down.bias",
+            _ => return None,
+        };
+        Some(format!("layers.{}.{name}", site.layer?))
+    }
+
     /// The same decoder with the weight at `site` replaced by `weight`, a constant: `[d_out, d_in]` for linear layers,
     /// `[1, d]` for norms and biases.
     ///
@@ -297,13 +330,16 @@ impl Decoder {
     }
 
     /// The residual stream after the last norm, `[batch, tokens, d_model]`. With a [`KvCache`] in `run` the tokens come
-    /// after those it holds.
+    /// after those it holds. With [`Segments`] each document of a row is computed as if it had a row of its own.
+    ///
+    /// # Panics
+    /// If the run has a cache and segments, or segments of another shape than `tokens`.
     pub fn hidden(&self, tokens: Tensor<2, Int>, run: &mut Run<'_>) -> Tensor<3> {
         let length = tokens.dims()[1];
         // A layer that a brick skips holds nothing: the fullest one knows the position.
         let held = |cache: &KvCache| (0..self.layers.len()).map(|l| cache.len(l)).max();
         let start = run.get::<KvCache>().and_then(held).unwrap_or(0);
-        let rotary = self.rotations(start, length);
+        let rotary = self.rotations(start, length, run);
         let mut x = self.embed(tokens, run);
         for layer in 0..self.layers.len() {
             x = self.block_at(layer, x, &rotary, run);
@@ -328,7 +364,7 @@ impl Decoder {
     /// # Panics
     /// If the model has no such layer.
     pub fn block(&self, layer: usize, x: Tensor<3>, run: &mut Run<'_>) -> Tensor<3> {
-        let rotary = self.rotations(0, x.dims()[1]);
+        let rotary = self.rotations(0, x.dims()[1], run);
         self.block_at(layer, x, &rotary, run)
     }
 
@@ -362,8 +398,22 @@ impl Decoder {
     /// # Panics
     /// If there are no tokens.
     pub fn nll(&self, tokens: Tensor<2, Int>, run: &mut Run<'_>) -> Tensor<2> {
+        let hidden = self.hidden(tokens.clone(), run);
+        self.nll_of(hidden, tokens, run)
+    }
+
+    /// [`Decoder::nll`] from the residual stream after the last block, `x: [batch, tokens, d_model]`.
+    ///
+    /// # Panics
+    /// If there are no tokens.
+    pub fn nll_after(&self, x: Tensor<3>, tokens: Tensor<2, Int>, run: &mut Run<'_>) -> Tensor<2> {
+        let hidden = self.final_norm(x, run);
+        self.nll_of(hidden, tokens, run)
+    }
+
+    fn nll_of(&self, hidden: Tensor<3>, tokens: Tensor<2, Int>, run: &mut Run<'_>) -> Tensor<2> {
         let [batch, length] = tokens.dims();
-        let hidden = self.hidden(tokens.clone(), run).narrow(1, 0, length - 1);
+        let hidden = hidden.narrow(1, 0, length - 1);
         let targets = tokens.narrow(1, 1, length - 1).reshape([batch * (length - 1)]);
         self.cross_entropy(hidden, targets, run).reshape([batch, length - 1])
     }
@@ -393,9 +443,13 @@ impl Decoder {
         KvCache::new(c.layers, batch, c.kv_heads, capacity, c.head_dim, &self.device())
     }
 
-    fn rotations(&self, start: usize, length: usize) -> Rotations {
+    fn rotations(&self, start: usize, length: usize, run: &Run<'_>) -> Rotations {
         let c = self.config();
-        let of = |theta, scaling| Rotary::new(theta, scaling, c.head_dim, start, length, &self.device());
+        let positions: Vec<usize> = match run.get::<Segments>() {
+            Some(segments) => segments.positions().collect(),
+            None => (start..start + length).collect(),
+        };
+        let of = |theta, scaling| Rotary::new(theta, scaling, c.head_dim, &positions, &self.device());
         Rotations {
             global: of(c.rope_theta, c.rope_scaling),
             local: c.local_theta.map(|theta| of(theta, RopeScaling::None)),
@@ -496,10 +550,22 @@ impl Decoder {
         let k = self.head_norm_at(site(Part::AttnKNorm), &layer.k_norm, k, run);
         let windowed = c.is_windowed(l);
         let rotary = rotary.local.as_ref().filter(|_| windowed).unwrap_or(&rotary.global);
-        let q = ops::rope(heads(q, c.heads), rotary.cos.clone(), rotary.sin.clone());
-        let mut k = ops::rope(heads(k, c.kv_heads), rotary.cos.clone(), rotary.sin.clone());
+        let segments = run.get::<Segments>().cloned();
+        let turned = |t: Tensor<3>, n: usize| {
+            let (cos, sin) = (rotary.cos.clone(), rotary.sin.clone());
+            if segments.is_none() {
+                return ops::rope(heads(t, n), cos, sin);
+            }
+            // All rows as one: each token has a position of its own.
+            let row = t.reshape([1, batch * length, n, c.head_dim]).swap_dims(1, 2);
+            let turned = ops::rope(row, cos, sin).swap_dims(1, 2);
+            turned.reshape([batch, length, n, c.head_dim]).swap_dims(1, 2)
+        };
+        let q = turned(q, c.heads);
+        let mut k = turned(k, c.kv_heads);
         let mut v = heads(v, c.kv_heads);
         if let Some(cache) = run.get_mut::<KvCache>() {
+            assert!(segments.is_none(), "rows of several documents have no key-value cache");
             (k, v) = cache.append(l, k, v);
         }
         let options = AttentionOptions {
@@ -511,7 +577,10 @@ impl Decoder {
         if let Some(taps) = run.get_mut::<AttentionTaps>() {
             taps.seen.push((site(Part::Attn), q.clone(), k.clone(), options.clone()));
         }
-        let mixed = ops::attention(q, k, v, options);
+        let mixed = match segments {
+            Some(segments) => ops::segmented_attention(q, k, v, segments, options),
+            None => ops::attention(q, k, v, options),
+        };
         let mixed = mixed.swap_dims(1, 2).reshape([batch, length, c.heads * c.head_dim]);
         self.linear_at(site(Part::AttnO), &layer.o, mixed, run)
     }

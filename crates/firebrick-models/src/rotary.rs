@@ -106,29 +106,28 @@ fn frequency(theta: f64, head_dim: usize, j: usize) -> f64 {
     theta.powf(-2.0 * j as f64 / head_dim as f64)
 }
 
-/// Cosines and sines of the rotary positions of one pass, each `[tokens, head_dim / 2]`.
+/// Cosines and sines of the rotary positions of one pass, each `[positions, head_dim / 2]`.
 pub(crate) struct Rotary {
     pub cos: Tensor<2>,
     pub sin: Tensor<2>,
 }
 
 impl Rotary {
-    /// Positions `start..start + length`.
+    /// A row for each of `positions`.
     pub fn new(
         theta: f64,
         scaling: RopeScaling,
         head_dim: usize,
-        start: usize,
-        length: usize,
+        positions: &[usize],
         device: &Device,
     ) -> Self {
         let half = head_dim / 2;
         let divisors = scaling.divisors(theta, head_dim);
         let frequencies: Vec<f64> = (0..half).map(|j| frequency(theta, head_dim, j) / divisors[j]).collect();
-        let angle = |i: usize| (start + i / half) as f64 * frequencies[i % half];
+        let angle = |i: usize| positions[i / half] as f64 * frequencies[i % half];
         let table = |f: fn(f64) -> f64| {
-            let values: Vec<f32> = (0..length * half).map(|i| f(angle(i)) as f32).collect();
-            Tensor::<2>::from_data(TensorData::new(values, [length, half]), device)
+            let values: Vec<f32> = (0..positions.len() * half).map(|i| f(angle(i)) as f32).collect();
+            Tensor::<2>::from_data(TensorData::new(values, [positions.len(), half]), device)
         };
         Rotary { cos: table(f64::cos), sin: table(f64::sin) }
     }

@@ -10,5 +10,5 @@ pub mod hf;
 mod lora;
 
 pub use error::PeftError;
-pub use fit::fit_lora;
+pub use fit::{fit_lora, fit_lora_mixture};
 pub use lora::{LoraBank, LoraConfig, LoraFactors, LoraSettings};

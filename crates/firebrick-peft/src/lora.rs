@@ -207,6 +207,12 @@ impl LoraBank {
         Some((self.layout.settings[i], &self.factors[i]))
     }
 
+    /// The paths of the adapter's parameters at `site` in this module, by which optimizers know them; none without an adapter.
+    pub fn parameters(&self, site: Site) -> Vec<String> {
+        let index = self.layout.index.get(&site);
+        index.map_or(Vec::new(), |i| ["a", "b"].map(|name| format!("factors.{i}.{name}")).to_vec())
+    }
+
     /// Probability that an element of the adapters' input is dropped in training.
     pub fn dropout(&self) -> f64 {
         self.layout.dropout

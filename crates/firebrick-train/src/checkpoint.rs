@@ -1,7 +1,8 @@
 //! Checkpoints of a training run: a folder that appears whole, replaces the one before, and resumes bit for bit.
 //!
 //! `checkpoint-<step>/` holds `model.safetensors` (trainable parameters by path), `optimizer.safetensors` (moments under
-//! `<path>.exp_avg` and `<path>.exp_avg_sq`, PyTorch's names) and `state.json`.
+//! `<path>.exp_avg` and `<path>.exp_avg_sq`, PyTorch's names) and `state.json`. Beside it, `best.safetensors` has the
+//! trainable parameters whose held-out loss was lowest.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -14,9 +15,9 @@ use firebrick_tensor::block;
 use firebrick_tensor::checkpoint::{AtomicFile, Checkpoint, Layout, TensorSpec, TensorWriter};
 use serde::{Deserialize, Serialize};
 
-use crate::TrainError;
-use crate::optimizer::{AdamW, Moments};
+use crate::optimizer::{Memory, Moments};
 use crate::params::{map_trainable, trainable};
+use crate::{HeldOut, TrainError};
 
 const PREFIX: &str = "checkpoint-";
 const PARTIAL: &str = ".partial";
@@ -25,6 +26,7 @@ const OPTIMIZER: &str = "optimizer.safetensors";
 const STATE: &str = "state.json";
 /// Most bytes of it, which holds the loss of every step.
 const MAX_STATE: u64 = 1 << 30;
+const BEST: &str = "best.safetensors";
 
 /// Everything a run is made of besides tensors.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -44,6 +46,9 @@ pub(crate) struct State {
     pub updates: BTreeMap<String, u64>,
     /// The loss of every step.
     pub losses: Vec<f64>,
+    /// The losses on held-out data.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub held_out: Vec<HeldOut>,
 }
 
 /// The checkpoint of the highest step in the folder `out`, if there is one.
@@ -87,7 +92,7 @@ fn folders(out: &Path) -> Result<Vec<Folder>, TrainError> {
 pub(crate) fn save<M: Module>(
     out: &Path,
     module: &M,
-    optimizer: &AdamW,
+    memory: &Memory,
     state: &State,
 ) -> Result<(), TrainError> {
     let folder = out.join(format!("{PREFIX}{:08}", state.step));
@@ -99,14 +104,11 @@ pub(crate) fn save<M: Module>(
     remove(&partial)?;
     fs::create_dir_all(&partial).map_err(|e| TrainError::io(&partial, e))?;
 
-    let parameters = trainable(module);
-    write_tensors(
-        &partial.join(MODEL),
-        parameters.into_iter().map(|p| (p.path, p.dims, p.values)).collect(),
-    )?;
-    let moments = optimizer.moments.iter().flat_map(|(path, m)| {
+    write_parameters(&partial.join(MODEL), module)?;
+    let moments = memory.iter().flat_map(|(path, m)| {
         let flat = |name: &str, t: &Tensor<1>| (format!("{path}.{name}"), t.dims().to_vec(), t.clone());
-        [flat("exp_avg", &m.first), flat("exp_avg_sq", &m.second)]
+        let second = m.second.as_ref().map(|second| flat("exp_avg_sq", second));
+        std::iter::once(flat("exp_avg", &m.first)).chain(second)
     });
     write_tensors(&partial.join(OPTIMIZER), moments.collect())?;
     let text = serde_json::to_vec(state).expect("numbers and strings are JSON");
@@ -125,32 +127,22 @@ pub(crate) fn save<M: Module>(
     Ok(())
 }
 
-/// Puts the tensors of the checkpoint at `folder` into `module` and `optimizer`; every difference is listed.
+/// Puts the tensors of the checkpoint at `folder` into `module`, and returns it with the state of the optimizer, which has
+/// one moment or two; every difference is listed.
 pub(crate) fn load<M: Module>(
     folder: &Path,
     state: &State,
     module: M,
-    optimizer: &mut AdamW,
-) -> Result<M, TrainError> {
-    let (model, moments) = (Checkpoint::open(folder.join(MODEL))?, Checkpoint::open(folder.join(OPTIMIZER))?);
+    has_second: bool,
+) -> Result<(M, Memory), TrainError> {
+    let moments = Checkpoint::open(folder.join(OPTIMIZER))?;
     let mut problems = Vec::new();
     let parameters = trainable(&module);
-    let mut values = BTreeMap::new();
+    let module = read_parameters(&folder.join(MODEL), module, &mut problems)?;
+    let mut memory = Memory::new();
     for p in &parameters {
         let device = p.values.device();
         let (elements, dtype) = (p.values.dims()[0], p.values.dtype());
-        match model.get(&p.path) {
-            None => problems.push(format!("parameter `{}` is not in the checkpoint", p.path)),
-            Some(info) if info.shape != p.dims || Some(info.dtype) != stored(dtype) => {
-                problems.push(format!(
-                    "parameter `{}` is {:?} {dtype:?} here, {:?} {} in the checkpoint",
-                    p.path, p.dims, info.shape, info.dtype
-                ))
-            }
-            Some(_) => {
-                values.insert(p.path.clone(), read(&model, &p.path, dtype, &device)?);
-            }
-        }
         let Some(&updates) = state.updates.get(&p.path) else { continue };
         let mut moment = |name: &str| {
             let name = format!("{}.{name}", p.path);
@@ -165,16 +157,62 @@ pub(crate) fn load<M: Module>(
                 }
             }
         };
-        if let (Some(first), Some(second)) = (moment("exp_avg")?, moment("exp_avg_sq")?) {
-            optimizer.moments.insert(p.path.clone(), Moments { updates, first, second });
+        let first = moment("exp_avg")?;
+        let second = if has_second { moment("exp_avg_sq")? } else { None };
+        if let Some(first) = first {
+            memory.insert(p.path.clone(), Moments { updates, first, second });
         }
-    }
-    let known = |name: &str| parameters.iter().any(|p| p.path == name);
-    for info in model.tensors().iter().filter(|t| !known(&t.name)) {
-        problems.push(format!("parameter `{}` of the checkpoint is not trainable here", info.name));
     }
     if !problems.is_empty() {
         return Err(TrainError::Resume { path: folder.to_path_buf(), problems });
+    }
+    Ok((module, memory))
+}
+
+/// Writes the trainable parameters of `module` as the best so far.
+pub(crate) fn save_best<M: Module>(out: &Path, module: &M) -> Result<(), TrainError> {
+    write_parameters(&out.join(BEST), module)
+}
+
+/// Puts the best parameters so far into `module`.
+pub(crate) fn load_best<M: Module>(out: &Path, module: M) -> Result<M, TrainError> {
+    let path = out.join(BEST);
+    let mut problems = Vec::new();
+    let module = read_parameters(&path, module, &mut problems)?;
+    match problems.is_empty() {
+        true => Ok(module),
+        false => Err(TrainError::Resume { path, problems }),
+    }
+}
+
+fn write_parameters<M: Module>(path: &Path, module: &M) -> Result<(), TrainError> {
+    let parameters = trainable(module).into_iter().map(|p| (p.path, p.dims, p.values));
+    write_tensors(path, parameters.collect())
+}
+
+/// Puts the tensors of the file at `path` into `module`; whatever differs is added to `problems`.
+fn read_parameters<M: Module>(path: &Path, module: M, problems: &mut Vec<String>) -> Result<M, TrainError> {
+    let file = Checkpoint::open(path)?;
+    let parameters = trainable(&module);
+    let mut values = BTreeMap::new();
+    for p in &parameters {
+        let dtype = p.values.dtype();
+        match file.get(&p.path) {
+            None => problems.push(format!("parameter `{}` is not in the checkpoint", p.path)),
+            Some(info) if info.shape != p.dims || Some(info.dtype) != stored(dtype) => {
+                problems.push(format!(
+                    "parameter `{}` is {:?} {dtype:?} here, {:?} {} in the checkpoint",
+                    p.path, p.dims, info.shape, info.dtype
+                ))
+            }
+            Some(_) => {
+                values.insert(p.path.clone(), read(&file, &p.path, dtype, &p.values.device())?);
+            }
+        }
+    }
+    let known = |name: &str| parameters.iter().any(|p| p.path == name);
+    for info in file.tensors().iter().filter(|t| !known(&t.name)) {
+        problems.push(format!("parameter `{}` of the checkpoint is not trainable here", info.name));
     }
     Ok(map_trainable(module, &mut |path, old| values.remove(path).unwrap_or(old)))
 }
@@ -237,6 +275,8 @@ mod tests {
     use burn::module::Param;
     use burn::optim::GradientsParams;
 
+    use crate::AdamW;
+
     type Pair = (Param<Tensor<2>>, Param<Tensor<1>>);
 
     fn pair(fill: f64) -> Pair {
@@ -254,9 +294,9 @@ mod tests {
         optimizer.step(0.1, pair, gradients)
     }
 
-    fn bytes(module: &Pair, optimizer: &AdamW) -> Vec<Vec<u8>> {
+    fn bytes(module: &Pair, memory: &Memory) -> Vec<Vec<u8>> {
         let values = trainable(module).into_iter().map(|p| p.values);
-        let moments = optimizer.moments.values().flat_map(|m| [m.first.clone(), m.second.clone()]);
+        let moments = memory.values().flat_map(|m| [m.first.clone(), m.second.clone().unwrap()]);
         values.chain(moments).map(|t| t.into_data().as_bytes().to_vec()).collect()
     }
 
@@ -273,11 +313,12 @@ mod tests {
             identity: None,
             updates: optimizer.moments.iter().map(|(p, m)| (p.clone(), m.updates)).collect(),
             losses: vec![0.1],
+            held_out: Vec::new(),
         };
-        save(out.path(), &module, &optimizer, &state).unwrap();
+        save(out.path(), &module, &optimizer.moments, &state).unwrap();
         fs::create_dir(out.path().join("checkpoint-best")).unwrap();
         state.step = 2;
-        save(out.path(), &module, &optimizer, &state).unwrap();
+        save(out.path(), &module, &optimizer.moments, &state).unwrap();
         let names = |out: &Path| {
             let mut names: Vec<_> =
                 fs::read_dir(out).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
@@ -287,10 +328,11 @@ mod tests {
         assert_eq!(names(out.path()), ["checkpoint-00000002", "checkpoint-best"], "only our own folders go");
 
         let (folder, read) = latest(out.path()).unwrap().unwrap();
-        let mut fresh = AdamW::default();
-        let loaded = load(&folder, &read, pair(0.0), &mut fresh).unwrap();
-        assert_eq!(bytes(&loaded, &fresh), bytes(&module, &optimizer));
-        assert_ne!(bytes(&pair(0.7), &AdamW::default())[0], bytes(&module, &optimizer)[0]);
+        let (loaded, memory) = load(&folder, &read, pair(0.0), true).unwrap();
+        assert_eq!(bytes(&loaded, &memory), bytes(&module, &optimizer.moments));
+        assert_ne!(bytes(&pair(0.7), &Memory::new())[0], bytes(&module, &optimizer.moments)[0]);
+        let (_, one) = load(&folder, &read, pair(0.0), false).unwrap();
+        assert!(one.len() == 2 && one.values().all(|m| m.second.is_none()));
         assert!(loaded.0.val().is_require_grad() && loaded.1.val().is_require_grad());
     }
 

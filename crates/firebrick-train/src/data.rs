@@ -6,7 +6,7 @@ use firebrick_core::Seed;
 use firebrick_models::tokenizer::Tokenizer;
 use rand::seq::SliceRandom;
 
-use crate::TrainError;
+use crate::{Document, TrainError, read_documents};
 
 /// Token ids of one or more documents, each ended by the tokenizer's end-of-sequence token if it has one.
 ///
@@ -49,15 +49,23 @@ impl TextData {
         Self::from_documents([text], tokenizer)
     }
 
-    /// Reads a file: `.jsonl` is one document per line, an object with the text under `text` (blank lines are skipped);
-    /// any other file is plain text, one document.
+    /// The documents of a file, see [`read_documents`]; what of them is to be learned does not count here.
     ///
     /// # Errors
-    /// If the file cannot be read, has no text, is not UTF-8 (with the offset) or has a bad line, or if the
-    /// tokenizer fails.
+    /// As [`read_documents`].
     pub fn from_file(path: &Path, tokenizer: &Tokenizer) -> Result<Self, TrainError> {
-        let documents = read_documents(path)?;
-        Self::from_documents(documents.iter().map(String::as_str), tokenizer)
+        Ok(Self::from_encoded(&read_documents(path, tokenizer)?))
+    }
+
+    /// Documents one after the other, whatever of them is to be learned.
+    pub fn from_encoded(documents: &[Document]) -> Self {
+        let mut data = TextData::default();
+        for document in documents {
+            data.ids.extend_from_slice(&document.ids);
+            data.bytes += document.bytes;
+            data.ends.push((data.ids.len(), data.bytes));
+        }
+        data
     }
 
     fn encoded<'a>(
@@ -158,31 +166,6 @@ impl TextData {
         }
         hasher.finalize().to_hex()[..32].to_string()
     }
-}
-
-fn read_documents(path: &Path) -> Result<Vec<String>, TrainError> {
-    let bytes = std::fs::read(path).map_err(|e| TrainError::io(path, e))?;
-    let text = String::from_utf8(bytes).map_err(|e| TrainError::NotUtf8 {
-        path: path.to_path_buf(),
-        offset: e.utf8_error().valid_up_to(),
-    })?;
-    let documents = if path.extension().is_some_and(|e| e.eq_ignore_ascii_case("jsonl")) {
-        let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
-        lines.map(|(i, line)| json_document(path, i + 1, line)).collect::<Result<Vec<_>, _>>()?
-    } else {
-        vec![text]
-    };
-    match documents.iter().all(|d| d.trim().is_empty()) {
-        true => Err(TrainError::EmptyFile { path: path.to_path_buf() }),
-        false => Ok(documents),
-    }
-}
-
-fn json_document(path: &Path, line: usize, text: &str) -> Result<String, TrainError> {
-    let fail = |what: String| TrainError::JsonLine { path: path.to_path_buf(), line, what };
-    let value: serde_json::Value = serde_json::from_str(text).map_err(|e| fail(e.to_string()))?;
-    let document = value.get("text").and_then(|t| t.as_str());
-    document.map(str::to_string).ok_or_else(|| fail("no string under `text`".into()))
 }
 
 /// Draws batches of windows: every epoch passes all windows once in an order of its own.
@@ -344,31 +327,5 @@ mod tests {
         let data = TextData::new(vec![1, 2, 3], 3);
         let error = Batches::new(&data, 4, 1, Seed(0)).unwrap_err();
         assert_eq!(error.to_string(), "3 tokens do not fill one window of 4");
-    }
-
-    #[test]
-    fn files_are_read_or_refused_with_the_place() {
-        let folder = tempfile::tempdir().unwrap();
-        let write = |name: &str, bytes: &[u8]| {
-            let path = folder.path().join(name);
-            std::fs::write(&path, bytes).unwrap();
-            path
-        };
-        let message = |path: &Path| read_documents(path).unwrap_err().to_string();
-        assert_eq!(read_documents(&write("a.txt", "né\n".as_bytes())).unwrap(), ["né\n"]);
-        let lines = write("a.jsonl", b"{\"text\":\"one\\n\"}\n\n{\"text\":\"two\",\"x\":1}\n");
-        assert_eq!(read_documents(&lines).unwrap(), ["one\n", "two"]);
-
-        assert!(message(&write("empty.txt", b" \n")).ends_with("empty.txt: the file has no text"));
-        assert!(message(&write("empty.jsonl", b"")).contains("no text"));
-        let latin = message(&write("latin.txt", b"ab\xe9c"));
-        assert!(
-            latin.ends_with("latin.txt: not UTF-8: the byte at offset 2 belongs to no character"),
-            "{latin}"
-        );
-        let bad = message(&write("bad.jsonl", b"{\"text\":\"one\"}\n{\"txt\":1}\n"));
-        assert!(bad.ends_with("bad.jsonl:2: no string under `text`"), "{bad}");
-        assert!(message(&folder.path().join("none.txt")).contains("none.txt"));
-        assert!(message(folder.path()).contains(&folder.path().display().to_string()));
     }
 }

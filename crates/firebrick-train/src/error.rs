@@ -6,6 +6,8 @@ use firebrick_core::Cancelled;
 use firebrick_models::ModelError;
 use firebrick_tensor::checkpoint::CheckpointError;
 
+use crate::documents::BadLine;
+
 /// What can go wrong in reading data, training or evaluating.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -32,16 +34,22 @@ pub enum TrainError {
         /// Offset of the first bad byte from the start of the file.
         offset: usize,
     },
-    /// A line of a JSONL file that is not an object with a string under `text`.
-    #[error("{}:{line}: {what}", path.display())]
-    JsonLine {
+    /// Lines of a JSONL file that are no documents.
+    #[error("{}", bad_lines(path, lines, *more))]
+    JsonLines {
         /// The file.
         path: PathBuf,
-        /// The line, counted from 1.
-        line: usize,
-        /// What is wrong with it.
-        what: String,
+        /// The first bad lines.
+        lines: Vec<BadLine>,
+        /// How many more there are.
+        more: usize,
     },
+    /// A document in which the tokens to learn can't be told from those that are only read.
+    #[error("{0}")]
+    Mask(String),
+    /// No document has a token to learn.
+    #[error("there is nothing to learn: no document has a token that the loss counts")]
+    NothingToLearn,
     /// Too few tokens for a single window.
     #[error("{tokens} tokens do not fill one window of {window}")]
     TooShort {
@@ -177,5 +185,17 @@ fn listed(problems: &[String]) -> String {
     match problems {
         [one] => one.clone(),
         many => many.iter().map(|p| format!("\n  - {p}")).collect(),
+    }
+}
+
+fn bad_lines(path: &Path, lines: &[BadLine], more: usize) -> String {
+    let line = |bad: &BadLine| format!("{}:{}: {}", path.display(), bad.line, bad.what);
+    match (lines, more) {
+        ([one], 0) => line(one),
+        (many, more) => {
+            let listed: String = many.iter().map(|bad| format!("\n  - {}", line(bad))).collect();
+            let rest = if more > 0 { format!("\n  and {more} more") } else { String::new() };
+            format!("{}: {} bad lines:{listed}{rest}", path.display(), many.len() + more)
+        }
     }
 }

@@ -1,7 +1,8 @@
 //! Text data, the training loop, optimizers, schedules and evaluation.
 //!
 //! [`fit`] trains any burn module (an adapter bank over a frozen decoder, or a decoder itself) on the windows of a
-//! [`TextData`] and resumes bit for bit; [`perplexity`] and [`eval`] evaluate a decoder with bricks; [`domains`] are five small
+//! [`TextData`] and resumes bit for bit; [`fit_mixture`] does so on documents with loss masks ([`read_documents`]), packed into
+//! [`Rows`] of which a [`Mixture`] draws, and stops early; [`perplexity`] and [`eval`] evaluate a decoder with bricks; [`domains`] are five small
 //! texts that need no download.
 //!
 //! ```
@@ -29,25 +30,43 @@
 //! ```
 #![forbid(unsafe_code)]
 
+mod adamw;
 mod checkpoint;
 mod clip;
 mod data;
+mod documents;
 mod domains;
 mod error;
 pub mod eval;
+mod lamb;
+mod lars;
+mod layer_rates;
+mod mixture;
 mod optimizer;
 mod params;
+mod recompute;
 mod retrieval;
+mod rows;
 mod schedule;
 mod trainer;
 
+pub use adamw::AdamW;
 pub use clip::clip_global_norm;
 pub use data::{Batches, TextData};
+pub use documents::{BadLine, Document, read_documents};
 pub use domains::{Domain, domain, domains};
 pub use error::TrainError;
 pub use eval::{EvalReport, perplexity};
 pub use firebrick_models::token_tensor;
-pub use optimizer::{AdamW, Group};
+pub use lamb::Lamb;
+pub use lars::{Lars, LarsForm};
+pub use layer_rates::{layer_decay, site_groups};
+pub use mixture::{Draw, Mixture, Sampler, Stage, dmt, multi_task, sequential, specialist_or_generalist};
+pub use optimizer::Group;
+pub use recompute::recompute;
 pub use retrieval::{RetrievalReport, pearson, rank, recall_at, reciprocal_rank, retrieval, spearman};
+pub use rows::{Average, Batch, Rows, held_out_loss};
 pub use schedule::Schedule;
-pub use trainer::{TrainConfig, TrainReport, fit};
+pub use trainer::{
+    HeldOut, HeldOutLoss, Loss, Optimizer, Pass, TrainConfig, TrainReport, fit, fit_mixture, fit_passes,
+};

@@ -19,6 +19,7 @@ mod methods;
 mod outputs;
 mod python;
 mod specialize;
+mod train;
 #[cfg(unix)]
 mod tutorial;
 

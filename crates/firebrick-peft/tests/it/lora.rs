@@ -4,8 +4,8 @@ use burn::tensor::{Device, Tensor};
 use firebrick_core::{Brick, LayerPlan, Mode, Part, Run, Seed, Settings, Silent, Site};
 use firebrick_models::{Biases, Decoder, DecoderConfig};
 use firebrick_moe::AdapterGates;
-use firebrick_peft::{LoraBank, LoraConfig, LoraSettings, PeftError, fit_lora};
-use firebrick_train::{TextData, TrainConfig};
+use firebrick_peft::{LoraBank, LoraConfig, LoraSettings, PeftError, fit_lora, fit_lora_mixture};
+use firebrick_train::{Mixture, Rows, TextData, TrainConfig};
 
 use crate::{decoder, fresh, largest, logits, tokens, trained};
 
@@ -223,6 +223,36 @@ fn training_lowers_the_loss_and_touches_only_the_bank() {
     let bank = bank.valid();
     let valid = decoder.valid();
     assert!(largest(logits(&valid, &[&bank]), logits(&valid, &[])) > 1e-2, "control");
+}
+
+#[test]
+fn blocks_computed_again_train_the_same_bank() {
+    let device = Device::flex().autodiff();
+    let decoder = decoder(&device);
+    let targets = decoder.sites().block_linears();
+    let lora = LoraConfig { rank: 4, alpha: 8.0, dropout: 0.2, rslora: false };
+    let data = TextData::new((0..600).map(|i| (i * i) % 23).collect(), 0);
+    let held = TextData::new((0..64).map(|i| (i * i) % 23).collect(), 0);
+    let (mixture, rows) = (Mixture::text(&data, 16).unwrap(), Rows::windows(&held, 16).unwrap());
+    let run = |recompute, dropout| {
+        let lora = LoraConfig { dropout, ..lora };
+        let bank = lora.init(decoder.sites(), &targets, Seed(1), &device).unwrap();
+        let plain = TrainConfig { steps: 6, batch: 2, accumulate: 2, window: 16, ..TrainConfig::default() };
+        let config = TrainConfig { learning_rate: 1e-2, warmup: 1, recompute, eval_every: 2, ..plain };
+        let run = fit_lora_mixture(&decoder, &[], bank, &config, &mixture, Some(&rows), &Silent, false);
+        let (bank, report) = run.unwrap();
+        let site = bank.sites().iter().next().unwrap();
+        let delta: Vec<f64> = bank.delta(site).unwrap().into_data().iter::<f64>().collect();
+        (delta, report)
+    };
+    let far = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+    let ((whole, report), (parts, again)) = (run(false, 0.2), run(true, 0.2));
+    println!("deltas differ by {:e}", far(&whole, &parts));
+    assert!(far(&whole, &parts) < 1e-6);
+    assert!(far(&report.losses, &again.losses) < 1e-6);
+    assert_eq!(report.held_out.len(), 3);
+    assert_eq!(report.best_step, again.best_step);
+    assert!(far(&report.losses, &run(true, 0.0).1.losses) > 1e-4, "control: dropout is drawn in both");
 }
 
 #[test]

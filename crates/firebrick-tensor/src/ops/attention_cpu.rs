@@ -9,8 +9,8 @@ use faer::MatRef;
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
-use super::AttentionOptions;
 use super::cpu::{self, Heads};
+use super::{AttentionOptions, Segments};
 
 /// Scores in a block, at most (for as long as that leaves 16 queries).
 const BLOCK_SCORES: usize = 1 << 17;
@@ -20,9 +20,15 @@ fn block_queries(keys: usize) -> usize {
     (BLOCK_SCORES / keys.max(1)).clamp(16, 128)
 }
 
-pub(super) fn forward(q: FlexTensor, k: FlexTensor, v: FlexTensor, options: &AttentionOptions) -> FlexTensor {
+pub(super) fn forward(
+    q: FlexTensor,
+    k: FlexTensor,
+    v: FlexTensor,
+    options: &AttentionOptions,
+    segments: Option<&Segments>,
+) -> FlexTensor {
     let (q, k, v) = (Heads::readable(q), Heads::readable(k), Heads::readable(v));
-    let problem = Problem { q: Heads::new(&q), k: Heads::new(&k), v: Heads::new(&v), options };
+    let problem = Problem { q: Heads::new(&q), k: Heads::new(&k), v: Heads::new(&v), options, segments };
     let [batch, heads, t, _] = problem.q.dims;
     let value_dim = problem.v.dims[3];
     let rows = block_queries(problem.k.dims[2]);
@@ -49,9 +55,10 @@ pub(super) fn backward(
     v: FlexTensor,
     grad: FlexTensor,
     options: &AttentionOptions,
+    segments: Option<&Segments>,
 ) -> (FlexTensor, FlexTensor, FlexTensor) {
     let (q, k, v, grad) = (Heads::readable(q), Heads::readable(k), Heads::readable(v), Heads::readable(grad));
-    let problem = Problem { q: Heads::new(&q), k: Heads::new(&k), v: Heads::new(&v), options };
+    let problem = Problem { q: Heads::new(&q), k: Heads::new(&k), v: Heads::new(&v), options, segments };
     let grad = Heads::new(&grad);
     let [batch, heads, t, head_dim] = problem.q.dims;
     let [_, kv_heads, s, value_dim] = problem.v.dims;
@@ -101,6 +108,7 @@ struct Problem<'a> {
     k: Heads<'a>,
     v: Heads<'a>,
     options: &'a AttentionOptions,
+    segments: Option<&'a Segments>,
 }
 
 impl<'a> Problem<'a> {
@@ -113,7 +121,9 @@ impl<'a> Problem<'a> {
         let position = s - t + first;
         let last = position + rows - 1;
         let reach = self.options.window.unwrap_or(s).min(s);
-        let from = (position + 1).saturating_sub(reach);
+        let starts = self.segments.map_or(&[][..], |segments| &segments.row(batch)[first..first + rows]);
+        let begin = starts.first().map_or(0, |&start| start as usize);
+        let from = (position + 1).saturating_sub(reach).max(begin);
         let to = if self.options.causal { last + 1 } else { (last + reach).min(s) };
         Block {
             q: self.q.tokens(batch, head, first, first + rows),
@@ -124,6 +134,7 @@ impl<'a> Problem<'a> {
             position,
             from,
             to,
+            starts,
             options: self.options,
         }
     }
@@ -142,6 +153,8 @@ struct Block<'a> {
     /// Keys `from..to`.
     from: usize,
     to: usize,
+    /// The first key of each query's document; empty where a row is one document.
+    starts: &'a [u32],
     options: &'a AttentionOptions,
 }
 
@@ -180,7 +193,8 @@ impl Block<'_> {
     fn visible(&self, row: usize) -> std::ops::Range<usize> {
         let position = self.position + row;
         let reach = self.options.window.unwrap_or(usize::MAX);
-        let from = (position + 1).saturating_sub(reach).max(self.from);
+        let begin = self.starts.get(row).map_or(self.from, |&start| start as usize);
+        let from = (position + 1).saturating_sub(reach).max(begin);
         let to = if self.options.causal { position + 1 } else { position.saturating_add(reach).min(self.to) };
         from - self.from..to - self.from
     }

@@ -21,7 +21,7 @@ mod rms_norm_cube;
 mod rope;
 mod swiglu;
 
-pub use attention::{AttentionOptions, attention};
+pub use attention::{AttentionOptions, Segments, attention, segmented_attention};
 pub use cross_entropy::cross_entropy;
 pub use gelu::gelu;
 pub use grouped_matmul::grouped_matmul;

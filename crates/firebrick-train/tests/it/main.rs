@@ -3,7 +3,10 @@
 #![allow(clippy::disallowed_methods, reason = "tests are told by the environment what is there")]
 
 mod eval;
+mod held_out;
+mod layer_rates;
 mod loglikelihood;
+mod packing;
 mod plain;
 mod reference;
 mod resume;

@@ -4,15 +4,15 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use firebrick_core::{Event, Progress, Silent};
 use firebrick_models::Decoder;
-use firebrick_train::{Schedule, TextData, TrainConfig, TrainError, TrainReport, fit};
+use firebrick_train::{LarsForm, Optimizer, Schedule, TextData, TrainConfig, TrainError, TrainReport, fit};
 
 use crate::tiny::{bits, loss, noise, pattern, settings, trainable};
 
 /// Cancels after some steps.
-struct StopAfter(usize, AtomicUsize);
+pub struct StopAfter(usize, AtomicUsize);
 
 impl StopAfter {
-    fn new(steps: usize) -> Self {
+    pub fn new(steps: usize) -> Self {
         StopAfter(steps, AtomicUsize::new(0))
     }
 }
@@ -34,7 +34,7 @@ fn train(out: &Path, progress: &dyn Progress, resume: bool) -> Result<(Decoder, 
 }
 
 /// Every file below a folder, by path.
-fn files(folder: &Path) -> Vec<(String, Vec<u8>)> {
+pub fn files(folder: &Path) -> Vec<(String, Vec<u8>)> {
     let mut found = Vec::new();
     for entry in fs::read_dir(folder).unwrap() {
         let path = entry.unwrap().path();
@@ -89,6 +89,32 @@ fn a_resumed_run_equals_an_uninterrupted_one_bit_for_bit() {
     assert_ne!(bits(&other), bits(&model));
     assert_eq!(other_report.losses[..5], report.losses[..5]);
     assert_ne!(other_report.losses, report.losses);
+}
+
+#[test]
+fn every_optimizer_resumes_bit_for_bit() {
+    let lars = |form, trust| Optimizer::Lars { form, trust, clamp: None };
+    let mut ends = Vec::new();
+    for optimizer in [
+        Optimizer::AdamW,
+        Optimizer::Lamb { clamp: None },
+        lars(LarsForm::Original, 0.5),
+        lars(LarsForm::Paper, 0.5),
+    ] {
+        let (whole, parts) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let run = |out: &Path, progress: &dyn Progress, resume| {
+            let config = TrainConfig { out: Some(out.into()), optimizer, ..settings(6) };
+            fit(trainable(), &config, &pattern(700), &mut loss, progress, resume)
+        };
+        let (model, report) = run(whole.path(), &Silent, false).unwrap();
+        assert!(report.losses[5] < report.losses[0], "{optimizer:?}: {:?}", report.losses);
+        run(parts.path(), &StopAfter::new(3), false).unwrap_err();
+        run(parts.path(), &Silent, true).unwrap();
+        assert_eq!(files(parts.path()), files(whole.path()), "{optimizer:?}");
+        ends.push(bits(&model));
+    }
+    let others = |i: usize| ends[i + 1..].iter().all(|end| *end != ends[i]);
+    assert!((0..ends.len()).all(others), "control: they are different optimizers");
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! A decoder of a few thousand parameters, and what the tests ask of it.
 
 use burn::module::{Module, ModuleVisitor, Param};
+use burn::optim::GradientsParams;
 use burn::tensor::{Device, Int, Tensor};
 use firebrick_core::{Mode, Run, Seed};
 use firebrick_models::{Decoder, DecoderConfig};
@@ -63,4 +64,25 @@ pub fn bits<M: Module>(module: &M) -> Vec<Vec<u32>> {
     let mut bits = Bits(Vec::new());
     module.visit(&mut bits);
     bits.0
+}
+
+/// The gradients of every parameter that has one, in module order.
+pub fn gradients<M: Module>(module: &M, gradients: &GradientsParams) -> Vec<Vec<f64>> {
+    struct Collect<'a>(&'a GradientsParams, Vec<Vec<f64>>);
+    impl ModuleVisitor for Collect<'_> {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            let gradient = self.0.get::<D>(param.id);
+            self.1.extend(gradient.map(|g| g.into_data().iter::<f64>().collect()));
+        }
+    }
+    let mut collect = Collect(gradients, Vec::new());
+    module.visit(&mut collect);
+    collect.1
+}
+
+/// The largest difference, relative to the largest value.
+pub fn far(a: &[Vec<f64>], b: &[Vec<f64>]) -> f64 {
+    assert_eq!(a.iter().map(Vec::len).collect::<Vec<_>>(), b.iter().map(Vec::len).collect::<Vec<_>>());
+    let largest = b.iter().flatten().fold(1e-30, |m: f64, v| m.max(v.abs()));
+    a.iter().flatten().zip(b.iter().flatten()).fold(0.0, |m: f64, (a, b)| m.max((a - b).abs())) / largest
 }

@@ -1,5 +1,5 @@
 use burn::tensor::{DType, Device, Tensor};
-use firebrick_tensor::ops::{AttentionOptions, attention};
+use firebrick_tensor::ops::{AttentionOptions, Segments, attention, segmented_attention};
 
 use super::support::{Case, devices, flat, host, normal};
 
@@ -138,6 +138,82 @@ fn window_and_softcap() {
 fn several_blocks_of_queries() {
     check(shape(1, [2, 1], [150, 171], [16, 16]), options(true, None, None));
     check(shape(1, [1, 1], [140, 140], [8, 8]), options(true, Some(33), None));
+}
+
+/// Rows of several documents; `lengths` are those of each row.
+fn check_documents(heads: [usize; 2], d: usize, lengths: &[Vec<usize>], o: AttentionOptions) {
+    let t: usize = lengths[0].iter().sum();
+    let batch = lengths.len();
+    let starts_of = |lengths: &Vec<usize>| -> Vec<usize> {
+        let begins = lengths.iter().scan(0, |sum, &n| Some(std::mem::replace(sum, *sum + n)));
+        begins.zip(lengths).flat_map(|(begin, &n)| vec![begin; n]).collect()
+    };
+    let starts: Vec<Vec<usize>> = lengths.iter().map(starts_of).collect();
+    let segments = Segments::new(batch, starts.iter().flatten().map(|&s| s as u32).collect());
+    let shape = shape(batch, heads, [t, t], [d, d]);
+    let (kv_heads, group) = (shape.kv_heads, shape.heads / shape.kv_heads);
+    let window = o.window;
+    // Row by row: a rule knows no rows.
+    let of = |x: &[Vec<f64>], starts: &dyn Fn(usize, usize) -> usize| -> Vec<f64> {
+        let row = Shape { batch: 1, ..shape.clone() };
+        let one = |b: usize| {
+            let x: Vec<Vec<f64>> =
+                x.iter().map(|x| x[b * x.len() / batch..(b + 1) * x.len() / batch].to_vec()).collect();
+            let sees = |p: usize, j: usize| j <= p && window.is_none_or(|w| p - j < w) && j >= starts(b, p);
+            let rule = Rule { position: &|i| i, sees: &sees, kv_head: &|h| h / group };
+            reference(&x, &row, &o, &rule)
+        };
+        (0..batch).flat_map(one).collect()
+    };
+    let case = Case {
+        name: format!("attention on documents {lengths:?} {o:?}"),
+        inputs: vec![
+            normal("q", batch * shape.heads * t * d),
+            normal("k", batch * kv_heads * t * d),
+            normal("v", batch * kv_heads * t * d),
+        ],
+        op: &|x| {
+            let [q, k, v] = x.try_into().expect("three inputs");
+            let split = |x: Tensor<1>, heads: usize| x.reshape([batch, heads, t, d]);
+            let (q, k, v) = (split(q, shape.heads), split(k, kv_heads), split(v, kv_heads));
+            segmented_attention(q, k, v, segments.clone(), o.clone()).reshape([batch * shape.heads * t * d])
+        },
+        reference: &|x| of(x, &|b, p| starts[b][p]),
+    };
+    for device in devices() {
+        case.check(&device, 3e-6, Some(1e-6));
+        case.refutes(&device, &|x| of(x, &|_, _| 0));
+        case.refutes(&device, &|x| of(x, &|b, p| starts[b][p].saturating_sub(1)));
+        if batch > 1 {
+            case.refutes(&device, &|x| of(x, &|b, p| starts[(b + 1) % batch][p]));
+        }
+    }
+}
+
+#[test]
+fn documents_of_a_row_do_not_see_each_other() {
+    check_documents([6, 2], 8, &[vec![4, 1, 7], vec![2, 10]], options(true, None, None));
+    check_documents([2, 1], 5, &[vec![3, 6]], options(true, Some(3), Some(0.8)));
+    check_documents([1, 1], 4, &[vec![100, 33, 40]], options(true, None, None));
+}
+
+#[test]
+fn one_document_a_row_is_plain_attention() {
+    let x =
+        |name: &str| flat(&normal(name, 2 * 3 * 9 * 4), &Device::flex(), DType::F32).reshape([2, 3, 9, 4]);
+    let o = options(true, None, None);
+    let whole = Segments::new(2, vec![0; 18]);
+    let (plain, one) =
+        (attention(x("q"), x("k"), x("v"), o.clone()), segmented_attention(x("q"), x("k"), x("v"), whole, o));
+    assert_eq!(plain.into_data(), one.into_data(), "bit for bit");
+    let positions: Vec<usize> = Segments::new(2, vec![0, 0, 2, 0, 1, 1]).positions().collect();
+    assert_eq!(positions, [0, 1, 0, 0, 0, 1]);
+}
+
+#[test]
+#[should_panic(expected = "a document begins in no token of its own")]
+fn a_document_that_begins_inside_another_is_refused() {
+    Segments::new(1, vec![0, 0, 1]);
 }
 
 #[test]
