@@ -1,15 +1,23 @@
-"""torch on the same forward pass. Usage: forward.py FOLDER REPEATS THREADS; prints `torch TOKENS_PER_SECOND`"""
-import sys, time, statistics
-import torch
-from transformers import AutoModelForCausalLM
+"""torch on the forward pass without the head: `forward.py FOLDER THREADS`"""
 
-torch.set_num_threads(int(sys.argv[3]))
+import sys
+
+from turns import missing, take_turns
+
+try:
+    import torch
+    from transformers import AutoModelForCausalLM
+except ImportError as error:
+    missing(error)
+
+torch.set_num_threads(int(sys.argv[2]))
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
-ids = torch.tensor([(i * 7919) % model.config.vocab_size for i in range(512)]).reshape(2, 256)
-times = []
-with torch.no_grad():
-    for _ in range(int(sys.argv[2]) + 1):
-        t = time.perf_counter()
-        model.model(input_ids=ids)
-        times.append(time.perf_counter() - t)
-print("torch", 512 / statistics.median(times[1:]))
+ids = torch.tensor([i * 7919 % model.config.vocab_size for i in range(512)]).reshape(2, 256)
+
+
+def work():
+    with torch.no_grad():
+        model.model(input_ids=ids, use_cache=False)
+
+
+take_turns(f"torch {torch.__version__}", work)

@@ -1,32 +1,35 @@
-//! `cargo xtask bench [SUITE...] [--device D,...] [--peer] [--json] [--repeats N]`.
+//! `cargo xtask bench [SUITE...] [OPTIONS]`: arguments, and what is done with the results.
 #![forbid(unsafe_code)]
 // A benchmark prints its results.
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
-use burn::optim::GradientsParams;
-use burn::tensor::{Device, Int, Tensor, TensorData};
 use clap::Parser;
-use firebrick_benches::{Measured, time};
-use firebrick_core::{Brick, DeviceSpec, Run, Seed, Silent};
-use firebrick_models::{Export, ExportType, ModelFiles};
-use firebrick_peft::LoraConfig;
-use firebrick_tensor::stream::Executor;
-use firebrick_train::AdamW;
-use firebrick_train::eval::{Batching, EvalTask, Request, TaskSettings, loglikelihoods, run_task};
+use firebrick_benches::suites::{self, SUITES};
+use firebrick_benches::{Bench, Comparison, Measured, PeerSettings, Roofline, RunInfo, SavedRun};
+use firebrick_benches::{append, compare, page, read};
+use firebrick_core::{DeviceSpec, list_devices};
+use firebrick_models::ModelFiles;
+
+/// As in the `firebrick` binary: what is measured is what users get.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 /// Measures firebrick, beside its Python peers if asked.
 #[derive(Parser)]
+#[command(name = "bench", after_help = suites_help())]
 struct Arguments {
-    /// forward, train, decode, choices, checkpoint; all if absent.
+    /// What to measure; everything if absent. With --load, nothing.
+    #[arg(value_name = "SUITE", value_parser = SUITES.iter().map(|s| s.name).collect::<Vec<_>>())]
     suites: Vec<String>,
-    /// Devices, separated by commas.
-    #[arg(long, default_value = "flex", value_delimiter = ',')]
-    device: Vec<DeviceSpec>,
-    /// Run the Python peer of each case on flex too, on as many threads (FIREBRICK_PYTHON names the Python).
+    /// Devices, separated by commas; `list` names those there are. Every one of this build but software rasterizers if absent.
+    #[arg(long, value_delimiter = ',')]
+    device: Vec<String>,
+    /// Run the Python peers of the cases on flex and on the host in turns with ours, on as many threads, at least 5 pairs
+    /// (FIREBRICK_PYTHON names the Python).
     #[arg(long)]
     peer: bool,
     /// SmolLM2 as GGUF, measured beside the embedded model (`cargo xtask bench` names the fetched one).
@@ -38,231 +41,215 @@ struct Arguments {
     /// Measured calls per case.
     #[arg(long, default_value_t = 5)]
     repeats: usize,
+    /// Add the run to FILE, as JSON lines.
+    #[arg(long, value_name = "FILE")]
+    save: Option<PathBuf>,
+    /// Take saved runs, oldest first, as the history of this one; without a SUITE the last of them is this one.
+    #[arg(long, value_name = "FILE", value_delimiter = ',')]
+    load: Vec<PathBuf>,
+    /// Compare with the last run of FILE.
+    #[arg(long, value_name = "FILE")]
+    compare: Option<PathBuf>,
+    /// Exit with 1 if a case became significantly slower.
+    #[arg(long, requires = "compare")]
+    fail_on_regression: bool,
+    /// Write a page with this run and its history.
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
+    /// Folder for models made for measuring, kept from run to run (1.5 GB for the suite `merge`).
+    #[arg(long, value_name = "DIR", default_value = "target/bench")]
+    cache: PathBuf,
 }
 
-struct Bench {
-    device: Device,
-    name: String,
-    models: Vec<(&'static str, ModelFiles)>,
-    repeats: usize,
-    python: Option<PathBuf>,
+fn suites_help() -> String {
+    let lines = SUITES.iter().map(|s| format!("  {:11} {}\n", s.name, s.what));
+    format!(
+        "Suites:\n{}  {:11} limits of the machine, always measured",
+        lines.collect::<String>(),
+        "roofline"
+    )
 }
 
-type Suite = fn(&Bench) -> Result<Vec<Measured>>;
-
-fn main() -> Result<()> {
+fn main() -> Result<ExitCode> {
     let arguments = Arguments::parse();
-    let all: [(&str, Suite); 5] = [
-        ("forward", forward),
-        ("train", train),
-        ("decode", decode),
-        ("choices", choices),
-        ("checkpoint", checkpoint),
-    ];
-    if let Some(unknown) = arguments.suites.iter().find(|s| all.iter().all(|(name, _)| name != s)) {
-        bail!("`{unknown}` is not one of forward, train, decode, choices, checkpoint");
+    if arguments.device.iter().any(|d| d == "list") {
+        for device in list_devices() {
+            let software = if device.software { ", software" } else { "" };
+            println!("{:8} {} ({}{software})", device.spec.to_string(), device.name, device.kind);
+        }
+        return Ok(ExitCode::SUCCESS);
     }
+    let earlier = match &arguments.compare {
+        Some(path) => read(path)?.pop(),
+        None => None,
+    };
+    let mut runs = Vec::new();
+    for path in &arguments.load {
+        runs.extend(read(path)?);
+    }
+    if arguments.load.is_empty() || !arguments.suites.is_empty() {
+        let run = SavedRun { info: RunInfo::now(), cases: measure(&arguments)? };
+        if let Some(path) = &arguments.save {
+            append(path, &run)?;
+        }
+        runs.push(run);
+    }
+    if let Some(path) = &arguments.html {
+        let html = page(&runs).to_html();
+        firebrick_core::write_atomic(path, html.as_bytes()).with_context(|| path.display().to_string())?;
+    }
+    let now = runs.last().expect("measured or loaded above");
+    let Some(earlier) = earlier else { return Ok(ExitCode::SUCCESS) };
+    let comparison = compare(&earlier, now);
+    show(&comparison, arguments.json);
+    let failed = arguments.fail_on_regression && comparison.regressions().next().is_some();
+    Ok(ExitCode::from(u8::from(failed)))
+}
+
+/// With `--json` only results go to stdout.
+fn show(comparison: &Comparison, json: bool) {
+    if json {
+        eprint!("{comparison}");
+    } else {
+        print!("\n{comparison}");
+    }
+}
+
+fn measure(arguments: &Arguments) -> Result<Vec<Measured>> {
+    let peers = peers(arguments)?;
+    if cfg!(debug_assertions) {
+        eprintln!("note: built without optimization; the figures mean nothing");
+    }
+    let models = models(arguments.smollm2.as_deref())?;
+    let print = |m: &Measured| print(m, arguments.json);
+    let note = |text: &str| eprintln!("note: {text}");
+    let bench = |spec: DeviceSpec, name: &str, roofline: Option<Roofline>| -> Result<Bench<'_>> {
+        Ok(Bench {
+            device: spec.open()?,
+            name: name.into(),
+            models: &models,
+            repeats: arguments.repeats,
+            peers: peers.clone().filter(|_| spec == DeviceSpec::Flex),
+            cache: arguments.cache.clone(),
+            roofline,
+            measured: &print,
+            note: &note,
+            results: Default::default(),
+        })
+    };
+    let asked: Vec<_> = SUITES
+        .iter()
+        .filter(|s| arguments.suites.is_empty() || arguments.suites.iter().any(|a| a == s.name))
+        .collect();
+    let (mut cases, mut host) = (Vec::new(), None);
+    for spec in devices(&arguments.device)? {
+        let mut bench = bench(spec, &spec.to_string(), None)?;
+        let limits = suites::roofline(&bench)?;
+        if spec == DeviceSpec::Flex {
+            host = Some(limits);
+        } else if peers.is_some() {
+            note(&format!("no peers on {spec}: they compute on the CPU"));
+        }
+        bench.roofline = Some(limits);
+        for suite in asked.iter().filter(|s| !s.on_host) {
+            (suite.run)(&bench).with_context(|| format!("suite {} on {spec}", suite.name))?;
+        }
+        cases.extend(bench.results.into_inner());
+    }
+    if asked.iter().any(|s| s.on_host) {
+        let mut bench = bench(DeviceSpec::Flex, "flex", host)?;
+        if bench.roofline.is_none() {
+            bench.roofline = Some(suites::roofline(&bench)?);
+        }
+        bench.name = "host".into();
+        for suite in asked.iter().filter(|s| s.on_host) {
+            (suite.run)(&bench).with_context(|| format!("suite {}", suite.name))?;
+        }
+        cases.extend(bench.results.into_inner());
+    }
+    Ok(cases)
+}
+
+fn devices(names: &[String]) -> Result<Vec<DeviceSpec>> {
+    if names.is_empty() {
+        return Ok(list_devices().into_iter().filter(|d| !d.software).map(|d| d.spec).collect());
+    }
+    Ok(names.iter().map(|name| name.parse()).collect::<Result<_, _>>()?)
+}
+
+fn peers(arguments: &Arguments) -> Result<Option<PeerSettings>> {
     #[allow(clippy::disallowed_methods, reason = "where Python is comes from the environment")]
     let python = std::env::var_os("FIREBRICK_PYTHON").map(PathBuf::from);
-    if arguments.peer && python.is_none() {
-        bail!("--peer needs FIREBRICK_PYTHON; `cargo xtask python` makes one");
-    }
-    for spec in &arguments.device {
-        let device = spec.open()?;
-        let on_cpu = device == Device::flex();
-        if arguments.peer && !on_cpu {
-            eprintln!("no peers on {spec}: they compute on the CPU");
-        }
-        let bench = Bench {
-            device,
-            name: spec.to_string(),
-            models: models(arguments.smollm2.as_deref())?,
-            repeats: arguments.repeats.max(1),
-            python: python.clone().filter(|_| arguments.peer && on_cpu),
-        };
-        for (name, suite) in all {
-            if !arguments.suites.is_empty() && !arguments.suites.iter().any(|s| s == name) {
-                continue;
-            }
-            for measured in suite(&bench)? {
-                print(&measured, arguments.json)?;
-            }
+    match python {
+        _ if !arguments.peer => Ok(None),
+        None => bail!("--peer needs FIREBRICK_PYTHON; `cargo xtask python` makes one"),
+        Some(python) => {
+            let scripts = Path::new(env!("CARGO_MANIFEST_DIR")).join("peers");
+            Ok(Some(PeerSettings { python, scripts }))
         }
     }
-    Ok(())
-}
-
-fn print(m: &Measured, json: bool) -> Result<()> {
-    if json {
-        println!("{}", serde_json::to_string(m)?);
-        return Ok(());
-    }
-    let peer = match (&m.peer, m.peer_median, m.ratio) {
-        (Some(peer), Some(median), Some(ratio)) => format!("   {ratio:.2}x of {peer} ({median:.1})"),
-        _ => String::new(),
-    };
-    println!(
-        "{:10} {:28} {:8} {:10.2} {:6} ±{:.2}{peer}",
-        m.suite, m.case, m.device, m.median, m.unit, m.mad
-    );
-    Ok(())
 }
 
 fn models(smollm2: Option<&Path>) -> Result<Vec<(&'static str, ModelFiles)>> {
     let mut models = vec![("embedded", ModelFiles::embedded()?)];
     match smollm2 {
         Some(path) => models.push(("smollm2", ModelFiles::open(path)?)),
-        None => eprintln!("without SmolLM2: `cargo xtask model smollm2` fetches it"),
+        None => eprintln!("note: without SmolLM2; `cargo xtask model smollm2` fetches it"),
     }
     Ok(models)
 }
 
-/// `[batch, tokens]` ids that are the same in every run and for every peer.
-fn tokens(vocab: usize, batch: usize, length: usize, device: &Device) -> Tensor<2, Int> {
-    let ids: Vec<i32> = (0..batch * length).map(|i| (i * 7919 % vocab) as i32).collect();
-    Tensor::from_data(TensorData::new(ids, [batch, length]), device)
-}
-
-impl Bench {
-    fn load(&self, files: &ModelFiles, device: &Device) -> Result<firebrick_models::Decoder> {
-        Ok(firebrick_models::Decoder::load(files.config.clone(), &files.weights(), device)?)
+fn print(m: &Measured, json: bool) {
+    if json {
+        println!("{}", serde_json::to_string(m).expect("texts and numbers are JSON"));
+        return;
     }
-
-    /// Runs a peer script on the model as a folder; it prints one number in the unit of the case.
-    fn peer(&self, measured: Measured, script: &str, files: &ModelFiles) -> Result<Measured> {
-        let Some(python) = &self.python else { return Ok(measured) };
-        let dir = std::env::temp_dir().join(format!("firebrick-bench-{}", std::process::id()));
-        let folder = dir.join(&files.name);
-        Export::files(files, ExportType::F32)
-            .write(&folder, &Executor { overwrite: true, ..Executor::default() })?;
-        let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("peers").join(script);
-        let numbers = [self.repeats, rayon::current_num_threads()].map(|n| n.to_string());
-        let output = Command::new(python).arg(file).arg(&folder).args(numbers).output()?;
-        let removed = std::fs::remove_dir_all(&dir);
-        let text = String::from_utf8_lossy(&output.stdout);
-        let line = text.lines().last().unwrap_or_default();
-        let (name, value) = line.split_once(' ').with_context(|| {
-            format!("{script} printed `{line}`: {}", String::from_utf8_lossy(&output.stderr))
-        })?;
-        removed?;
-        Ok(measured.with_peer(name, value.parse()?))
+    let mut more = String::new();
+    if let (Some(gflops), Some(share)) = (m.gflops, m.share_of_peak) {
+        more += &format!("  {gflops:.1} GFLOP/s, {:.0} % of peak", 100.0 * share);
     }
-}
-
-/// Forward pass without the head, 2 x 256 tokens.
-fn forward(bench: &Bench) -> Result<Vec<Measured>> {
-    let one = |(name, files): &(&str, ModelFiles)| {
-        let decoder = bench.load(files, &bench.device)?;
-        let ids = tokens(files.config.vocab, 2, 256, &bench.device);
-        let seconds = time(&bench.device, bench.repeats, || {
-            decoder.hidden(ids.clone(), &mut Run::default());
-        });
-        let case = format!("{name} 2x256");
-        let measured = Measured::new("forward", &case, &bench.name, "tok/s", 512.0, &seconds);
-        bench.peer(measured, "forward.py", files)
-    };
-    bench.models.iter().map(one).collect()
-}
-
-/// One LoRA step (rank 8, every linear layer), 2 x 256 tokens.
-fn train(bench: &Bench) -> Result<Vec<Measured>> {
-    let one = |(name, files): &(&str, ModelFiles)| {
-        let device = bench.device.clone().autodiff();
-        let decoder = bench.load(files, &device)?;
-        let targets = decoder.sites().block_linears();
-        let bank = LoraConfig::default().init(decoder.sites(), &targets, Seed(0), &device)?;
-        let ids = tokens(files.config.vocab, 2, 256, &device);
-        let mut optimizer = AdamW::default();
-        let mut bank = Some(bank);
-        let seconds = time(&bench.device, bench.repeats, || {
-            let current = bank.take().expect("put back below");
-            let bricks: [&dyn Brick; 1] = [&current];
-            let loss = decoder.nll(ids.clone(), &mut Run::new(&bricks)).mean();
-            let gradients = GradientsParams::from_grads(loss.backward(), &current);
-            bank = Some(optimizer.step(1e-4, current, gradients));
-        });
-        let case = format!("{name} lora 2x256");
-        let measured = Measured::new("train", &case, &bench.name, "tok/s", 512.0, &seconds);
-        bench.peer(measured, "lora.py", files)
-    };
-    bench.models.iter().map(one).collect()
-}
-
-/// 32 tokens after a prompt of 64, one at a time.
-fn decode(bench: &Bench) -> Result<Vec<Measured>> {
-    let one = |(name, files): &(&str, ModelFiles)| {
-        let decoder = bench.load(files, &bench.device)?;
-        let ids = tokens(files.config.vocab, 1, 96, &bench.device);
-        let seconds = time(&bench.device, bench.repeats, || {
-            let mut run = Run::default();
-            run.insert(decoder.kv_cache(1, 96));
-            decoder.hidden(ids.clone().narrow(1, 0, 64), &mut run);
-            for i in 64..96 {
-                decoder.forward(ids.clone().narrow(1, i, 1), &mut run);
-            }
-        });
-        let case = format!("{name} 64+32");
-        Ok(Measured::new("decode", &case, &bench.name, "tok/s", 32.0, &seconds))
-    };
-    bench.models.iter().map(one).collect()
-}
-
-/// The built-in tasks, 40 items each with and without examples, beside one sequence at a time; in tokens that the latter takes.
-fn choices(bench: &Bench) -> Result<Vec<Measured>> {
-    let mut all = Vec::new();
-    for (model, files) in &bench.models {
-        let decoder = bench.load(files, &bench.device)?;
-        for (name, shots) in [("gloss_pair", 0), ("gloss_rank", 0), ("gloss_rank", 4)] {
-            let task = EvalTask::built_in(name).with_context(|| format!("no task {name}"))?;
-            let batching = Batching { longest: 1024, tokens: 2048 };
-            let settings = TaskSettings { shots: Some(shots), limit: Some(40), special: false, batching };
-            let asked = run_task(&decoder, &[], &files.tokenizer, &task, &settings, &Silent)?;
-            let requests = asked.samples.iter().map(|s| {
-                let texts: Vec<&str> = s.arguments.iter().map(|(_, text)| text.as_str()).collect();
-                Request::encode(&files.tokenizer, &s.arguments[0].0, &texts, false)
-            });
-            let requests = requests.collect::<Result<Vec<_>, _>>()?;
-            let one = |(r, c): (&Request, &Vec<u32>)| Request {
-                context: r.context.clone(),
-                continuations: vec![c.clone()],
-            };
-            let single: Vec<[Request; 1]> =
-                requests.iter().flat_map(|r| r.continuations.iter().map(move |c| [one((r, c))])).collect();
-            let score = |requests: &[Request]| {
-                loglikelihoods(&decoder, &[], requests, batching, &Silent).unwrap_or_else(|e| panic!("{e}"));
-            };
-            let tokens = requests.iter().map(Request::tokens).sum::<usize>() as f64;
-            let together = time(&bench.device, bench.repeats, || score(&requests));
-            let naive = time(&bench.device, bench.repeats, || single.iter().for_each(|r| score(r)));
-            let case = format!("{model} {name}, {shots} shots");
-            let measure =
-                |seconds: &[f64]| Measured::new("choices", &case, &bench.name, "tok/s", tokens, seconds);
-            let naive = measure(&naive).median;
-            all.push(measure(&together).with_peer("one at a time", naive));
+    if let (Some(rate), Some(share)) = (m.gbytes_per_s, m.share_of_bandwidth) {
+        more += &format!("  {rate:.2} GB/s, {:.0} % of bandwidth", 100.0 * share);
+    }
+    if let (Some(peer), Some(median), Some(ratio)) = (&m.peer, m.peer_median, m.ratio) {
+        more += &format!("  {ratio:.2}x of {peer} ({median:.2})");
+    }
+    let gigabytes = |bytes: u64| bytes as f64 / 1e9;
+    match (m.peak_bytes, m.peer_peak_bytes) {
+        (Some(ours), Some(theirs)) => {
+            more += &format!("  {:.2} of {:.2} GB", gigabytes(ours), gigabytes(theirs));
         }
+        (Some(ours), None) => more += &format!("  {:.2} GB", gigabytes(ours)),
+        _ => {}
     }
-    Ok(all)
+    println!(
+        "{:10} {:28} {:6} {:>10.2} {:9} ±{:.2}{more}",
+        m.suite, m.case, m.device, m.median, m.unit, m.mad
+    );
 }
 
-/// Writing the model as a bf16 folder.
-fn checkpoint(bench: &Bench) -> Result<Vec<Measured>> {
-    let one = |(name, files): &(&str, ModelFiles)| {
-        let out = std::env::temp_dir().join(format!("firebrick-bench-{}-{name}", std::process::id()));
-        let executor = Executor { overwrite: true, sha256: false, ..Executor::default() };
-        let mut written = 0;
-        let mut failed = None;
-        let seconds = time(&bench.device, bench.repeats, || {
-            match Export::files(files, ExportType::BF16).write(&out, &executor) {
-                Ok(report) => written = report.written_bytes,
-                Err(e) => failed = Some(e),
-            }
-        });
-        if let Some(e) = failed {
-            return Err(e.into());
-        }
-        std::fs::remove_dir_all(&out)?;
-        let case = format!("{name} to bf16");
-        Ok(Measured::new("checkpoint", &case, "host", "MB/s", written as f64 / 1e6, &seconds))
-    };
-    bench.models.iter().map(one).collect()
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        Arguments::command().debug_assert();
+        let parse = |line: &str| Arguments::try_parse_from(line.split(' '));
+        let parsed = parse("bench forward moe --device flex,wgpu:1 --load a,b --repeats 2").unwrap();
+        assert_eq!(
+            (parsed.suites, parsed.device.len(), parsed.load.len()),
+            (vec!["forward".into(), "moe".into()], 2, 2)
+        );
+        assert!(parse("bench backward").is_err(), "no such suite");
+        assert!(parse("bench --fail-on-regression").is_err(), "nothing to compare with");
+    }
+
+    #[test]
+    fn devices_are_those_named_or_all() {
+        assert_eq!(devices(&["flex".into()]).unwrap(), [DeviceSpec::Flex]);
+        assert!(devices(&["gpu".into()]).is_err());
+        assert_eq!(devices(&[]).unwrap().last(), Some(&DeviceSpec::Flex));
+    }
 }

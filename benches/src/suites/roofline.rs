@@ -1,0 +1,97 @@
+//! What the device reaches at a large matrix product, and at reading and copying memory.
+
+use std::hint::black_box;
+
+use anyhow::Result;
+use burn::tensor::{Device, Tensor, TensorData};
+use firebrick_core::Seed;
+use rayon::prelude::*;
+
+use crate::{Bench, Bound, Case, Measured, Roofline};
+
+/// Rows and columns of the matrices.
+const SIZE: usize = 2048;
+/// Bytes of a buffer: more than the caches of the machines this is for.
+const BYTES: usize = 256 << 20;
+/// Elements one thread takes at a time.
+const CHUNK: usize = 1 << 17;
+/// Calls in one turn on a GPU, where one is too short for the clock.
+const CALLS: usize = 32;
+
+/// Measures the limits of the device of `bench`, as cases of a suite `roofline`.
+///
+/// # Errors
+/// If the device fails.
+pub fn measure(bench: &Bench<'_>) -> Result<Roofline> {
+    Ok(Roofline { gflops: product(bench)?.median, read: read(bench)?.median, copy: copy(bench)?.median })
+}
+
+fn case(name: &str, dtype: &'static str, unit: &'static str, amount: f64) -> Case {
+    Case { suite: "roofline", name: name.into(), dtype, unit, amount: amount / 1e9, bound: Bound::Unknown }
+}
+
+fn calls(bench: &Bench<'_>) -> usize {
+    if bench.device == Device::flex() { 1 } else { CALLS }
+}
+
+fn product(bench: &Bench<'_>) -> Result<Measured> {
+    let matrix = |name: &str| {
+        let values = Seed(0).normal(name, SIZE * SIZE, 1.0);
+        Tensor::<2>::from_data(TensorData::new(values, [SIZE, SIZE]), &bench.device)
+    };
+    let (a, b, calls) = (matrix("a"), matrix("b"), calls(bench));
+    let flop = 2.0 * (SIZE * SIZE * SIZE * calls) as f64;
+    let case = case(&format!("matmul {SIZE}"), "f32", "GFLOP/s", flop);
+    bench.measure(&case, None, &mut || {
+        bench.timed(|| {
+            (0..calls).for_each(|_| drop(black_box(a.clone().matmul(b.clone()))));
+            Ok(())
+        })
+    })
+}
+
+fn read(bench: &Bench<'_>) -> Result<Measured> {
+    if bench.device == Device::flex() {
+        let buffer = vec![1u64; BYTES / 8];
+        let case = case("read", "u64", "GB/s", BYTES as f64);
+        return bench.measure(&case, None, &mut || {
+            bench.timed(|| {
+                let sum = |part: &[u64]| part.iter().fold(0u64, |a, b| a.wrapping_add(*b));
+                let total: u64 = black_box(&buffer).par_chunks(CHUNK).map(sum).sum();
+                anyhow::ensure!(total == (BYTES / 8) as u64, "the sum of a buffer is wrong");
+                Ok(())
+            })
+        });
+    }
+    let x = Tensor::<1>::ones([BYTES / 4], &bench.device);
+    let case = case("read", "f32", "GB/s", (BYTES * CALLS) as f64);
+    bench.measure(&case, None, &mut || {
+        bench.timed(|| {
+            (0..CALLS).for_each(|_| drop(black_box(x.clone().sum())));
+            Ok(())
+        })
+    })
+}
+
+fn copy(bench: &Bench<'_>) -> Result<Measured> {
+    if bench.device == Device::flex() {
+        let (from, mut to) = (vec![1u64; BYTES / 8], vec![2u64; BYTES / 8]);
+        let case = case("copy", "u64", "GB/s", 2.0 * BYTES as f64);
+        return bench.measure(&case, None, &mut || {
+            bench.timed(|| {
+                let parts = to.par_chunks_mut(CHUNK).zip(black_box(&from).par_chunks(CHUNK));
+                parts.for_each(|(to, from)| to.copy_from_slice(from));
+                black_box(&mut to);
+                Ok(())
+            })
+        });
+    }
+    let x = Tensor::<1>::ones([BYTES / 4], &bench.device);
+    let case = case("copy", "f32", "GB/s", 2.0 * (BYTES * CALLS) as f64);
+    bench.measure(&case, None, &mut || {
+        bench.timed(|| {
+            (0..CALLS).for_each(|_| drop(black_box(x.clone() * 2.0)));
+            Ok(())
+        })
+    })
+}
