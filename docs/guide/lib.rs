@@ -37,5 +37,14 @@ pub mod distill {}
 #[doc = include_str!("elastic.md")]
 pub mod elastic {}
 
+#[doc = include_str!("evaluate.md")]
+pub mod evaluate {}
+
+#[doc = include_str!("bench.md")]
+pub mod bench {}
+
+#[doc = include_str!("family.md")]
+pub mod family {}
+
 #[doc = include_str!("extend.md")]
 pub mod extend {}

@@ -12,7 +12,7 @@ use firebrick_core::{LayerPlan, Selector, SiteTable};
 use firebrick_merge::MergeConfig;
 use firebrick_models::chat::{ChatOptions, ChatTemplate, Message};
 use firebrick_models::tokenizer::Tokenizer;
-use firebrick_models::{DecoderConfig, ModelError};
+use firebrick_models::{DecoderConfig, GgufTensors, ModelError};
 use firebrick_peft::hf;
 use firebrick_tensor::checkpoint::gguf::{Array, Metadata, Strings};
 use firebrick_tensor::checkpoint::{Checkpoint, Gguf, Value};
@@ -60,7 +60,10 @@ fn checkpoint(data: &[u8], name: &str) -> bool {
         }
     }
     if let Some(gguf) = checkpoint.gguf() {
-        let _ = DecoderConfig::from_gguf(gguf, 300, false, Path::new(name)).map(|config| sites(&config));
+        let has = |name: &str| checkpoint.get(name).is_some();
+        let rope_divisors = checkpoint.read_f32("rope_freqs.weight").ok();
+        let tensors = GgufTensors { vocab: 300, has: &has, rope_divisors };
+        let _ = DecoderConfig::from_gguf(gguf, &tensors, Path::new(name)).map(|config| sites(&config));
         let _ = Tokenizer::from_gguf(gguf).map(|tokenizer| encodes(&tokenizer));
     }
     true

@@ -34,7 +34,8 @@ fn requests(decoder: &Decoder, files: &ModelFiles, task: &str, shots: usize) -> 
 }
 
 fn task_of(bench: &Bench<'_>, decoder: &Decoder, name: &str, requests: &[Request]) -> Result<()> {
-    let one = |r: &Request, c: &Vec<u32>| Request { context: r.context.clone(), continuations: vec![c.clone()] };
+    let one =
+        |r: &Request, c: &Vec<u32>| Request { context: r.context.clone(), continuations: vec![c.clone()] };
     let single: Vec<Request> =
         requests.iter().flat_map(|r| r.continuations.iter().map(move |c| one(r, c))).collect();
     let case = Case {

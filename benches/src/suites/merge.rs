@@ -119,8 +119,6 @@ fn make(folder: &Path, note: &dyn Fn(&str)) -> Result<()> {
 /// The shape of SmolLM2-135M.
 fn smollm2() -> DecoderConfig {
     DecoderConfig {
-        model_type: "llama".into(),
-        vocab: 49152,
         d_model: 576,
         d_ff: 1536,
         layers: 30,
@@ -131,8 +129,7 @@ fn smollm2() -> DecoderConfig {
         rope_theta: 1e5,
         norm_eps: 1e-5,
         tied_head: true,
-        norm_placement: Default::default(),
-        extra: Default::default(),
+        ..DecoderConfig::tiny(49152)
     }
 }
 

@@ -9,8 +9,8 @@ use firebrick_analysis::Metric;
 use firebrick_core::DeviceSpec;
 
 use crate::commands::{
-    completions, convert, devices, diff, embed, eval, generate, imatrix, inspect, man, merge, profile, prune, quantize,
-    train,
+    completions, convert, devices, diff, embed, eval, generate, imatrix, inspect, man, merge, profile, prune,
+    quantize, train,
 };
 use crate::specialize;
 

@@ -11,7 +11,7 @@ use serde_json::Map;
 use crate::family::Family;
 use crate::rotary::RopeScaling;
 
-pub(crate) use gguf::GgufTensors;
+pub use gguf::GgufTensors;
 
 /// Where the norms of a sublayer sit (Peri-LN, arXiv 2502.02732).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -420,12 +420,7 @@ impl Decoder {
 
     /// Negative log-likelihood in nats `[batch * tokens]` of `targets: [batch * tokens]` behind
     /// `hidden: [batch, tokens, d_model]`, without materialising the logits where the head is bare and nothing caps them.
-    pub fn cross_entropy(
-        &self,
-        hidden: Tensor<3>,
-        targets: Tensor<1, Int>,
-        run: &mut Run<'_>,
-    ) -> Tensor<1> {
+    pub fn cross_entropy(&self, hidden: Tensor<3>, targets: Tensor<1, Int>, run: &mut Run<'_>) -> Tensor<1> {
         let rows = targets.dims()[0];
         if run.is_bare(Site::global(Part::Head)) && self.config().final_softcap.is_none() {
             let d = hidden.dims()[2];

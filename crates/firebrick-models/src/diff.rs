@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use crate::error::ModelError;
 use crate::model::ModelFiles;
-use crate::weights::{TensorSource, deinterleaved_row, interleaved_heads, interleaved_row, weight_shape};
+use crate::weights::{GgufForm, TensorSource, deinterleaved_row, interleaved_row, weight_shape};
 
 /// The difference between two checkpoints, `a` and `b`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
@@ -37,7 +37,7 @@ pub struct TensorDiff {
     pub a: Stored,
     /// In the second.
     pub b: Stored,
-    /// Shape, type and bytes are the same; in the rows of q and k that the formats order differently, the values.
+    /// Shape, type and bytes are the same; the values, where the formats store them in another order or form.
     pub identical: bool,
     /// How far the values lie apart; none where the shapes differ or one holds integers.
     pub values: Option<ValueDiff>,
@@ -92,13 +92,20 @@ struct Pair<'a> {
     site: Option<Site>,
     a: &'a TensorInfo,
     b: &'a TensorInfo,
-    /// The row of `b` that belongs to a row of `a`, where that is another one.
-    row_of: Option<RowOrder>,
+    form: Form,
 }
 
-type RowOrder = Box<dyn Fn(usize) -> usize + Sync>;
+/// How the values of two tensors lie beside each other.
+enum Form {
+    /// In the same order.
+    Same,
+    /// The row of the second that belongs to a row of the first.
+    Rows(Box<dyn Fn(usize) -> usize + Sync>),
+    /// Vectors that one of the files holds in another form; their values in the same one.
+    Values([Vec<f32>; 2]),
+}
 
-/// Compares two models site by site, whatever their file formats: GGUF's order of the rows of q and k is undone.
+/// Compares two models site by site, whatever their file formats: what GGUF stores in another order or form is undone.
 ///
 /// Reads both checkpoints once, in pieces: memory does not grow with the models. Sums do not depend on the number of threads.
 ///
@@ -120,7 +127,7 @@ pub fn diff(a: &ModelFiles, b: &ModelFiles, progress: &dyn Progress) -> Result<D
                 site: Some(entry.site),
                 a: a.checkpoint.tensor(&name)?,
                 b: b.checkpoint.tensor(&other)?,
-                row_of: row_of(a, b, entry.site)?,
+                form: form(a, b, entry.site)?,
             }),
         }
     }
@@ -139,24 +146,30 @@ pub fn diff_checkpoints(a: &Checkpoint, b: &Checkpoint, progress: &dyn Progress)
     };
     let found = Diff { only_a: missing(a, b), only_b: missing(b, a), ..Diff::default() };
     let both = a.tensors().iter().filter_map(|t| Some((t, b.get(&t.name)?)));
-    let pairs = both.map(|(a, b)| Pair { site: None, a, b, row_of: None }).collect();
+    let pairs = both.map(|(a, b)| Pair { site: None, a, b, form: Form::Same }).collect();
     compare(a, b, pairs, found, progress)
 }
 
-/// Where the formats order the rows of q and k differently: the row of `b` for a row of `a`.
-fn row_of(a: &ModelFiles, b: &ModelFiles, site: Site) -> Result<Option<RowOrder>, ModelError> {
+/// How the weights of `site` lie beside each other.
+fn form(a: &ModelFiles, b: &ModelFiles, site: Site) -> Result<Form, ModelError> {
     let (from, to) = (a.checkpoint.format(), b.checkpoint.format());
     let gguf = if from == Format::Gguf { a } else { b };
-    let heads = interleaved_heads(gguf.config.family(), &gguf.config, site);
-    let Some(heads) = heads.filter(|_| from != to) else { return Ok(None) };
-    // The order depends on the heads, which a tensor of another shape does not have.
+    let stored = GgufForm::of(&gguf.config, gguf.sites(), site);
+    if from == to || stored == GgufForm::Same {
+        return Ok(Form::Same);
+    }
+    // The form depends on the heads, which a tensor of another shape does not have.
     let shape = weight_shape(gguf.sites(), site).ok_or(ModelError::NoWeight { site })?;
     gguf.weights().check_site(site, &shape)?;
-    let rows = shape[0];
-    Ok(Some(match to {
-        Format::Gguf => Box::new(deinterleaved_row(rows, heads)),
-        _ => Box::new(interleaved_row(rows, heads)),
-    }))
+    Ok(match (stored, to) {
+        (GgufForm::Interleaved { heads }, Format::Gguf) if shape.len() > 1 => {
+            Form::Rows(Box::new(deinterleaved_row(shape[0], heads)))
+        }
+        (GgufForm::Interleaved { heads }, _) if shape.len() > 1 => {
+            Form::Rows(Box::new(interleaved_row(shape[0], heads)))
+        }
+        _ => Form::Values([a.weights().read_site(site, &shape)?, b.weights().read_site(site, &shape)?]),
+    })
 }
 
 fn compare(
@@ -170,11 +183,13 @@ fn compare(
     let mut total = Distance::default();
     let bytes = pairs.iter().map(|p| (p.a.len + p.b.len) as u64).sum();
     let mut task = Task::begin(progress, "diff", Some(bytes), "bytes");
-    for Pair { site, a: t, b: u, row_of } in pairs {
+    for Pair { site, a: t, b: u, form } in pairs {
         let comparable = t.shape == u.shape && t.dtype.is_real() && u.dtype.is_real();
-        let values = match comparable {
-            true => Some(a.distance(&t.name, b, &u.name, row_of.as_deref())?),
-            false => None,
+        let values = match &form {
+            _ if !comparable => None,
+            Form::Same => Some(a.distance(&t.name, b, &u.name, None)?),
+            Form::Rows(row_of) => Some(a.distance(&t.name, b, &u.name, Some(row_of))?),
+            Form::Values([x, y]) => Some(Distance::of(x, y)),
         };
         if let Some(distance) = &values {
             total.add(distance);
@@ -185,10 +200,10 @@ fn compare(
                 layers.entry(layer).or_default().add(distance);
             }
         }
-        let same = match (&row_of, &values) {
-            (Some(_), Some(distance)) => distance.difference == 0.0 && distance.not_finite == 0,
-            (Some(_), None) => false,
-            (None, _) => a.bytes(&t.name)? == b.bytes(&u.name)?,
+        let same = match (&form, &values) {
+            (Form::Same, _) => a.bytes(&t.name)? == b.bytes(&u.name)?,
+            (_, Some(distance)) => distance.difference == 0.0 && distance.not_finite == 0,
+            (_, None) => false,
         };
         found.tensors.push(TensorDiff {
             site,

@@ -23,7 +23,7 @@ mod tokens;
 mod weights;
 
 pub use attention_taps::AttentionTaps;
-pub use config::{Activation, Biases, DecoderConfig, NormPlacement};
+pub use config::{Activation, Biases, DecoderConfig, GgufTensors, NormPlacement};
 pub use decoder::Decoder;
 pub use diff::{Diff, Stored, SumDiff, TensorDiff, ValueDiff, diff, diff_checkpoints};
 pub use encoder::{
@@ -38,9 +38,5 @@ pub use generate::{GenerateOptions, generate};
 pub use model::{Model, ModelFiles};
 pub use rotary::RopeScaling;
 pub use tokens::token_tensor;
-pub use weights::{CheckpointWeights, TensorSource, deinterleave_rows};
+pub use weights::{CheckpointWeights, TensorSource};
 
-/// The code of the guide, compiled and run.
-#[cfg(doctest)]
-#[doc = include_str!("../../../docs/guide/family.md")]
-struct GuideFamily;

@@ -160,7 +160,7 @@ pub(crate) fn weight_shape(sites: &SiteTable, site: Site) -> Option<Vec<usize>> 
 }
 
 /// Rows from llama.cpp's order (rotary pairs side by side) to Hugging Face's (halves), per head.
-pub fn deinterleave_rows(values: &[f32], heads: usize, rows: usize, cols: usize) -> Vec<f32> {
+fn deinterleave_rows(values: &[f32], heads: usize, rows: usize, cols: usize) -> Vec<f32> {
     permute_rows(values, cols, rows, deinterleaved_row(rows, heads))
 }
 
@@ -170,7 +170,7 @@ pub(crate) fn interleave_rows(values: &[f32], heads: usize, rows: usize, cols: u
 }
 
 /// For a row in Hugging Face's order, the same row in llama.cpp's.
-fn deinterleaved_row(rows: usize, heads: usize) -> impl Fn(usize) -> usize {
+pub(crate) fn deinterleaved_row(rows: usize, heads: usize) -> impl Fn(usize) -> usize {
     let dim = rows / heads;
     move |row| row / dim * dim + row % dim % (dim / 2) * 2 + row % dim / (dim / 2)
 }

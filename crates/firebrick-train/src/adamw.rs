@@ -104,7 +104,7 @@ pub(crate) fn direction(betas: [f64; 2], eps: f64, moments: &Moments) -> (Tensor
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::optimizer::testing::{Three, after, numbers};
+    use crate::optimizer::testing::{Three, after};
     use burn::module::{Param, ParamGroup};
     use burn::tensor::{DType, Device};
 

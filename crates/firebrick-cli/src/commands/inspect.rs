@@ -232,7 +232,8 @@ fn sizes(types: &BTreeMap<&str, Sizes>) -> String {
 }
 
 fn listed(checkpoint: &Checkpoint) -> Vec<Value> {
-    let one = |t: &TensorInfo| json!({"name": t.name, "type": t.dtype.name(), "shape": t.shape, "bytes": t.len});
+    let one =
+        |t: &TensorInfo| json!({"name": t.name, "type": t.dtype.name(), "shape": t.shape, "bytes": t.len});
     checkpoint.tensors().iter().map(one).collect()
 }
 

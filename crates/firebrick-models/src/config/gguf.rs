@@ -12,7 +12,7 @@ use crate::family::{Family, Flag, Windows};
 use crate::rotary::RopeScaling;
 
 /// What the tensors of a GGUF file say about the shape of its model.
-pub(crate) struct GgufTensors<'a> {
+pub struct GgufTensors<'a> {
     /// Rows of the embedding.
     pub vocab: usize,
     /// Whether there is a tensor of this name.
@@ -111,7 +111,7 @@ impl DecoderConfig {
     ///
     /// # Errors
     /// If a key is missing or of another type than it should be, or the model is not supported.
-    pub(crate) fn from_gguf(gguf: &Gguf, tensors: &GgufTensors<'_>, path: &Path) -> Result<Self, ModelError> {
+    pub fn from_gguf(gguf: &Gguf, tensors: &GgufTensors<'_>, path: &Path) -> Result<Self, ModelError> {
         let arch = gguf.str("general.architecture")?;
         let fail = |problems| ModelError::Invalid { path: path.into(), problems };
         let families = Family::by_gguf(arch).map_err(|e| fail(vec![e.to_string()]))?;

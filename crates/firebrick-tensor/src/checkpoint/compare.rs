@@ -55,7 +55,8 @@ impl Distance {
         self.dot += other.dot;
     }
 
-    fn of(a: &[f32], b: &[f32]) -> Self {
+    /// Between two slices of one length.
+    pub fn of(a: &[f32], b: &[f32]) -> Self {
         let mut sum = Distance { elements: a.len(), ..Distance::default() };
         for (x, y) in a.iter().zip(b) {
             if !(x.is_finite() && y.is_finite()) {
