@@ -173,7 +173,7 @@ impl Step {
             }
             Self::CudaCheck => {
                 let mut check = cmd::cargo_with(&["check", "--locked", "-p", "firebrick-cli"]);
-                check.args(["--features", "cuda", "--profile", "quick", "--target-dir", "target/cuda"]);
+                check.args(["--features", "cuda,hub", "--profile", "quick", "--target-dir", "target/cuda"]);
                 // The build scripts of cubecl's LLVM then download nothing, and a check links nothing.
                 check.env("DOCS_RS", "1");
                 check

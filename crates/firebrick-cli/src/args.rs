@@ -9,8 +9,8 @@ use firebrick_analysis::Metric;
 use firebrick_core::DeviceSpec;
 
 use crate::commands::{
-    completions, convert, devices, diff, embed, eval, generate, imatrix, inspect, man, merge, profile, prune,
-    quantize, train,
+    completions, convert, devices, diff, embed, eval, fetch, generate, imatrix, inspect, man, merge, profile,
+    prune, quantize, train,
 };
 use crate::specialize;
 
@@ -90,6 +90,8 @@ pub enum Verb {
     Inspect(inspect::Inspect),
     /// Tensor by tensor, how two checkpoints differ.
     Diff(diff::Diff),
+    /// Fetch a model of the Hugging Face Hub into the cache that its other clients share.
+    Fetch(fetch::Fetch),
     /// The devices that can be computed on.
     Devices(devices::Devices),
     /// Print what a shell needs to complete command lines.

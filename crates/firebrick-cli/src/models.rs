@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use burn::tensor::Device;
 use firebrick_core::{LayerPlan, ResolvedPlan, Site, folder, write_atomic};
+use firebrick_models::hub::HubModel;
 use firebrick_models::tokenizer::Tokenizer;
 use firebrick_models::{EncodedWeight, EncoderFiles, Model, ModelError, ModelFiles};
 use firebrick_peft::LoraBank;
@@ -72,12 +73,32 @@ fn locate(model: &str) -> Result<PathBuf> {
             Usage(format!("`{name}` is not here; fetch it with `cargo xtask model {name}`")).into()
         });
     }
+    if let Ok(model) = model.parse::<HubModel>() {
+        let cache = hub_cache()?;
+        let cached = model.cached(&cache);
+        let what =
+            format!("no such file or folder, and not in the Hugging Face Hub's cache {}", cache.display());
+        return cached
+            .ok_or_else(|| Usage(format!("{model}: {what}; `firebrick fetch {model}` fetches it")).into());
+    }
     let known: Vec<&str> = FETCHED.iter().map(|(name, _)| *name).collect();
     Err(Usage(format!(
-        "{model}: no such file or folder; give a Hugging Face folder, a .gguf file, `embedded` or one of {}",
+        "{model}: no such file or folder; give a Hugging Face folder, a .gguf file, `embedded`, org/name of the Hugging Face Hub or one of {}",
         known.join(", ")
     ))
     .into())
+}
+
+/// Where models of the Hugging Face Hub lie on this machine: `HF_HUB_CACHE`, `hub` in `HF_HOME`, or `~/.cache/huggingface/hub`.
+#[allow(
+    clippy::disallowed_methods,
+    reason = "where the cache is comes from the environment, for every client"
+)]
+pub fn hub_cache() -> Result<PathBuf> {
+    let set = |name| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+    let home = || set("HF_HOME").or_else(|| Some(std::env::home_dir()?.join(".cache/huggingface")));
+    let cache = set("HF_HUB_CACHE").or_else(|| Some(home()?.join("hub")));
+    cache.ok_or_else(|| Usage("no home folder for the Hugging Face Hub's cache: set HF_HOME".into()).into())
 }
 
 /// The first `relative` that exists in one of `starts` or in a folder above.

@@ -24,6 +24,9 @@ pub enum ModelError {
     /// A checkpoint could not be written.
     #[error(transparent)]
     Stream(#[from] firebrick_tensor::stream::StreamError),
+    /// A model could not be fetched from the Hugging Face Hub.
+    #[error("Hugging Face Hub: {0}")]
+    Hub(String),
     /// A file could not be read or written.
     #[error("{}: {source}", path.display())]
     Io {

@@ -15,6 +15,7 @@ mod error;
 mod export;
 mod family;
 mod generate;
+pub mod hub;
 mod model;
 mod rotary;
 pub mod sampling;
@@ -39,4 +40,3 @@ pub use model::{Model, ModelFiles};
 pub use rotary::RopeScaling;
 pub use tokens::token_tensor;
 pub use weights::{CheckpointWeights, TensorSource};
-

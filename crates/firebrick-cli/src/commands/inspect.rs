@@ -1,15 +1,16 @@
 //! `firebrick inspect`.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use anyhow::{Result, bail};
 use clap::Args;
 use firebrick_core::{Part, Progress, Site, SiteTable, Task};
 use firebrick_models::{EncoderFiles, EncoderTensor, EncoderWeights, ModelFiles};
-use firebrick_tensor::checkpoint::{Checkpoint, TensorInfo};
+use firebrick_tensor::checkpoint::{Checkpoint, TensorInfo, is_gguf_name};
 use serde_json::{Map, Value, json};
 
-use crate::args::{Global, Usage};
+use crate::args::Global;
 use crate::models;
 use crate::ui::Terminal;
 
@@ -36,11 +37,14 @@ impl Inspect {
         }
         match models::open_unchecked(&self.model) {
             Ok(files) => self.model(&files, terminal),
-            // Of another architecture, or no model at all: its tensors can be shown nevertheless.
-            Err(why) => match Checkpoint::open(&self.model) {
-                Ok(checkpoint) if !why.is::<Usage>() => self.checkpoint(&checkpoint, &why, terminal),
-                _ => Err(why),
-            },
+            // A file of tensors alone is no model, and can be shown nevertheless; a folder or GGUF file means to be one.
+            Err(why) if Path::new(&self.model).is_file() && !is_gguf_name(Path::new(&self.model)) => {
+                match Checkpoint::open(&self.model) {
+                    Ok(checkpoint) => self.checkpoint(&checkpoint, &why, terminal),
+                    Err(_) => Err(why),
+                }
+            }
+            Err(why) => Err(why),
         }
     }
 

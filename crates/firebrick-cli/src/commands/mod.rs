@@ -6,6 +6,7 @@ pub mod devices;
 pub mod diff;
 pub mod embed;
 pub mod eval;
+pub mod fetch;
 pub mod generate;
 pub mod imatrix;
 pub mod inspect;
@@ -36,6 +37,7 @@ pub fn run(cli: &Cli, terminal: &Terminal) -> Result<()> {
             | Verb::Generate(_)
             | Verb::Inspect(_)
             | Verb::Diff(_)
+            | Verb::Fetch(_)
             | Verb::Devices(_)
             | Verb::Completions(_)
             | Verb::Man(_)
@@ -57,6 +59,7 @@ pub fn run(cli: &Cli, terminal: &Terminal) -> Result<()> {
         Verb::Imatrix(v) => v.run(global, terminal),
         Verb::Inspect(v) => v.run(global, terminal),
         Verb::Diff(v) => v.run(global, terminal),
+        Verb::Fetch(v) => v.run(terminal),
         Verb::Devices(v) => v.run(global, terminal),
         Verb::Completions(v) => v.run(),
         Verb::Man(v) => v.run(global, terminal),

@@ -1,6 +1,6 @@
 //! The command-line contract: fields, exit codes, files.
 
-use crate::{files, json, run, text};
+use crate::{command, family, files, json, run, text};
 
 #[test]
 fn eval_generate_inspect() {
@@ -354,4 +354,28 @@ fn completions_and_manual_pages_name_every_verb() {
         Some(2),
         "control: nothing is replaced unasked"
     );
+}
+
+#[test]
+fn models_of_the_hugging_face_hub_are_found_in_its_cache() {
+    let dir = tempfile::tempdir().unwrap();
+    let repo = dir.path().join("home/hub/models--org--tiny");
+    let snapshot = repo.join("snapshots/0123abc");
+    std::fs::create_dir_all(repo.join("refs")).unwrap();
+    std::fs::write(repo.join("refs/main"), "0123abc").unwrap();
+    family(&repo.join("snapshots"), "llama", |_| {});
+    std::fs::rename(repo.join("snapshots/llama"), &snapshot).unwrap();
+    let hub = |arguments: &[&str]| {
+        command(dir.path(), arguments).env("HF_HOME", "home").env_remove("HF_HUB_CACHE").output().unwrap()
+    };
+    let found = hub(&["fetch", "org/tiny", "--offline", "--json"]);
+    let path: serde_json::Value = serde_json::from_slice(&found.stdout).unwrap();
+    assert!(dir.path().join(path["path"].as_str().unwrap()).join("config.json").exists());
+    let inspected = hub(&["inspect", "org/tiny@0123abc", "--json"]);
+    assert!(inspected.status.success(), "{}", String::from_utf8_lossy(&inspected.stderr));
+    for missing in [&["inspect", "org/other"][..], &["fetch", "org/other", "--offline"]] {
+        let output = hub(missing);
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.code() == Some(2) && stderr.contains("org/other"), "{missing:?}: {stderr}");
+    }
 }

@@ -30,9 +30,16 @@ use std::process::{Command, Output};
 use firebrick_models::tokenizer::train_bpe;
 use serde_json::Value;
 
+/// The binary, to be run in `dir`.
+fn command(dir: &Path, arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_firebrick"));
+    command.args(arguments).current_dir(dir);
+    command
+}
+
 /// Runs the binary in `dir`.
 fn run(dir: &Path, arguments: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_firebrick")).args(arguments).current_dir(dir).output().unwrap()
+    command(dir, arguments).output().unwrap()
 }
 
 /// Runs the binary with `--json` and gives what it printed.

@@ -67,7 +67,8 @@ fn every_token_is_predicted_as_in_a_row_of_its_own() {
     let plain = Batch { segments: None, ..batch };
     let plain = list(plain.each(&decoder, &mut Run::default()));
     let differs = packed.iter().zip(&plain).filter(|(a, b)| (*a - *b).abs() > 1e-4).count();
-    assert!(differs > 20, "control: documents that see each other differ at {differs} tokens");
+    // Of the 48 tokens 16 come second or later in a document that is not the first of its row.
+    assert!(differs >= 16, "control: documents that see each other differ at {differs} tokens");
     assert_eq!(packed[..12], plain[..12], "up to the end of the first document nothing changes");
 }
 

@@ -109,7 +109,7 @@ fn gguf_bytes(valid: &Valid, cases: &mut Vec<Case>) {
     for extent in huge {
         bad(patched(good, dims + 4, &extent.to_le_bytes()), &["attn_k.weight"]);
     }
-    bad(patched(good, dims + 20, &12u32.to_le_bytes()), &["attn_k.weight", "Q4_K"]);
+    bad(patched(good, dims + 20, &12u32.to_le_bytes()), &["attn_k.weight", "q4_k"]);
     bad(patched(good, dims + 20, &999u32.to_le_bytes()), &["attn_k.weight", "ggml type 999"]);
     bad(patched(good, dims + 24, &1u64.to_le_bytes()), &["attn_k.weight", "not a multiple of the alignment"]);
     bad(patched(good, dims + 24, &(u64::MAX - 31).to_le_bytes()), &["attn_k.weight", "in a file of"]);
@@ -167,7 +167,7 @@ fn gguf_values(valid: &Valid, cases: &mut Vec<Case>) {
         ("llama.rope.scaling.type", Some("yarn".into()), "yarn"),
         ("llama.firebrick.norm_placement", Some("peri".into()), "post_attention_norm"),
         ("tokenizer.ggml.model", None, "tokenizer.ggml.model"),
-        ("tokenizer.ggml.model", Some("llama".into()), "SentencePiece"),
+        ("tokenizer.ggml.model", Some("llama".into()), "tokenizer.ggml.scores"),
         ("tokenizer.ggml.pre", Some("nobody".into()), "nobody"),
         ("tokenizer.ggml.tokens", texts(&["a", "a"]), "token"),
         ("tokenizer.ggml.tokens", texts(&[]), "token"),
@@ -340,7 +340,7 @@ fn configuration(valid: &Valid, cases: &mut Vec<Case>) {
     set(json!({"num_key_value_heads": 3}), &["heads"]);
     set(json!({"head_dim": 3}), &["head_dim"]);
     set(json!({"max_position_embeddings": 0}), &["max_position_embeddings"]);
-    set(json!({"rope_theta": -1.0}), &["rope_theta"]);
+    set(json!({"rope_parameters": {"rope_type": "default", "rope_theta": -1.0}}), &["rope_theta"]);
     set(json!({"rope_scaling": {"rope_type": "nothing-known", "factor": 8}}), &["nothing-known"]);
     set(json!({"rms_norm_eps": 1e300}), &["rms_norm_eps"]);
     set(json!({"hidden_act": "relu6"}), &["relu6"]);
