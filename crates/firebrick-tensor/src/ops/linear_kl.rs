@@ -77,7 +77,7 @@ pub fn linear_kl(
 pub trait LinearKlOps: Backend + MatmulAddOps {
     /// Divergence of each row `[n]` from logits `[n, vocab]`.
     // As one op, not op by op: burn-cubecl-fusion 0.22.1 fuses long rows into wrong sums.
-    #[fusion(dtype = student, shape = { Shape::new([student[0]]) })]
+    #[fusion(dtype = student, shape = Shape::new([student[0]]))]
     fn kl(
         student: FloatTensor<Self>,
         teacher: FloatTensor<Self>,
