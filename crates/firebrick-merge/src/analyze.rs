@@ -1,9 +1,11 @@
-//! What a merge has to reconcile, before a byte is written: size, direction and sign conflicts of the task vectors, tensor by tensor.
+//! What a merge has to reconcile, before a byte is written: size, direction, sign conflicts and shared subspaces of the task
+//! vectors, tensor by tensor.
 
 use std::fmt;
 use std::ops::Range;
 
-use firebrick_core::{Progress, Task};
+use firebrick_core::{Progress, Seed, Task};
+use firebrick_tensor::linalg::{LinalgError, Matrix, randomized_svd};
 use rayon::prelude::*;
 use serde::Serialize;
 
@@ -11,6 +13,12 @@ use crate::{Merge, MergeError};
 
 /// Elements read at a time: the largest piece of every model in memory.
 const CHUNK: usize = 1 << 16;
+/// Leading directions of a task vector whose subspaces are compared.
+const DIRECTIONS: usize = 8;
+/// Directions whose singular value is a smaller share of the largest say nothing.
+const NEGLIGIBLE: f64 = 1e-3;
+/// Larger matrices (embeddings) are held whole by nobody: their subspaces are left out.
+const LARGEST: usize = 1 << 23;
 
 /// The task vectors of a merge (models minus the reference).
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -38,6 +46,11 @@ pub struct TaskVectors {
     pub cosines: Vec<f64>,
     /// Share of the elements where two task vectors point in opposite directions.
     pub sign_conflict: f64,
+    /// For each pair, in the order of `cosines`, how much the leading directions of the one task vector (at most 8) lie in the span of
+    /// those of the other: the mean squared cosine of the principal angles, of inputs and outputs together. 1 for one subspace, 0 for
+    /// orthogonal ones, `8 / n` by chance in `n` dimensions. Empty for vectors and for matrices of more than 8 million elements.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub overlaps: Vec<f64>,
 }
 
 /// Sums over some elements.
@@ -100,6 +113,7 @@ impl Sums {
             relative: norms.iter().map(|n| ratio(*n, self.reference.sqrt())).collect(),
             cosines: pairs.zip(&self.products).map(|((a, b), p)| ratio(*p, norms[a] * norms[b])).collect(),
             sign_conflict: ratio(self.conflicts as f64, self.elements as f64),
+            overlaps: Vec::new(),
             norms,
         }
     }
@@ -108,7 +122,8 @@ impl Sums {
 impl Merge {
     /// Measures the task vectors of all models, in one pass over their files and in f64; nothing is written.
     ///
-    /// Needs `4 (models + 1)` bytes for each of 65536 elements on every thread, however large the models are.
+    /// Needs `4 (models + 1)` bytes for each of 65536 elements on every thread, and 12 bytes for each element of the largest matrix
+    /// of up to 8 million elements, however large the models are.
     ///
     /// # Errors
     /// A tensor that cannot be read, and cancellation through `progress`.
@@ -140,7 +155,14 @@ impl Merge {
             let mut sums = Sums::new(others.len());
             parts.iter().for_each(|part| sums.add(part));
             whole.add(&sums);
-            tensors.push((info.name.clone(), sums.finish()));
+            let mut found = sums.finish();
+            if let [rows, cols] = info.shape[..]
+                && n <= LARGEST
+                && rows.min(cols) > 2 * DIRECTIONS
+            {
+                found.overlaps = self.overlaps(&info.name, [rows, cols], &order)?;
+            }
+            tensors.push((info.name.clone(), found));
             task.advance(1, "")?;
         }
         let name = |i: &usize| self.names[*i].clone();
@@ -151,6 +173,46 @@ impl Merge {
             tensors,
         })
     }
+}
+
+impl Merge {
+    /// How much the leading subspaces of each pair of task vectors overlap. `order`: the reference and then the models.
+    fn overlaps(
+        &self,
+        name: &str,
+        [rows, cols]: [usize; 2],
+        order: &[usize],
+    ) -> Result<Vec<f64>, MergeError> {
+        let fail = |e: LinalgError| MergeError::Numerics { tensor: name.into(), what: e.to_string() };
+        let read = |i: usize| self.checkpoints[i].read_f32(name);
+        let reference = read(order[0])?;
+        let mut leading = Vec::new();
+        for &i in &order[1..] {
+            let delta: Vec<f64> =
+                read(i)?.iter().zip(&reference).map(|(x, b)| f64::from(*x) - f64::from(*b)).collect();
+            let delta = Matrix::new(rows, cols, delta).map_err(fail)?;
+            let found =
+                randomized_svd(&delta, DIRECTIONS, DIRECTIONS, 2, Seed(0).derive(name)).map_err(fail)?;
+            let least = NEGLIGIBLE * found.sigma[0];
+            let count = found.sigma.iter().filter(|s| **s > least).count();
+            leading.push(found.truncate(count));
+        }
+        let mut overlaps = Vec::new();
+        for (a, first) in leading.iter().enumerate() {
+            for second in &leading[a + 1..] {
+                let outputs = shared(&first.u.transpose(), &second.u.transpose()).map_err(fail)?;
+                overlaps.push((outputs + shared(&first.vt, &second.vt).map_err(fail)?) / 2.0);
+            }
+        }
+        Ok(overlaps)
+    }
+}
+
+/// Mean squared cosine of the principal angles between the spans of the orthonormal rows of `a` and `b`; 0 if one has none.
+fn shared(a: &Matrix, b: &Matrix) -> Result<f64, LinalgError> {
+    let cosines = a.matmul(&b.transpose())?;
+    let angles = a.rows().min(b.rows()).max(1);
+    Ok(cosines.data().iter().map(|c| c * c).sum::<f64>() / angles as f64)
 }
 
 impl fmt::Display for MergeAnalysis {
@@ -185,6 +247,8 @@ impl fmt::Display for MergeAnalysis {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use firebrick_tensor::block::DType;
+    use firebrick_tensor::checkpoint::{Metadata, TensorSpec, write_safetensors};
 
     #[test]
     fn sums_follow_their_definitions() {
@@ -209,5 +273,42 @@ mod tests {
         assert_eq!(parts.finish(), found, "in pieces or whole");
         let unmoved = Sums::over(&[base.clone(), base.clone(), a]).finish();
         assert_eq!((unmoved.norms[0], unmoved.cosines[0]), (0.0, 0.0));
+    }
+
+    #[test]
+    fn overlap_is_that_of_the_planted_subspaces() {
+        let dir = tempfile::tempdir().unwrap();
+        let (rows, cols) = (40, 60);
+        let write = |name: &str, value: &dyn Fn(usize, usize) -> f32| {
+            let folder = dir.path().join(name);
+            std::fs::create_dir_all(&folder).unwrap();
+            let bytes: Vec<u8> =
+                (0..rows * cols).flat_map(|i| value(i / cols, i % cols).to_le_bytes()).collect();
+            let spec = TensorSpec::new("layers.0.w.weight", DType::F32, [rows, cols]);
+            write_safetensors(folder.join("model.safetensors"), &Metadata::default(), &[(spec, bytes)])
+                .unwrap();
+            folder.display().to_string()
+        };
+        let base = write("base", &|_, _| 1.0);
+        // Three directions each: rows and columns 0..3, rows 0..3 and columns 10..13, rows 10..13 and columns 10..13.
+        let planted = |r: usize, c: usize| {
+            move |i: usize, j: usize| {
+                1.0 + f32::from(u8::from(i >= r && i < r + 3 && i - r == j.wrapping_sub(c)))
+            }
+        };
+        let a = write("a", &planted(0, 0));
+        let b = write("b", &planted(0, 10));
+        let c = write("c", &planted(10, 10));
+        let yaml = format!(
+            "merge_method: task_arithmetic\nbase_model: {base}\nmodels:\n- model: {a}\n- model: {b}\n- model: {c}\n- model: {base}\nparameters: {{weight: 1}}\n"
+        );
+        std::fs::write(dir.path().join("m.yml"), yaml).unwrap();
+        let found = Merge::open(&dir.path().join("m.yml")).unwrap().analyze(&firebrick_core::Silent).unwrap();
+        let overlaps = &found.tensors[0].1.overlaps;
+        // a with b shares outputs, b with c inputs, a with c nothing.
+        for (found, expected) in overlaps.iter().zip([0.5, 0.0, 0.5]) {
+            assert!((found - expected).abs() < 1e-9, "{overlaps:?}");
+        }
+        assert_eq!(overlaps.len(), 3);
     }
 }

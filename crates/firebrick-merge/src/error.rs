@@ -30,6 +30,14 @@ pub enum MergeError {
         /// What the system answered.
         source: std::io::Error,
     },
+    /// A tensor that cannot be computed with.
+    #[error("tensor `{tensor}`: {what}")]
+    Numerics {
+        /// Its name.
+        tensor: String,
+        /// What is wrong with it.
+        what: String,
+    },
     /// A checkpoint could not be read.
     #[error(transparent)]
     Checkpoint(#[from] firebrick_tensor::checkpoint::CheckpointError),

@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::Args;
+use firebrick_analysis::{Bars, Heatmap, Report, Row, Section, Table};
+use firebrick_merge::{MergeAnalysis, TaskVectors};
 
 use crate::args::{Global, Usage};
 use crate::models;
@@ -17,9 +19,12 @@ pub struct Merge {
     /// Folder to write.
     #[arg(value_name = "OUT")]
     output: PathBuf,
-    /// Say how the models' task vectors relate (sizes, cosines, sign conflicts by tensor), and write nothing.
+    /// Say how the models' task vectors relate (sizes, cosines, sign conflicts and shared subspaces by tensor), and merge nothing.
     #[arg(long)]
     analyze: bool,
+    /// With --analyze, write report.html and report.json to this folder.
+    #[arg(long, value_name = "DIR", requires = "analyze")]
+    report: Option<PathBuf>,
 }
 
 impl Merge {
@@ -32,7 +37,13 @@ impl Merge {
         }
         let merge = firebrick_merge::Merge::open(&self.config)?;
         if self.analyze {
+            if let Some(folder) = &self.report {
+                models::check_output(folder, None, global)?;
+            }
             let analysis = merge.analyze(terminal)?;
+            if let Some(folder) = &self.report {
+                models::write_folder(folder, |folder| Ok(report(&analysis).save(folder)?))?;
+            }
             return terminal.result(&analysis, || analysis.to_string());
         }
         let target = merge.target(&self.output)?;
@@ -43,4 +54,73 @@ impl Merge {
         let report = executor.run(&merge, &target)?;
         models::written(&report, terminal)
     }
+}
+
+/// What the analysis found, over layers and parts.
+fn report(found: &MergeAnalysis) -> Report {
+    let mut sizes = Bars::new("Norm of each task vector, in % of the reference's");
+    for (model, relative) in found.models.iter().zip(&found.whole.relative) {
+        sizes = sizes.bar(model, 100.0 * relative);
+    }
+    let mut pairs =
+        Table::new("Pairs of models").text_column("first").text_column("second").number_column("cosine");
+    let mut cosines = found.whole.cosines.iter();
+    for (a, first) in found.models.iter().enumerate() {
+        for second in &found.models[a + 1..] {
+            pairs =
+                pairs.row([first.as_str().into(), second.as_str().into(), cosines.next().copied().into()]);
+        }
+    }
+    let worst = |values: &[f64]| values.iter().copied().max_by(f64::total_cmp);
+    let mean =
+        |values: &[f64]| (!values.is_empty()).then(|| values.iter().sum::<f64>() / values.len() as f64);
+    let layers = Section::new("Layer by layer")
+        .text("Conflicting signs cancel when task vectors are added, a shared subspace means that they write over one another.")
+        .heatmap(over_layers(found, "Opposite signs, in % of the elements", &|t| Some(100.0 * t.sign_conflict)))
+        .heatmap(over_layers(found, "Largest task vector, in % of the reference", &|t| {
+            worst(&t.relative).map(|r| 100.0 * r)
+        }))
+        .heatmap(over_layers(found, "Cosine, mean over pairs", &|t| mean(&t.cosines)))
+        .heatmap(over_layers(found, "Overlap of the leading subspaces, mean over pairs", &|t| mean(&t.overlaps)));
+    Report::new("Before the merge")
+        .fact("reference", &found.reference)
+        .fact("models", found.models.join(", "))
+        .fact("opposite signs", format!("{:.2} % of the elements", 100.0 * found.whole.sign_conflict))
+        .section(Section::new("As a whole").bars(sizes).table(pairs))
+        .section(layers)
+}
+
+/// Rows and columns of a heat map, at most: a file can name its tensors as it likes.
+const MOST: (usize, usize) = (64, 1024);
+
+/// A row for each part of a layer: the tensors whose names differ in the layer alone.
+fn over_layers(found: &MergeAnalysis, title: &str, value: &dyn Fn(&TaskVectors) -> Option<f64>) -> Heatmap {
+    let mut rows: Vec<(String, Vec<Option<f64>>)> = Vec::new();
+    let mut layers = 0;
+    for (name, vectors) in &found.tensors {
+        let parts: Vec<&str> = name.split('.').collect();
+        let number = |part: &&str| part.parse::<usize>().ok();
+        let Some((at, layer)) = parts.iter().enumerate().find_map(|(at, part)| Some((at, number(part)?)))
+        else {
+            continue;
+        };
+        let label = parts[at + 1..].join(".");
+        let label = label.trim_end_matches(".weight");
+        let row = rows.iter().position(|(known, _)| known == label).unwrap_or_else(|| {
+            rows.push((label.to_string(), Vec::new()));
+            rows.len() - 1
+        });
+        if row < MOST.0 && layer < MOST.1 {
+            layers = layers.max(layer + 1);
+            let values = &mut rows[row].1;
+            values.resize(values.len().max(layer + 1), None);
+            values[layer] = value(vectors);
+        }
+        rows.truncate(MOST.0);
+    }
+    rows.retain(|(_, values)| values.iter().any(Option::is_some));
+    rows.into_iter().fold(Heatmap::new(title, "layer", layers).shared_scale(), |map, (label, mut values)| {
+        values.resize(layers, None);
+        map.row(Row::new(label, values))
+    })
 }

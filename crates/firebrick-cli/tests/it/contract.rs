@@ -114,11 +114,13 @@ fn merge_writes_what_was_asked() {
     std::fs::write(dir.path().join("m.yml"), yaml).unwrap();
     let plan = json(dir.path(), &["merge", "m.yml", "out", "--dry-run", "--max-memory", "64MiB"]);
     assert!(plan.is_object() && !dir.path().join("out").exists());
-    let analysis = json(dir.path(), &["merge", "m.yml", "out", "--analyze"]);
+    let analysis = json(dir.path(), &["merge", "m.yml", "out", "--analyze", "--report", "before"]);
+    let html = std::fs::read_to_string(dir.path().join("before/report.html")).unwrap();
+    assert!(html.contains("Opposite signs") && html.contains("self_attn.q_proj"));
     assert_eq!((&analysis["reference"], &analysis["models"][0]), (&"a".into(), &"b".into()));
     let relative = analysis["whole"]["relative"][0].as_f64().unwrap();
     assert!(relative > 0.0 && relative < 0.01, "rounding to bf16 moves weights by less than 1 %: {relative}");
-    assert!(!dir.path().join("out").exists(), "an analysis writes nothing");
+    assert!(!dir.path().join("out").exists(), "an analysis merges nothing");
     json(dir.path(), &["merge", "m.yml", "out", "--max-memory", "64MiB"]);
     let bytes = |p: &str| std::fs::read(dir.path().join(p).join("model.safetensors")).unwrap();
     assert_eq!(bytes("out"), bytes("a"), "weights (1, 0) are the first model bit for bit");
