@@ -13,7 +13,95 @@ pub(super) fn cases(valid: &Valid) -> Vec<Case> {
     merges(&valid.folder, &mut cases);
     settings(&valid.folder, &mut cases);
     templates(&valid.folder, &mut cases);
+    tasks(&valid.folder, &mut cases);
+    training_data(&valid.folder, &mut cases);
     cases
+}
+
+/// A task in `t.toml` and its items in `d.jsonl`.
+pub(super) const TASK: [&str; 2] = [
+    "name = \"t\"\nkind = \"multiple_choice\"\ndata = \"d.jsonl\"\nprompt = \"{{q}}\"\nchoices = \"c\"\nanswer = \"a\"\nmetrics = [\"acc\"]\n",
+    "{\"q\": \"the\", \"c\": [\"quick\", \"lazy\"], \"a\": 0}\n",
+];
+
+/// Verbs that read a task, training data in `d.jsonl`, and stages of `t.txt` in `s.json`.
+pub(super) const LINES: [&str; 3] = [
+    "eval --model m --task t.toml",
+    "train --model m --data d.jsonl --window 8 --batch 1 --steps 1 --out out",
+    "train --model m --data t.txt --stages s.json --window 8 --batch 1 --steps 1 --out out",
+];
+
+/// Evaluation tasks and their items.
+fn tasks(files: &Files, cases: &mut Vec<Case>) {
+    let [good, item] = TASK;
+    let case = |name: &str, task: &str, data: &str, says: &[&str]| {
+        Case::line(format!("task: {name}"), LINES[0], files, says).with("t.toml", task).with("d.jsonl", data)
+    };
+    let without = |key: &str| good.lines().filter(|l| !l.starts_with(key)).collect::<Vec<_>>().join("\n");
+    let swapped = |from: &str, to: &str| good.replace(from, to);
+    for (name, task, says) in [
+        ("no TOML", "name = [".to_string(), "t.toml"),
+        ("no prompt", without("prompt"), "`prompt` is missing"),
+        ("an unknown kind", swapped("multiple_choice", "quiz"), "quiz"),
+        ("an unknown key", format!("{good}shots = 3\n"), "shots"),
+        ("a template that does not parse", swapped("{{q}}", "{% for %}"), "prompt"),
+        ("a template without end", swapped("{{q}}", "{% for i in range(1000000000) %}x{% endfor %}"), "t"),
+        ("a field that is not there", swapped("{{q}}", "{{nothing}}"), "undefined value"),
+        ("no such data", swapped("d.jsonl", "e.jsonl"), "e.jsonl"),
+        ("data outside", swapped("d.jsonl", "../../../../etc/hostname"), "hostname"),
+    ] {
+        cases.push(case(name, &task, item, &[says]));
+    }
+    for (name, data, says) in [
+        ("an item that is no JSON", "{".to_string(), "d.jsonl"),
+        ("an item that is a list", "[1]".to_string(), "d.jsonl"),
+        ("no items", String::new(), "d.jsonl"),
+        ("an answer that is none", item.replace("\"a\": 0", "\"a\": 7"), "7"),
+        ("an item without answer", r#"{"q": "the", "c": ["quick", "lazy"]}"#.to_string(), "a"),
+        ("choices that are none", item.replace("[\"quick\", \"lazy\"]", "5"), "c"),
+    ] {
+        cases.push(case(name, good, &data, &[says]));
+    }
+    cases.push(Case::line(
+        "task: a built-in that is none",
+        "eval --model m --task nothing-known",
+        files,
+        &["nothing-known"],
+    ));
+}
+
+/// JSONL of texts and chats, and the stages of a mixture.
+fn training_data(files: &Files, cases: &mut Vec<Case>) {
+    for (name, data, says) in [
+        ("no JSON", &b"{\"text\": \"the\"}\n{"[..], "d.jsonl:2"),
+        ("a list", b"[\"the\"]", "d.jsonl:1"),
+        ("nothing known", b"{\"txt\": \"the\"}", "d.jsonl:1"),
+        ("a text that is a number", b"{\"text\": 5}", "d.jsonl:1"),
+        ("a prompt alone", b"{\"prompt\": \"the\"}", "completion"),
+        ("messages that are none", b"{\"messages\": [5]}", "d.jsonl:1"),
+        (
+            "nothing to learn",
+            b"{\"messages\": [{\"role\": \"user\", \"content\": \"the\"}]}",
+            "`assistant`",
+        ),
+        ("no UTF-8", b"{\"text\": \"\xff\"}", "d.jsonl"),
+        ("nothing", b"", "d.jsonl"),
+        ("deep", &[b'['; 100_000], "d.jsonl:1"),
+    ] {
+        cases.push(Case::line(format!("JSONL: {name}"), LINES[1], files, &[says]).with("d.jsonl", data));
+    }
+    for (text, says) in [
+        ("{", "s.json"),
+        ("{}", "s.json"),
+        ("[]", "s.json"),
+        (r#"[{"length": 1, "draws": [{"source": "u", "weight": 1, "share": 1}]}]"#, "`u`"),
+        (r#"[{"length": 1, "draws": []}]"#, "s.json"),
+        (r#"[{"length": -1, "draws": [{"source": "t", "weight": 1, "share": 1}]}]"#, "length"),
+        (r#"[{"length": 1, "draws": [{"source": "t", "weight": -1, "share": 1}]}]"#, "weight"),
+        (r#"[{"length": 1, "draws": [{"source": "t", "weight": 1, "share": 2}]}]"#, "share"),
+    ] {
+        cases.push(Case::line(format!("stages: {text}"), LINES[2], files, &[says]).with("s.json", text));
+    }
 }
 
 fn plans(files: &Files, cases: &mut Vec<Case>) {

@@ -19,7 +19,48 @@ pub(super) fn cases(valid: &Valid) -> Vec<Case> {
     tokenizer(valid, &mut cases);
     shards(valid, &mut cases);
     adapters(valid, &mut cases);
+    importances(valid, &mut cases);
     cases
+}
+
+/// An importance matrix in the old format, of one weight with 16 inputs.
+pub(super) fn importance() -> Vec<u8> {
+    let name = b"blk.0.attn_q.weight";
+    let mut bytes = Vec::new();
+    bytes.extend(1i32.to_le_bytes());
+    bytes.extend((name.len() as i32).to_le_bytes());
+    bytes.extend(name);
+    bytes.extend(1i32.to_le_bytes());
+    bytes.extend(16i32.to_le_bytes());
+    (0..16).for_each(|i| bytes.extend((i as f32).to_le_bytes()));
+    bytes
+}
+
+fn importances(valid: &Valid, cases: &mut Vec<Case>) {
+    let good = importance();
+    let count = 4 + 4 + 19 + 4;
+    let mut bad = |bytes: Vec<u8>, says: &str| {
+        let line = "convert m out.gguf --type q4_0 --imatrix i.dat";
+        let case =
+            Case::line(format!("i.dat #{} ({says})", cases.len()), line, &valid.folder, &["i.dat", says]);
+        cases.push(case.with("i.dat", bytes));
+    };
+    for end in [0, 3, 6, 20, 30, count + 2, good.len() - 1] {
+        bad(good[..end].to_vec(), "byte");
+    }
+    bad(patched(&good, 0, &(-1i32).to_le_bytes()), "byte 0");
+    bad(patched(&good, 0, &0i32.to_le_bytes()), "no importances");
+    bad(patched(&good, 0, &i32::MAX.to_le_bytes()), "byte");
+    bad(patched(&good, 4, &0i32.to_le_bytes()), "name");
+    bad(patched(&good, 4, &i32::MAX.to_le_bytes()), "byte 4");
+    bad(patched(&good, 8, b"\xff"), "UTF-8");
+    bad(patched(&good, count, &i32::MAX.to_le_bytes()), "byte");
+    bad(patched(&good, count, &(-1i32).to_le_bytes()), "byte");
+    bad(patched(&good, count + 4, &f32::NAN.to_le_bytes()), "blk.0.attn_q.weight");
+    bad(patched(&good, count + 4, &(-1f32).to_le_bytes()), "blk.0.attn_q.weight");
+    bad([&good[..], b"more"].concat(), "byte");
+    bad(valid.gguf["m.gguf"].clone(), ".in_sum2");
+    bad(b"GGUF".to_vec(), "byte");
 }
 
 fn position(bytes: &[u8], needle: &[u8]) -> usize {

@@ -347,6 +347,15 @@ fn undamaged_files_are_read() {
             number += 1;
         }
     }
+    let [task, item] = configs::TASK;
+    let stages = r#"[{"length": 1, "draws": [{"source": "t", "weight": 1, "share": 1}]}]"#;
+    for line in configs::LINES.iter().chain(&["convert m out.gguf --type q4_0 --imatrix i.dat"]) {
+        let data = if line.contains("--task") { item } else { "{\"text\": \"the quick brown fox\"}\n" };
+        let case = Case::line("control", line, &VALID.folder, &[]).with("t.toml", task).with("d.jsonl", data);
+        let outcome = case.with("s.json", stages).with("i.dat", files::importance()).run(root.path(), number);
+        assert_eq!(outcome.code, Some(0), "{line}: {}", outcome.stderr);
+        number += 1;
+    }
     for turn in 0..2 {
         let case = Case::new("control", Reader::Adapter.arguments(turn, "m"), &VALID.adapter, &[]);
         let outcome = case.run(root.path(), number);
