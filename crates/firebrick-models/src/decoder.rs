@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use burn::module::{Module, ModuleMapper, Param, ParamId};
 use burn::nn::Linear;
-use burn::tensor::{Device, Int, Tensor, TensorData, module};
+use burn::tensor::{Device, Int, Tensor, TensorData};
 use firebrick_core::{Part, Run, Seed, Site, SiteKind, SiteTable};
 use firebrick_tensor::ops::{self, AttentionOptions, KvCache, Segments};
 
@@ -381,12 +381,7 @@ impl Decoder {
 
     /// The head: logits `[batch, tokens, vocab]` of `hidden: [batch, tokens, d_model]`.
     pub fn logits(&self, hidden: Tensor<3>, run: &mut Run<'_>) -> Tensor<3> {
-        let logits = run.at(Site::global(Part::Head), hidden, &mut |x, _| {
-            let [b, t, d] = x.dims();
-            let logits = x.reshape([b * t, d]).matmul(self.head_weight());
-            let vocab = logits.dims()[1];
-            logits.reshape([b, t, vocab])
-        });
+        let logits = run.at(Site::global(Part::Head), hidden, &mut |x, _| ops::linear(x, self.head_weight()));
         match self.config().final_softcap {
             Some(cap) => (logits / cap).tanh() * cap,
             None => logits,
@@ -463,7 +458,7 @@ impl Decoder {
 
     /// The linear layer at `site` and the bias behind it.
     fn linear_at(&self, site: Site, linear: &Linear, x: Tensor<3>, run: &mut Run<'_>) -> Tensor<3> {
-        let y = run.at(site, x, &mut |x, _| module::linear(x, linear.weight.val(), None));
+        let y = run.at(site, x, &mut |x, _| ops::linear(x, linear.weight.val()));
         match (&linear.bias, site.part.bias()) {
             (Some(bias), Some(part)) => {
                 run.at(Site { part, ..site }, y, &mut |y, _| y + bias.val().unsqueeze::<3>())

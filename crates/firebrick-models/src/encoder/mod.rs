@@ -363,9 +363,9 @@ impl Encoder {
             });
             run.at(site(Part::MlpSublayer), x, &mut |x, run: &mut Run<'_>| {
                 let branch = run.at(site(Part::Mlp), x.clone(), &mut |x, run: &mut Run<'_>| {
-                    let up = run.at(site(Part::MlpUp), x, &mut |x, _| this.up.forward(x));
+                    let up = run.at(site(Part::MlpUp), x, &mut |x, _| linear(&this.up, x));
                     let inner = ops::gelu(up);
-                    run.at(site(Part::MlpDown), inner, &mut |x, _| this.down.forward(x))
+                    run.at(site(Part::MlpDown), inner, &mut |x, _| linear(&this.down, x))
                 });
                 self.norm_at(site(Part::MlpPostNorm), &this.mlp_norm, x + branch, run)
             })
@@ -389,13 +389,22 @@ impl Encoder {
         let site = |part| Site::layer(l, part);
         let [batch, length, _] = x.dims();
         let heads = |t: Tensor<3>| t.reshape([batch, length, c.heads, c.head_dim()]).swap_dims(1, 2);
-        let q = run.at(site(Part::AttnQ), x.clone(), &mut |x, _| layer.q.forward(x));
-        let k = run.at(site(Part::AttnK), x.clone(), &mut |x, _| layer.k.forward(x));
-        let v = run.at(site(Part::AttnV), x, &mut |x, _| layer.v.forward(x));
+        let q = run.at(site(Part::AttnQ), x.clone(), &mut |x, _| linear(&layer.q, x));
+        let k = run.at(site(Part::AttnK), x.clone(), &mut |x, _| linear(&layer.k, x));
+        let v = run.at(site(Part::AttnV), x, &mut |x, _| linear(&layer.v, x));
         let scale = (c.head_dim() as f64).powf(-0.5);
         let mixed = attend(heads(q), heads(k), heads(v), scale, run.get::<Padding>());
         let mixed = mixed.swap_dims(1, 2).reshape([batch, length, c.d_model]);
-        run.at(site(Part::AttnO), mixed, &mut |x, _| layer.o.forward(x))
+        run.at(site(Part::AttnO), mixed, &mut |x, _| linear(&layer.o, x))
+    }
+}
+
+/// A linear layer with its bias, on `x: [batch, tokens, d_in]`.
+fn linear(layer: &Linear, x: Tensor<3>) -> Tensor<3> {
+    let y = ops::linear(x, layer.weight.val());
+    match &layer.bias {
+        Some(bias) => y + bias.val().unsqueeze(),
+        None => y,
     }
 }
 

@@ -4,6 +4,7 @@
 //! is a backend trait whose default body composes burn's own ops (the reference, and what a device without a
 //! kernel runs); a backend with a kernel overrides the method, and gradients are hand-written.
 
+mod adamw;
 mod attention;
 mod attention_cpu;
 mod cpu;
@@ -11,6 +12,7 @@ mod cross_entropy;
 mod gelu;
 mod grouped_matmul;
 mod kv_cache;
+mod linear;
 mod linear_cross_entropy;
 mod linear_kl;
 mod matmul_add;
@@ -21,11 +23,13 @@ mod rms_norm_cube;
 mod rope;
 mod swiglu;
 
+pub use adamw::{AdamWOptions, adamw};
 pub use attention::{AttentionOptions, Segments, attention, segmented_attention};
 pub use cross_entropy::cross_entropy;
 pub use gelu::gelu;
 pub use grouped_matmul::grouped_matmul;
 pub use kv_cache::KvCache;
+pub use linear::linear;
 pub use linear_cross_entropy::linear_cross_entropy;
 pub use linear_kl::{Divergence, linear_kl};
 pub use packed::{PackedMatrix, packed_matmul};

@@ -1,10 +1,12 @@
 //! One suite for every op on every device, against plain f64 loops written here.
 
+mod adamw;
 mod attention;
 mod cross_entropy;
 mod gelu;
 mod grouped_matmul;
 mod kv_cache;
+mod linear;
 mod linear_kl;
 mod packed;
 mod rms_norm;

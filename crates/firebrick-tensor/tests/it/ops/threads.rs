@@ -2,7 +2,7 @@
 
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use firebrick_tensor::ops::{
-    AttentionOptions, Divergence, PackedMatrix, attention, cross_entropy, grouped_matmul,
+    AttentionOptions, Divergence, PackedMatrix, attention, cross_entropy, grouped_matmul, linear,
     linear_cross_entropy, linear_kl, packed_matmul, rms_norm, rope, swiglu,
 };
 
@@ -44,6 +44,16 @@ fn everything() -> Vec<(&'static str, Vec<u32>)> {
     let (l, logits) = leaf("logits", [131, 1009]);
     out.push(("cross_entropy", bits(cross_entropy(logits, targets()), &[l])));
     // Products above 192^3, from which burn's own run on several threads.
+    for (rows, transposed) in [(1, true), (1, false), (7, true), (7, false), (140, true)] {
+        let (x, a) = leaf("x", [rows, 101]);
+        let (w, weight) = if transposed {
+            let (w, weight) = leaf("weight", [3001, 101]);
+            (w, weight.transpose())
+        } else {
+            leaf("weight", [101, 3001])
+        };
+        out.push(("linear", bits(linear(a, weight), &[x, w])));
+    }
     let ((h, hidden), (w, weight)) = (leaf("hidden", [131, 65]), leaf("weight", [65, 1009]));
     out.push(("linear_cross_entropy", bits(linear_cross_entropy(hidden, weight, targets()), &[h, w])));
     let ((h, hidden), (w, weight)) = (leaf("hidden", [131, 65]), leaf("weight", [65, 1009]));

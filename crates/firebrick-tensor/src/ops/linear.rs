@@ -1,0 +1,232 @@
+//! Linear layer on a matrix that may lie transposed, with a kernel for the few rows of a decoding step.
+//!
+//! One row against a matrix reads every weight once, so memory bounds it: the kernel reads weights where they lie, on all
+//! threads. burn's own layer keeps the leading dimensions of such an input, and reshapes the weight for it, which copies
+//! a transposed one whole.
+
+use burn::backend::backend_extension;
+use burn::tensor::{Tensor, module};
+use burn_autodiff::{
+    Autodiff,
+    checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
+    grads::Gradients,
+    ops::{Backward, Ops, OpsKind},
+};
+use burn_backend::{Backend, Shape, TensorMetadata, ops::FloatTensorOps, tensor::FloatTensor};
+#[cfg(feature = "cubecl-backend")]
+use burn_cubecl::CubeBackend;
+use burn_flex::{Flex, FlexTensor};
+use pulp::{Arch, Simd, WithSimd};
+
+use super::cpu;
+
+/// Rows from which a matrix product that packs its operands is faster.
+const FEW_ROWS: usize = 8;
+
+/// Weights that one task reads.
+const TASK: usize = 1 << 16;
+
+/// `x weight` over the last dimension of `x`; no copy of `weight` is made, transposed view or not.
+///
+/// - x: `[.., d_in]`
+/// - weight: `[d_in, d_out]`
+/// - result: `[.., d_out]`
+///
+/// # Panics
+/// If the last dimension of `x` is not `d_in`.
+pub fn linear<const D: usize>(x: Tensor<D>, weight: Tensor<2>) -> Tensor<D> {
+    let mut shape = x.dims();
+    let [d_in, d_out] = weight.dims();
+    assert_eq!(shape[D - 1], d_in, "linear: last dimension of x against rows of weight");
+    let rows: usize = shape[..D - 1].iter().product();
+    let x = x.reshape([rows, d_in]);
+    let y = if rows < FEW_ROWS {
+        let (x, weight) = (x.into_dispatch(), weight.into_dispatch());
+        Tensor::<2>::from_dispatch(<burn::backend::Dispatch as LinearOps>::few_rows_matmul(x, weight))
+    } else {
+        module::linear(x, weight, None)
+    };
+    shape[D - 1] = d_out;
+    y.reshape(shape)
+}
+
+/// Products of few rows on a backend's own tensors.
+#[backend_extension(Flex, Cube: cfg(feature = "cubecl-backend"), Autodiff, Fusion: cfg(feature = "cubecl-backend"))]
+pub trait LinearOps: Backend {
+    /// `x weight` for `x` `[rows, d_in]` and `weight` `[d_in, d_out]`.
+    #[fusion(default)]
+    fn few_rows_matmul(x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
+        Self::float_matmul(x, weight)
+    }
+}
+
+#[cfg(feature = "cubecl-backend")]
+impl LinearOps for CubeBackend {}
+
+impl LinearOps for Flex {
+    fn few_rows_matmul(x: FlexTensor, weight: FlexTensor) -> FlexTensor {
+        let (rows, d_in, d_out) = (x.shape()[0], weight.shape()[0], weight.shape()[1]);
+        let strides = weight.layout().strides();
+        let by_output = strides[0] == 1 && strides[1] == d_in as isize;
+        let by_input = strides[0] == d_out as isize && strides[1] == 1;
+        let empty = rows * d_in * d_out == 0;
+        if empty || !(by_output || by_input) || !cpu::all_f32(&[&x, &weight]) {
+            return <Self as FloatTensorOps<Self>>::float_matmul(x, weight);
+        }
+        let x = cpu::contiguous(x);
+        let values = x.storage::<f32>();
+        let weights = &weight.storage::<f32>()[weight.layout().start_offset()..][..d_in * d_out];
+        // Columns first, so that a task owns its part of the result. Tasks begin at multiples of four columns.
+        let mut by_column = vec![0.0; d_out * rows];
+        let columns = (TASK / d_in).next_multiple_of(4).max(4);
+        cpu::blocks(&mut by_column, rows, columns, |first, out| {
+            if by_output {
+                Arch::new().dispatch(Dots { x: values, weights: &weights[first * d_in..], out, rows, d_in });
+            } else {
+                Arch::new().dispatch(Sums { x: values, weights, out, rows, first, d_in, d_out });
+            }
+        });
+        if rows == 1 {
+            return cpu::tensor(by_column, Shape::new([1, d_out]));
+        }
+        let mut out = vec![0.0; rows * d_out];
+        for (column, values) in by_column.chunks_exact(rows).enumerate() {
+            for (row, &value) in values.iter().enumerate() {
+                out[row * d_out + column] = value;
+            }
+        }
+        cpu::tensor(out, Shape::new([rows, d_out]))
+    }
+}
+
+/// Outputs whose weights lie together: inner products, four outputs at a time.
+struct Dots<'a> {
+    x: &'a [f32],
+    /// From the first weight of the first output on.
+    weights: &'a [f32],
+    out: &'a mut [f32],
+    rows: usize,
+    d_in: usize,
+}
+
+impl WithSimd for Dots<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let (rows, d_in) = (self.rows, self.d_in);
+        let mut fours = self.out.chunks_exact_mut(4 * rows);
+        let mut weights = self.weights.chunks_exact(d_in);
+        let mut next = || weights.next().expect("one row of weights for each output");
+        for out in &mut fours {
+            let four = [next(), next(), next(), next()];
+            for (row, x) in self.x.chunks_exact(d_in).enumerate() {
+                for (i, dot) in dots(simd, x, four).into_iter().enumerate() {
+                    out[i * rows + row] = dot;
+                }
+            }
+        }
+        for out in fours.into_remainder().chunks_exact_mut(rows) {
+            let one = [next()];
+            for (out, x) in out.iter_mut().zip(self.x.chunks_exact(d_in)) {
+                [*out] = dots(simd, x, one);
+            }
+        }
+    }
+}
+
+/// The inner product of `x` with each of `rows`, each in two vectors of sums, so that additions need not wait.
+#[inline(always)]
+fn dots<S: Simd, const N: usize>(simd: S, x: &[f32], rows: [&[f32]; N]) -> [f32; N] {
+    let (x, tail) = S::as_simd_f32s(x);
+    let rows = rows.map(|row| S::as_simd_f32s(row));
+    let rows = rows.map(|(row, tail)| (&row[..x.len()], tail));
+    let mut sums = [[simd.splat_f32s(0.0); 2]; N];
+    let pairs = x.len() / 2;
+    for i in 0..pairs {
+        for (sum, (row, _)) in sums.iter_mut().zip(rows) {
+            sum[0] = simd.mul_add_e_f32s(x[2 * i], row[2 * i], sum[0]);
+            sum[1] = simd.mul_add_e_f32s(x[2 * i + 1], row[2 * i + 1], sum[1]);
+        }
+    }
+    for i in 2 * pairs..x.len() {
+        for (sum, (row, _)) in sums.iter_mut().zip(rows) {
+            sum[0] = simd.mul_add_e_f32s(x[i], row[i], sum[0]);
+        }
+    }
+    std::array::from_fn(|n| {
+        let whole = simd.reduce_sum_f32s(simd.add_f32s(sums[n][0], sums[n][1]));
+        tail.iter().zip(rows[n].1).fold(whole, |sum, (x, w)| sum + x * w)
+    })
+}
+
+/// Outputs `first..` where the weights of an input lie together: sums of rows of weights.
+struct Sums<'a> {
+    x: &'a [f32],
+    weights: &'a [f32],
+    out: &'a mut [f32],
+    rows: usize,
+    first: usize,
+    d_in: usize,
+    d_out: usize,
+}
+
+/// Outputs whose sums stay in the first-level cache.
+const COLUMNS: usize = 256;
+
+impl WithSimd for Sums<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        for (part, out) in self.out.chunks_mut(COLUMNS * self.rows).enumerate() {
+            let (first, columns) = (self.first + part * COLUMNS, out.len() / self.rows);
+            for (row, x) in self.x.chunks_exact(self.d_in).enumerate() {
+                let mut sums = [0.0f32; COLUMNS];
+                for (&x, weights) in x.iter().zip(self.weights.chunks_exact(self.d_out)) {
+                    let weights = &weights[first..][..columns];
+                    for (sum, &w) in sums[..columns].iter_mut().zip(weights) {
+                        *sum += x * w;
+                    }
+                }
+                for (column, &sum) in sums[..columns].iter().enumerate() {
+                    out[column * self.rows + row] = sum;
+                }
+            }
+        }
+    }
+}
+
+impl<B: Backend + LinearOps, C: CheckpointStrategy> LinearOps for Autodiff<B, C> {
+    fn few_rows_matmul(x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
+        #[derive(Debug)]
+        struct Linear;
+
+        impl<B: Backend + LinearOps> Backward<B, 2> for Linear {
+            type State = (FloatTensor<B>, FloatTensor<B>);
+
+            fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
+                let grad = grads.consume::<B>(&ops.node);
+                let (x, weight) = ops.state;
+                let [x_node, weight_node] = ops.parents;
+                if let Some(node) = x_node {
+                    let dx = B::few_rows_matmul(grad.clone(), B::float_swap_dims(weight, 0, 1));
+                    grads.register::<B>(node.id, dx);
+                }
+                if let Some(node) = weight_node {
+                    grads.register::<B>(node.id, B::float_matmul(B::float_swap_dims(x, 0, 1), grad));
+                }
+            }
+        }
+
+        let (x, x_node) = x.into_parts();
+        let (weight, weight_node) = weight.into_parts();
+        match Linear.prepare::<C>([x_node, weight_node]).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => {
+                let y = B::few_rows_matmul(x.clone(), weight.clone());
+                prep.finish((x, weight), y)
+            }
+            OpsKind::UnTracked(prep) => prep.finish(B::few_rows_matmul(x, weight)),
+        }
+    }
+}

@@ -1,0 +1,62 @@
+use burn::tensor::{DType, Device, Tensor};
+use firebrick_tensor::ops::linear;
+
+use super::support::{Case, devices, flat, host, normal};
+
+/// `x: [rows, d_in]` times `weight: [d_in, d_out]`, or `[d_out, d_in]` where it lies transposed.
+fn reference(x: &[f64], weight: &[f64], d_in: usize, d_out: usize, transposed: bool) -> Vec<f64> {
+    let at = |i: usize, j: usize| if transposed { weight[j * d_in + i] } else { weight[i * d_out + j] };
+    let row = |x: &[f64], j: usize| x.iter().enumerate().map(|(i, x)| x * at(i, j)).sum();
+    x.chunks(d_in).flat_map(|x| (0..d_out).map(move |j| row(x, j))).collect()
+}
+
+/// The weight as `[d_in, d_out]`, in row-major order or as a transposed view.
+fn weight(values: Tensor<1>, d_in: usize, d_out: usize, transposed: bool) -> Tensor<2> {
+    if transposed { values.reshape([d_out, d_in]).transpose() } else { values.reshape([d_in, d_out]) }
+}
+
+#[test]
+fn agrees_with_the_reference_on_ragged_shapes() {
+    let shapes = [(1, 1, 1), (1, 7, 5), (1, 33, 3), (1, 64, 300), (2, 101, 1031), (7, 19, 13), (8, 16, 16)];
+    for (rows, d_in, d_out) in shapes {
+        for transposed in [false, true] {
+            let case = Case {
+                name: format!("linear [{rows}, {d_in}] [{d_in}, {d_out}], transposed: {transposed}"),
+                inputs: vec![normal("x", rows * d_in), normal("weight", d_in * d_out)],
+                op: &|t| {
+                    let [x, w] = t.try_into().expect("two inputs");
+                    let y = linear(x.reshape([rows, 1, d_in]), weight(w, d_in, d_out, transposed));
+                    assert_eq!(y.dims(), [rows, 1, d_out]);
+                    y.reshape([rows * d_out])
+                },
+                reference: &|t| reference(&t[0], &t[1], d_in, d_out, transposed),
+            };
+            for device in devices() {
+                case.check(&device, 3e-6, Some(1e-7));
+                if d_in > 1 && d_out > 1 {
+                    case.refutes(&device, &|t| reference(&t[0], &t[1], d_in, d_out, !transposed));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn few_rows_of_any_layout_are_what_many_rows_say() {
+    let device = Device::flex();
+    let (d_in, d_out) = (67, 259);
+    let all = flat(&normal("weight", d_in * d_out * 2), &device, DType::F32);
+    // A part of a larger matrix: unaligned where its columns are cut, and no layout that the kernel reads.
+    let cut = all.clone().reshape([d_in, 2 * d_out]).narrow(1, 3, d_out);
+    let offset = all.clone().reshape([2 * d_in, d_out]).narrow(0, 5, d_in);
+    let turned = all.reshape([2 * d_out, d_in]).narrow(0, 7, d_out).transpose();
+    for (name, weight) in [("cut", cut), ("offset", offset), ("turned", turned)] {
+        let x = flat(&normal("x", 16 * d_in), &device, DType::F32).reshape([16, d_in]);
+        let many = host(linear(x.clone(), weight.clone()).narrow(0, 9, 3).reshape([3 * d_out]));
+        let few = host(linear(x.clone().narrow(0, 9, 3), weight.clone()).reshape([3 * d_out]));
+        let other = host(linear(x.narrow(0, 8, 3), weight).reshape([3 * d_out]));
+        let worst = |a: &[f64]| a.iter().zip(&many).fold(0.0, |m: f64, (a, b)| m.max((a - b).abs()));
+        assert!(worst(&few) < 1e-4, "{name}: off by {:e}", worst(&few));
+        assert!(worst(&other) > 1.0, "{name}: control");
+    }
+}
