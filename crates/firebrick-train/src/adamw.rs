@@ -6,6 +6,7 @@
 use burn::module::Module;
 use burn::optim::GradientsParams;
 use burn::tensor::Tensor;
+use firebrick_tensor::ops::{self, AdamWOptions};
 
 use crate::optimizer::{self, Group, Memory, Moments, Rates, Rule};
 
@@ -66,14 +67,13 @@ impl Rule for AdamW {
         moments: Option<Moments>,
     ) -> (Tensor<1>, Moments) {
         let Rates { learning_rate, weight_decay, .. } = rates;
-        let moments = averages(self.betas, gradient, moments);
-        let (update, correction) = direction(self.betas, self.eps, &moments);
-        let update = update.mul_scalar(learning_rate / correction);
-        let values = match weight_decay {
-            0.0 => values,
-            decay => values.mul_scalar(1.0 - learning_rate * decay),
-        };
-        (values - update, moments)
+        let zeros = Moments { updates: 0, first: gradient.zeros_like(), second: Some(gradient.zeros_like()) };
+        let Moments { updates, first, second } = moments.unwrap_or(zeros);
+        let second = second.expect("Adam keeps two moments");
+        let (betas, eps, step) = (self.betas, self.eps, updates + 1);
+        let options = AdamWOptions { betas, eps, learning_rate, weight_decay, step };
+        let (values, first, second) = ops::adamw(values, gradient, first, second, options);
+        (values, Moments { updates: step, first, second: Some(second) })
     }
 }
 

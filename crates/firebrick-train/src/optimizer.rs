@@ -143,9 +143,11 @@ impl ModuleMapper for Step<'_> {
             let wide = if stored == DType::F64 { DType::F64 } else { DType::F32 };
             let before = self.memory.remove(&path);
             let gradient = flat(gradient).cast(wide);
-            let (stepped, after) = self.rule.update(rates, values.clone().cast(wide), gradient, before);
+            // A second handle only where it is needed: it would keep the step from working in place.
+            let unmoved = (rates.learning_rate == 0.0).then(|| values.clone());
+            let (stepped, after) = self.rule.update(rates, values.cast(wide), gradient, before);
             self.memory.insert(path, after);
-            if rates.learning_rate == 0.0 { values } else { stepped.cast(stored) }
+            unmoved.unwrap_or_else(|| stepped.cast(stored))
         })
     }
 }
