@@ -11,6 +11,7 @@ mod error;
 mod linear;
 mod merge;
 mod task_arithmetic;
+pub mod task_vectors;
 
 pub use analyze::{MergeAnalysis, TaskVectors};
 pub use config::{MergeConfig, MergeMethod, ModelEntry, Numerics, Value};

@@ -79,11 +79,7 @@ fn training_data(files: &Files, cases: &mut Vec<Case>) {
         ("a text that is a number", b"{\"text\": 5}", "d.jsonl:1"),
         ("a prompt alone", b"{\"prompt\": \"the\"}", "completion"),
         ("messages that are none", b"{\"messages\": [5]}", "d.jsonl:1"),
-        (
-            "nothing to learn",
-            b"{\"messages\": [{\"role\": \"user\", \"content\": \"the\"}]}",
-            "`assistant`",
-        ),
+        ("nothing to learn", b"{\"messages\": [{\"role\": \"user\", \"content\": \"the\"}]}", "`assistant`"),
         ("no UTF-8", b"{\"text\": \"\xff\"}", "d.jsonl"),
         ("nothing", b"", "d.jsonl"),
         ("deep", &[b'['; 100_000], "d.jsonl:1"),
