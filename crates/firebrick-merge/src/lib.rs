@@ -2,16 +2,20 @@
 //!
 //! A [`MergeConfig`] (mergekit's format) names checkpoints and a method; [`Merge`] is the transformation that the
 //! [`Executor`](firebrick_tensor::stream::Executor) runs tensor by tensor, in bounded memory;
-//! [`Merge::analyze`] says beforehand what will interfere.
+//! [`Merge::analyze`] says beforehand what will interfere. [`task_vectors`] merges weights in memory, [`permutation`] aligns models whose
+//! units stand in another order.
 #![forbid(unsafe_code)]
 
 mod analyze;
 mod config;
 mod error;
+pub mod ibcl;
 mod linear;
 mod merge;
+pub mod permutation;
 mod task_arithmetic;
 pub mod task_vectors;
+pub mod transport;
 
 pub use analyze::{MergeAnalysis, TaskVectors};
 pub use config::{MergeConfig, MergeMethod, ModelEntry, Numerics, Value};

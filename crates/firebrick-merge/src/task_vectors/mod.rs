@@ -37,6 +37,9 @@ pub enum TaskVectorError {
     /// A decomposition failed.
     #[error(transparent)]
     Linalg(#[from] LinalgError),
+    /// Units could not be assigned to each other.
+    #[error(transparent)]
+    Transport(#[from] crate::transport::TransportError),
 }
 
 /// Fine-tuned minus base, or any other weights, by site (arXiv 2212.04089).
@@ -159,7 +162,7 @@ fn beside(parts: &[Matrix]) -> Matrix {
 }
 
 /// One or more with the same sites and shapes.
-fn check_same(all: &[&TaskVector]) -> Result<(), TaskVectorError> {
+pub(crate) fn check_same(all: &[&TaskVector]) -> Result<(), TaskVectorError> {
     let mut problems = Vec::new();
     let Some((first, rest)) = all.split_first() else {
         return Err(TaskVectorError::Mismatch { problems: vec!["no model".into()] });
