@@ -155,7 +155,9 @@ pub fn mergekit(data: &[u8]) -> bool {
     let Ok(text) = std::str::from_utf8(data) else { return false };
     match MergeConfig::parse(text) {
         Ok(config) => {
-            for value in config.models.iter().filter_map(|m| m.weight.as_ref()).chain(&config.weight) {
+            for value in
+                config.models.iter().flat_map(|m| m.parameters.values()).chain(config.parameters.values())
+            {
                 let _ = (
                     value.at("model.layers.0.mlp.up_proj.weight", 0.0),
                     value.at("", 0.3),

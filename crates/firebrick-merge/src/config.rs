@@ -2,42 +2,12 @@
 //!
 //! Keys that nothing reads are errors with a suggestion: a misplaced `weight:` would otherwise change the result silently.
 
-use std::str::FromStr;
+use std::collections::BTreeMap;
 
 use firebrick_tensor::block::DType;
 use serde_json::Value as Json;
 
-/// A merge method.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum MergeMethod {
-    /// Weighted mean of the models.
-    Linear,
-    /// Base plus the weighted sum of what each model adds to it (arXiv 2212.04089).
-    TaskArithmetic,
-}
-
-impl FromStr for MergeMethod {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text {
-            "linear" => Ok(MergeMethod::Linear),
-            "task_arithmetic" => Ok(MergeMethod::TaskArithmetic),
-            _ => Err(format!("merge_method `{text}` is not one of linear, task_arithmetic")),
-        }
-    }
-}
-
-/// In which precision a merge computes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Numerics {
-    /// In f32, with one rounding at the end.
-    #[default]
-    F32,
-    /// As mergekit: every intermediate result rounded to `dtype`.
-    Mergekit,
-}
+use crate::methods::{MergeMethod, Numerics};
 
 /// The value of a parameter: one for all tensors, or one that depends on the tensor.
 #[derive(Clone, Debug, PartialEq)]
@@ -117,8 +87,8 @@ impl Value {
 pub struct ModelEntry {
     /// Folder or file, as written in the configuration.
     pub model: String,
-    /// Its `weight`.
-    pub weight: Option<Value>,
+    /// Its parameters by name.
+    pub parameters: BTreeMap<String, Value>,
 }
 
 /// A merge, as mergekit's YAML describes it.
@@ -134,14 +104,12 @@ pub struct MergeConfig {
     pub dtype: Option<DType>,
     /// Type of the output; `dtype` if absent.
     pub out_dtype: Option<DType>,
-    /// `weight` of models that have none of their own.
-    pub weight: Option<Value>,
-    /// Divide by the sum of the weights; on by default for `linear` only.
-    pub normalize: Option<Value>,
-    /// Factor of the sum of task vectors.
-    pub lambda: Option<Value>,
+    /// Parameters of the merge, and of models that have none of their own, by name.
+    pub parameters: BTreeMap<String, Value>,
     /// In which precision to compute.
     pub numerics: Numerics,
+    /// Of the random methods; 0 by default.
+    pub seed: u64,
 }
 
 const TOP: &[&str] = &[
@@ -153,6 +121,7 @@ const TOP: &[&str] = &[
     "parameters",
     "tokenizer_source",
     "numerics",
+    "seed",
 ];
 
 impl MergeConfig {
@@ -202,6 +171,12 @@ impl MergeConfig {
                 Numerics::F32
             }
         };
+        let seed = map.get("seed").map_or(0, |v| {
+            v.as_u64().unwrap_or_else(|| {
+                problems.push(format!("`seed: {v}` is not a whole number"));
+                0
+            })
+        });
         match map.get("tokenizer_source") {
             None | Some(Json::Null) => {}
             Some(source) if source == "base" => {}
@@ -209,22 +184,28 @@ impl MergeConfig {
                 problems.push(format!("`tokenizer_source: {other}` is not supported yet (only `base`)"));
             }
         }
-        let [weight, normalize, lambda] = parameters(
-            map.get("parameters"),
-            &["weight", "normalize", "lambda"],
-            "parameters",
-            &mut problems,
-        );
-        let models = models(map.get("models"), &mut problems);
+        let known = method.map(MergeMethod::parameters).unwrap_or_default();
+        let names: Vec<&str> = known.iter().map(|p| p.name).collect();
+        let own: Vec<&str> = known.iter().filter(|p| p.per_model).map(|p| p.name).collect();
+        // Without a method nothing is known about parameters.
+        let lists = method.map(|_| (&names[..], &own[..]));
+        let all = parameters(map.get("parameters"), lists.map(|l| l.0), "parameters", &mut problems);
+        let models = models(map.get("models"), lists.map(|l| l.1), &mut problems);
         let base_model = map.get("base_model").and_then(|v| model_name(v, "base_model", &mut problems));
-        if method == Some(MergeMethod::TaskArithmetic) && base_model.is_none() {
-            problems.push("`task_arithmetic` needs `base_model`".into());
+        if let Some(method) = method.filter(|m| m.needs_base() && base_model.is_none()) {
+            problems.push(format!("`{}` needs `base_model`", method.name()));
         }
-        for entry in &models {
-            let is_base = base_model.as_ref() == Some(&entry.model);
-            let needs = method == Some(MergeMethod::Linear) || !is_base;
-            if needs && entry.weight.is_none() && weight.is_none() {
-                problems.push(format!("model `{}` has no `weight`", entry.model));
+        for p in known.iter().filter(|p| p.default.is_none() && !all.contains_key(p.name)) {
+            if !p.per_model {
+                problems.push(format!("`parameters` has no `{}`", p.name));
+                continue;
+            }
+            // The base has to have them only where it is a model like the others.
+            let needs = |m: &&ModelEntry| {
+                method == Some(MergeMethod::Linear) || base_model.as_ref() != Some(&m.model)
+            };
+            for entry in models.iter().filter(needs).filter(|m| !m.parameters.contains_key(p.name)) {
+                problems.push(format!("model `{}` has no `{}`", entry.model, p.name));
             }
         }
         match (method, problems.is_empty()) {
@@ -234,17 +215,16 @@ impl MergeConfig {
                 base_model,
                 dtype,
                 out_dtype,
-                weight,
-                normalize,
-                lambda,
+                parameters: all,
                 numerics,
+                seed,
             }),
             _ => Err(problems),
         }
     }
 }
 
-fn models(json: Option<&Json>, problems: &mut Vec<String>) -> Vec<ModelEntry> {
+fn models(json: Option<&Json>, known: Option<&[&str]>, problems: &mut Vec<String>) -> Vec<ModelEntry> {
     let Some(Json::Array(items)) = json else {
         problems.push("`models` should be a list of models".into());
         return Vec::new();
@@ -264,9 +244,9 @@ fn models(json: Option<&Json>, problems: &mut Vec<String>) -> Vec<ModelEntry> {
             problems.push(format!("`{at}` has no `model`"));
             continue;
         };
-        let [weight] = parameters(map.get("parameters"), &["weight"], &format!("{at}.parameters"), problems);
+        let parameters = parameters(map.get("parameters"), known, &format!("{at}.parameters"), problems);
         if let Some(model) = model_name(model, &at, problems) {
-            entries.push(ModelEntry { model, weight });
+            entries.push(ModelEntry { model, parameters });
         }
     }
     entries
@@ -290,24 +270,33 @@ fn model_name(json: &Json, at: &str, problems: &mut Vec<String>) -> Option<Strin
     name.map(String::from)
 }
 
-fn parameters<const N: usize>(
+/// Those that are given; `known` are the names that there may be, if it is known.
+fn parameters(
     json: Option<&Json>,
-    names: &[&str; N],
+    known: Option<&[&str]>,
     at: &str,
     problems: &mut Vec<String>,
-) -> [Option<Value>; N] {
+) -> BTreeMap<String, Value> {
     let map = match json {
-        None | Some(Json::Null) => return [const { None }; N],
+        None | Some(Json::Null) => return BTreeMap::new(),
         Some(Json::Object(map)) => map,
         Some(other) => {
             problems.push(format!("`{at}` should be a map, found {other}"));
-            return [const { None }; N];
+            return BTreeMap::new();
         }
     };
-    // mergekit accepts this one everywhere and it changes nothing numerically.
-    let known: Vec<&str> = names.iter().copied().chain(["int8_mask"]).collect();
-    unknown_keys(map, &known, at, problems);
-    names.map(|name| Value::parse(map.get(name)?, &format!("{at}.{name}"), problems))
+    if let Some(known) = known {
+        // mergekit accepts this one everywhere and it changes nothing numerically.
+        let known: Vec<&str> = known.iter().copied().chain(["int8_mask"]).collect();
+        unknown_keys(map, &known, at, problems);
+    }
+    let mut found = BTreeMap::new();
+    for (name, json) in map {
+        if let Some(value) = Value::parse(json, &format!("{at}.{name}"), problems) {
+            found.insert(name.clone(), value);
+        }
+    }
+    found
 }
 
 fn unknown_keys(map: &serde_json::Map<String, Json>, known: &[&str], at: &str, problems: &mut Vec<String>) {
@@ -357,10 +346,10 @@ parameters:
         let config = MergeConfig::parse(GOOD).unwrap();
         assert_eq!(config.method, MergeMethod::TaskArithmetic);
         assert_eq!(config.dtype, Some(DType::BF16));
-        let weight = config.models[0].weight.as_ref().unwrap();
+        let weight = &config.models[0].parameters["weight"];
         assert_eq!(weight.at("model.layers.1.self_attn.q_proj.weight", 0.25), Some(0.25));
         assert_eq!(weight.at("model.layers.1.mlp.up_proj.weight", 0.25), Some(0.5));
-        assert_eq!(config.weight, Some(Value::Scalar(0.3)));
+        assert_eq!(config.parameters["weight"], Value::Scalar(0.3));
     }
 
     #[test]

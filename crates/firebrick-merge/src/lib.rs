@@ -10,16 +10,17 @@ mod analyze;
 mod config;
 mod error;
 pub mod ibcl;
-mod linear;
 mod merge;
+mod methods;
 pub mod permutation;
-mod task_arithmetic;
 pub mod task_vectors;
 pub mod transport;
 
 pub use analyze::{MergeAnalysis, TaskVectors};
-pub use config::{MergeConfig, MergeMethod, ModelEntry, Numerics, Value};
+pub use config::{MergeConfig, ModelEntry, Value};
 pub use error::MergeError;
-pub use linear::linear;
 pub use merge::Merge;
-pub use task_arithmetic::task_arithmetic;
+pub use methods::{
+    GlobalParameters, MergeMethod, ModelParameters, Numerics, Parameter, Prepared, Rectified, TensorMerge,
+    Values, merge_tensor, prepare, rectify,
+};

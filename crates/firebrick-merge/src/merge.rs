@@ -2,14 +2,13 @@
 
 use std::path::Path;
 
-use firebrick_core::{MAX_SETTINGS, read_file, read_text};
+use firebrick_core::{MAX_SETTINGS, Seed, read_file, read_text};
 use firebrick_tensor::block::DType;
 use firebrick_tensor::checkpoint::{Checkpoint, TensorSpec};
 use firebrick_tensor::stream::{Job, OutputSpec, Source, StreamError, Target, Transform};
-use half::{bf16, f16};
 
-use crate::config::{MergeConfig, MergeMethod, Numerics, Value};
-use crate::{MergeError, linear, task_arithmetic};
+use crate::config::MergeConfig;
+use crate::{GlobalParameters, MergeError, MergeMethod, ModelParameters, TensorMerge, Values, prepare};
 
 /// Files beside the tensors that a merged folder takes over from its base.
 const SIDE_FILES: &[&str] = &[
@@ -128,50 +127,56 @@ impl Merge {
                 extra.map(|t| format!("`{}` of {name} would be lost: the base has no such tensor", t.name)),
             );
         }
-        for i in self.weighed() {
-            let without = first.tensors().iter().filter(|t| self.weight(i, &t.name).is_none());
-            problems.extend(
-                without.map(|t| {
-                    format!("`{}` of {} has no weight: no filter matches it", t.name, self.names[i])
-                }),
-            );
-        }
         for info in first.tensors() {
-            if self.config.method == MergeMethod::Linear && self.normalize(&info.name) {
-                let total: f32 = self.weights(&info.name).iter().sum();
-                if total == 0.0 {
-                    problems.push(format!("the weights of `{}` add up to 0", info.name));
+            match self.parameters(&info.name) {
+                Err(problem) => problems.push(format!("`{}`: {problem}", info.name)),
+                Ok((own, global)) if self.config.method == MergeMethod::Linear && global.normalize => {
+                    if own.iter().map(|p| p.weight).sum::<f64>() == 0.0 {
+                        problems.push(format!("the weights of `{}` add up to 0", info.name));
+                    }
                 }
+                Ok(_) => {}
             }
         }
         if problems.is_empty() { Ok(()) } else { Err(MergeError::Mismatch { path: path.into(), problems }) }
     }
 
-    /// The models that are weighed: all for `linear`, all but the base for task vectors.
-    fn weighed(&self) -> Vec<usize> {
-        let count = self.config.models.len();
-        let skip = (self.config.method == MergeMethod::TaskArithmetic).then_some(self.base).flatten();
-        (0..count).filter(|i| Some(*i) != skip).collect()
+    /// The models that take part, in their order; a base that is not listed is one for the methods that know a base.
+    fn merged(&self) -> Vec<usize> {
+        let beside = self.config.method == MergeMethod::Linear;
+        (0..self.names.len()).filter(|i| !beside || *i < self.config.models.len()).collect()
     }
 
-    fn weights(&self, tensor: &str) -> Vec<f32> {
-        // `open` made sure that there is one.
-        self.weighed().into_iter().map(|i| self.weight(i, tensor).unwrap_or(0.0) as f32).collect()
+    /// The base among them.
+    fn base_of(&self, merged: &[usize]) -> Option<usize> {
+        merged.iter().position(|i| Some(*i) == self.base)
     }
 
-    /// The weight of model `i` at a tensor; `None` if no filter matches.
-    fn weight(&self, i: usize, tensor: &str) -> Option<f64> {
-        let own = &self.config.models[i].weight;
-        self.value(own, tensor).or_else(|| self.value(&self.config.weight, tensor))
-    }
-
-    fn normalize(&self, tensor: &str) -> bool {
-        let default = self.config.method == MergeMethod::Linear;
-        self.value(&self.config.normalize, tensor).map_or(default, |v| v != 0.0)
-    }
-
-    fn value(&self, value: &Option<Value>, tensor: &str) -> Option<f64> {
-        value.as_ref().and_then(|v| v.at(tensor, self.depth(tensor)))
+    /// What holds for each of [`merged`](Self::merged), and for all, at a tensor.
+    fn parameters(&self, tensor: &str) -> Result<(Vec<ModelParameters>, GlobalParameters), String> {
+        let (method, depth) = (self.config.method, self.depth(tensor));
+        let all = |name: &str| self.config.parameters.get(name).and_then(|v| v.at(tensor, depth));
+        let mut problems = Vec::new();
+        let mut own = Vec::new();
+        for i in self.merged() {
+            let entry = self.config.models.get(i).map(|m| &m.parameters);
+            let value = |name: &str| {
+                let given = entry.and_then(|e| e.get(name)).and_then(|v| v.at(tensor, depth));
+                given.or_else(|| all(name))
+            };
+            let is_base = Some(i) == self.base && method != MergeMethod::Linear;
+            match ModelParameters::new(method, |name| value(name).or(is_base.then_some(0.0))) {
+                Ok(parameters) => own.push(parameters),
+                Err(problem) => {
+                    problems.push(format!("{} of {}: no filter matches it", problem, self.names[i]))
+                }
+            }
+        }
+        match (GlobalParameters::new(method, all), problems.is_empty()) {
+            (Ok(global), true) => Ok((own, global)),
+            (Err(problem), _) => Err(problems.into_iter().chain([problem]).collect::<Vec<_>>().join("; ")),
+            (_, false) => Err(problems.join("; ")),
+        }
     }
 
     /// 0 at the first layer, 1 at the last; 0 for tensors outside the layers.
@@ -190,21 +195,9 @@ fn layer_of(tensor: &str) -> Option<u32> {
     tensor.split('.').filter(digits).find_map(|part| part.parse().ok())
 }
 
-/// Rounding to the type in which mergekit would hold an intermediate result.
-fn rounding(dtype: DType) -> fn(f32) -> f32 {
-    match dtype {
-        DType::BF16 => |v| bf16::from_f32(v).to_f32(),
-        DType::F16 => |v| f16::from_f32(v).to_f32(),
-        _ => |v| v,
-    }
-}
-
 impl Transform for Merge {
     fn name(&self) -> &str {
-        match self.config.method {
-            MergeMethod::Linear => "merge linear",
-            MergeMethod::TaskArithmetic => "merge task_arithmetic",
-        }
+        self.config.method.label()
     }
 
     fn sources(&self) -> Vec<Source<'_>> {
@@ -216,9 +209,15 @@ impl Transform for Merge {
         let first = &self.checkpoints[self.base.unwrap_or(0)];
         let spec = |info: &firebrick_tensor::checkpoint::TensorInfo| {
             let dtype = self.config.out_dtype.or(self.config.dtype).unwrap_or(info.dtype);
-            let base = (self.config.method == MergeMethod::TaskArithmetic).then_some(self.base).flatten();
-            let reads = base.into_iter().chain(self.weighed()).map(|i| (i, info.name.clone())).collect();
-            OutputSpec::elementwise(TensorSpec::new(info.name.clone(), dtype, info.shape.clone()), reads)
+            let merged = self.merged();
+            let reads = merged.iter().map(|i| (*i, info.name.clone())).collect();
+            let scratch = self.config.method.scratch_bytes(info.elements(), merged.len());
+            let spec = TensorSpec::new(info.name.clone(), dtype, info.shape.clone());
+            if self.config.method.elementwise() {
+                OutputSpec::elementwise(spec, reads)
+            } else {
+                OutputSpec::whole(spec, reads, scratch)
+            }
         };
         Ok(first.tensors().iter().map(spec).collect())
     }
@@ -228,37 +227,30 @@ impl Transform for Merge {
     }
 
     fn compute(&self, job: &mut Job<'_>) -> Result<(), StreamError> {
-        let name = job.spec().tensor.name.clone();
-        let stored = job.input(0)?.info.dtype;
-        let load = rounding(self.config.dtype.unwrap_or(stored));
-        let round = match self.config.numerics {
-            Numerics::Mergekit => load,
-            Numerics::F32 => |v| v,
-        };
-        let mut weights = self.weights(&name);
-        if self.config.method == MergeMethod::TaskArithmetic {
-            weights.iter_mut().for_each(|w| *w = round(*w));
-        }
-        let normalize = self.normalize(&name);
-        let lambda = self.value(&self.config.lambda, &name).unwrap_or(1.0) as f32;
+        let (method, spec) = (self.config.method, job.spec());
+        let merged = self.merged();
+        let (per_model, global) = self.parameters(&spec.tensor.name).map_err(StreamError::transform)?;
+        let base = self.base_of(&merged);
         // Inputs in another type than `dtype` are rounded to it first, as mergekit loads them.
-        let cast = self.config.dtype.is_some_and(|d| job.inputs().iter().any(|i| i.info.dtype != d));
-        job.elementwise(|_, inputs, out| {
-            let rounded: Vec<Vec<f32>>;
-            let mut views = inputs.to_vec();
-            if cast {
-                rounded = inputs.iter().map(|x| x.iter().map(|v| load(*v)).collect()).collect();
-                views = rounded.iter().map(|v| &v[..]).collect();
-            }
-            match self.config.method {
-                // mergekit's linear sums in f32 and rounds once; its task vectors are in the type of the models.
-                MergeMethod::Linear => {
-                    linear(&views, &weights, normalize, out, self.config.numerics, round);
-                }
-                MergeMethod::TaskArithmetic => {
-                    task_arithmetic(&views, &weights, normalize, lambda, out, round)
-                }
-            }
-        })
+        let load = self.config.dtype;
+        let values = job.inputs().iter().map(|i| {
+            let values = Values::encoded(i.info.dtype, i.bytes, i.info.elements())?;
+            Ok(load.map_or(values, |dtype| values.rounded_to(dtype)))
+        });
+        let inputs = values.collect::<Result<Vec<_>, String>>().map_err(StreamError::transform)?;
+        let tensor = TensorMerge {
+            inputs: &inputs,
+            base,
+            shape: &spec.tensor.shape,
+            per_model: &per_model,
+            global: &global,
+            seed: Seed(self.config.seed).derive(&spec.tensor.name),
+            numerics: self.config.numerics,
+            dtype: load.unwrap_or(job.input(base.unwrap_or(0))?.info.dtype),
+            masks: None,
+        };
+        let merge = prepare(method, &tensor).map_err(StreamError::transform)?;
+        let (range, write) = (job.range(), |values: &[f32]| job.write_f32(values));
+        merge.run(&inputs, range, write, StreamError::transform)
     }
 }
