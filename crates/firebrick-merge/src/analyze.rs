@@ -7,7 +7,7 @@ use firebrick_core::{Progress, Task};
 use rayon::prelude::*;
 use serde::Serialize;
 
-use crate::{Merge, MergeError};
+use crate::{Merge, MergeError, PlannedTensor};
 
 /// Elements read at a time: the largest piece of every model in memory.
 const CHUNK: usize = 1 << 16;
@@ -106,28 +106,47 @@ impl Sums {
 }
 
 impl Merge {
+    /// The models of the first tensor.
+    fn analyzed(&self) -> impl Iterator<Item = usize> + '_ {
+        self.plan.tensors.first().into_iter().flat_map(|t| &t.sources).map(|s| s.model)
+    }
+
     /// Measures the task vectors of all models, in one pass over their files and in f64; nothing is written.
     ///
     /// Needs `4 (models + 1)` bytes for each of 65536 elements on every thread, however large the models are.
     ///
     /// # Errors
-    /// A tensor that cannot be read, and cancellation through `progress`.
+    /// A merge that is not one of whole models, a tensor that cannot be read, and cancellation through `progress`.
     pub fn analyze(&self, progress: &dyn Progress) -> Result<MergeAnalysis, MergeError> {
-        let reference = self.base.unwrap_or(0);
-        let others: Vec<usize> = (0..self.checkpoints.len()).filter(|i| *i != reference).collect();
-        let order: Vec<usize> = std::iter::once(reference).chain(others.iter().copied()).collect();
-        let infos = self.checkpoints[reference].tensors();
-        let mut task = Task::begin(progress, "analyze", Some(infos.len() as u64), "tensors");
+        let alike = |t: &PlannedTensor| t.sources.iter().map(|s| s.model).eq(self.analyzed());
+        let strange = self.plan.tensors.iter().find(|t| t.vocabulary || !(t.copied || alike(t)));
+        if let Some(t) = strange {
+            let problems = vec![format!(
+                "`{}` is made from other models or rows than the rest; whole models can be analyzed",
+                t.name
+            )];
+            return Err(MergeError::Mismatch {
+                path: self.config.modules[0].slices[0].sources[0].model.path.clone().into(),
+                problems,
+            });
+        }
+        let planned: Vec<&PlannedTensor> = self.plan.tensors.iter().filter(|t| !t.copied).collect();
+        let base = planned.iter().find_map(|t| t.base).unwrap_or(0);
+        let of: Vec<usize> = self.analyzed().collect();
+        let reference = of.get(base).copied().unwrap_or(0);
+        let others: Vec<usize> = (0..of.len()).filter(|i| *i != base).collect();
+        let order: Vec<usize> = std::iter::once(base).chain(others.iter().copied()).collect();
+        let mut task = Task::begin(progress, "analyze", Some(planned.len() as u64), "tensors");
         let mut whole = Sums::new(others.len());
-        let mut tensors = Vec::with_capacity(infos.len());
-        for info in infos {
-            let n = info.elements();
+        let mut tensors = Vec::with_capacity(planned.len());
+        for tensor in planned {
+            let n = tensor.shape.iter().product();
             let chunk = |range: Range<usize>| -> Result<Sums, MergeError> {
                 let read = |i: &usize| {
                     let mut values = vec![0.0; range.len()];
-                    self.checkpoints[*i]
-                        .read_f32_into(&info.name, range.clone(), &mut values)
-                        .map(|()| values)
+                    let source = &tensor.sources[*i];
+                    let checkpoint = &self.models[source.model].checkpoint;
+                    checkpoint.read_f32_into(&source.stored, range.clone(), &mut values).map(|()| values)
                 };
                 Ok(Sums::over(&order.iter().map(read).collect::<Result<Vec<_>, _>>()?))
             };
@@ -140,12 +159,12 @@ impl Merge {
             let mut sums = Sums::new(others.len());
             parts.iter().for_each(|part| sums.add(part));
             whole.add(&sums);
-            tensors.push((info.name.clone(), sums.finish()));
+            tensors.push((tensor.name.clone(), sums.finish()));
             task.advance(1, "")?;
         }
-        let name = |i: &usize| self.names[*i].clone();
+        let name = |i: &usize| self.models[of[*i]].reference.to_string();
         Ok(MergeAnalysis {
-            reference: name(&reference),
+            reference: self.models[reference].reference.to_string(),
             models: others.iter().map(name).collect(),
             whole: whole.finish(),
             tensors,

@@ -6,15 +6,28 @@
 #![forbid(unsafe_code)]
 
 mod analyze;
+mod chat_templates;
 mod config;
 mod error;
-mod linear;
+mod folder;
+mod input;
 mod merge;
-mod task_arithmetic;
+mod methods;
+mod names;
+mod plan;
+mod rows;
+mod vocabulary;
+mod yaml;
 
 pub use analyze::{MergeAnalysis, TaskVectors};
-pub use config::{MergeConfig, MergeMethod, ModelEntry, Numerics, Value};
+pub use config::{
+    Filter, MergeConfig, ModelRef, Module, Parameters, Slice, SliceSource, TokenRule, TokenSource,
+    TokenizerConfig, TokenizerSource, Value,
+};
 pub use error::MergeError;
-pub use linear::linear;
 pub use merge::Merge;
-pub use task_arithmetic::task_arithmetic;
+pub use methods::{
+    GlobalParameters, MergeMethod, ModelParameters, Numerics, Parameter, Prepared, Rectified, TensorMerge,
+    Values, merge_tensor, prepare, rectify,
+};
+pub use plan::{MergePlan, ParameterValues, PlannedSource, PlannedTensor};

@@ -1,0 +1,88 @@
+//! Task vectors, the difference of a model from its base: thinned out, weighed, summed where they agree in sign or everywhere, scaled and
+//! added to the base. One routine for task arithmetic (arXiv 2212.04089), TIES (2306.01708), DARE (2311.03099), model breadcrumbs
+//! (2312.06795) and DELLA (2406.11617).
+
+use super::sparsify::{Sparsifier, sparsify};
+use super::{Kernel, MergeMethod, TensorMerge};
+
+/// Elements computed at once, small enough for the first-level cache.
+const BLOCK: usize = 1024;
+
+/// How a method thins out, and whether signs are voted on.
+fn kind(method: MergeMethod) -> (Sparsifier, bool) {
+    match method {
+        MergeMethod::Ties => (Sparsifier::Magnitude, true),
+        MergeMethod::DareTies => (Sparsifier::Random, true),
+        MergeMethod::DareLinear => (Sparsifier::Random, false),
+        MergeMethod::Breadcrumbs => (Sparsifier::Outliers, false),
+        MergeMethod::BreadcrumbsTies => (Sparsifier::Outliers, true),
+        MergeMethod::Della => (Sparsifier::Magprune, true),
+        MergeMethod::DellaLinear => (Sparsifier::Magprune, false),
+        _ => (Sparsifier::None, false),
+    }
+}
+
+/// Signs are voted on by weighed task vectors: a negative weight turns a vote.
+pub(super) fn task_vectors(tensor: &TensorMerge<'_>, method: MergeMethod) -> Result<Kernel, String> {
+    let (how, vote) = kind(method);
+    let (base, of, round) = (tensor.base()?, tensor.others(), tensor.rounding());
+    let (normalize, lambda) = (tensor.global.normalize, tensor.global.lambda as f32);
+    let sparse =
+        sparsify(tensor, how, tensor.global.rescale).map_err(|e| format!("{}: {e}", method.name()))?;
+    let weights: Vec<f32> = tensor.weights(&of).into_iter().map(|w| round.scalar(w)).collect();
+    let total: f32 = weights.iter().sum();
+    // Weights that cancel do not divide.
+    let divisor = if total.abs() < 1e-8 { 1.0 } else { round.round(total) };
+    Ok(Box::new(move |start, inputs, out| {
+        let r = |v: f32| round.round(v);
+        let mut terms = vec![0.0; of.len() * BLOCK];
+        for (block, y) in out.chunks_mut(BLOCK).enumerate() {
+            let (at, len) = (block * BLOCK, y.len());
+            let b = &inputs[base][at..][..len];
+            // The weighed task vectors, and their sum.
+            y.fill(0.0);
+            for ((m, sparse), (w, d)) in
+                of.iter().zip(&sparse).zip(weights.iter().zip(terms.chunks_mut(BLOCK)))
+            {
+                let d = &mut d[..len];
+                for ((d, x), b) in d.iter_mut().zip(&inputs[*m][at..]).zip(b) {
+                    *d = r(x - b);
+                }
+                sparse.apply(start + at, d, round);
+                for (y, d) in y.iter_mut().zip(d) {
+                    *d = r(w * *d);
+                    *y += *d;
+                }
+            }
+            if vote {
+                elect(y, &terms, &weights, normalize, r);
+            } else {
+                y.iter_mut().for_each(|y| *y = r(*y));
+                if normalize {
+                    y.iter_mut().for_each(|y| *y = r(*y / divisor));
+                }
+            }
+            for (y, b) in y.iter_mut().zip(b) {
+                let mix = if lambda == 1.0 { *y } else { r(*y * lambda) };
+                *y = r(b + mix);
+            }
+        }
+    }))
+}
+
+/// Sums the terms whose sign is that of the sum `y` of all (0 counts as positive), divided by the sum of their weights if `normalize`.
+#[inline(always)]
+fn elect(y: &mut [f32], terms: &[f32], weights: &[f32], normalize: bool, r: impl Fn(f32) -> f32) {
+    for (i, y) in y.iter_mut().enumerate() {
+        let up = r(*y) >= 0.0;
+        let (mut mix, mut by) = (0.0, 0.0);
+        for (d, w) in terms.chunks(BLOCK).zip(weights) {
+            // What is 0 has no sign to agree in.
+            let agrees = if up { d[i] > 0.0 } else { d[i] < 0.0 };
+            mix += if agrees { d[i] } else { 0.0 };
+            by += if agrees { *w } else { 0.0 };
+        }
+        let by = r(by);
+        *y = if normalize && by != 0.0 { r(r(mix) / by) } else { r(mix) };
+    }
+}
