@@ -4,6 +4,7 @@ use std::path::Path;
 
 use firebrick_core::{MAX_SETTINGS, Seed, read_text};
 use firebrick_models::GgufForm;
+use firebrick_tensor::block::DType;
 use firebrick_tensor::checkpoint::TensorSpec;
 use firebrick_tensor::stream::{Card, Input, Job, OutputSpec, Source, StreamError, Target, Transform};
 
@@ -154,7 +155,11 @@ impl Merge {
         let of = |source: &PlannedSource| {
             inputs.iter().find(|i| i.source == source.model && i.info.name == source.stored)
         };
-        let stored = of(&tensor.sources[tensor.base.unwrap_or(0)]).map(|i| i.info.dtype);
+        // The type in which mergekit holds the models: that of the base, else one that holds them all.
+        let stored = |source: &PlannedSource| of(source).map_or(DType::F32, |i| i.info.dtype);
+        let first = stored(&tensor.sources[tensor.base.unwrap_or(0)]);
+        let alike = tensor.base.is_some() || tensor.sources.iter().all(|s| stored(s) == first);
+        let held = load.unwrap_or(if alike { first } else { DType::F32 });
         let common = TensorMerge {
             inputs: &[],
             base: tensor.base,
@@ -163,7 +168,7 @@ impl Merge {
             global: &global,
             seed: Seed(self.config.seed).derive(&tensor.name),
             numerics: self.config.numerics,
-            dtype: load.or(stored).unwrap_or(tensor.dtype),
+            dtype: held,
             compat: self.config.compat,
             masks: None,
         };

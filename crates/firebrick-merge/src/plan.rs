@@ -384,7 +384,7 @@ impl<'a> Planner<'a> {
         if let Some(vocabulary) = vocabulary {
             shape[0] = vocabulary.rows();
         }
-        let dtype = self.dtype(name, copied, &shapes, spot);
+        let dtype = self.dtype(name, copied, &shapes, base, spot);
         if copied {
             self.check_copies(name, &sources, spot);
         } else if method == MergeMethod::Linear && global.get("normalize").is_some_and(|n| *n != 0.0) {
@@ -406,12 +406,13 @@ impl<'a> Planner<'a> {
         });
     }
 
-    /// The type of an output: what was asked for, else the narrowest that holds every input.
+    /// The type of an output: what was asked for, else that of the base, else the narrowest that holds every input.
     fn dtype(
         &mut self,
         name: &str,
         copied: bool,
         shapes: &[(&str, Vec<usize>, DType)],
+        base: Option<usize>,
         spot: Spot<'_>,
     ) -> DType {
         let first = shapes[0].2;
@@ -426,7 +427,11 @@ impl<'a> Planner<'a> {
                 format!("`{path}` is packed ({packed}): say the type of the output with `dtype`, for ");
             self.note(spot.slice.place, text, format!("`{name}`"));
         }
-        if shapes.iter().all(|(_, _, dtype)| *dtype == first) { first } else { DType::F32 }
+        match base.and_then(|base| shapes.get(base)) {
+            Some((_, _, dtype)) => *dtype,
+            None if shapes.iter().all(|(_, _, dtype)| *dtype == first) => first,
+            None => DType::F32,
+        }
     }
 
     /// Integers (position ids and the like) are taken over if all models have the same.
