@@ -179,6 +179,7 @@ impl Vocabulary {
             files.iter_mut().find(|(name, _)| name == TOKENIZER_FILE).ok_or("no tokenizer.json")?;
         let mut json: Json = serde_json::from_slice(bytes).map_err(|e| e.to_string())?;
         let donors = self.donors.iter().map(tokenizer_json).collect::<Result<Vec<_>, _>>()?;
+        anchor_words(&mut json);
         let new = self.tokens.iter().enumerate().skip(self.added_from);
         for (id, token) in new.filter_map(|(id, token)| Some((id, token.as_deref()?))) {
             add_token(&mut json, id, token, &donors);
@@ -259,52 +260,49 @@ fn row_of_rule(
     }
 }
 
-/// Adds a token where it belongs: to the vocabulary if it is in one of the same kind, else to the words that are looked for first.
+/// Adds a token: to the vocabulary, and to the words that are looked for first if it is one of them in a donor, or comes from a
+/// vocabulary of another kind.
 fn add_token(json: &mut Json, id: usize, token: &str, donors: &[Json]) {
     let kind = json["model"]["type"].clone();
-    let word =
-        |d: &&Json| d["added_tokens"].as_array().is_some_and(|a| a.iter().any(|t| t["content"] == token));
-    if let Some(donor) = donors.iter().find(word) {
-        let found = donor["added_tokens"].as_array().into_iter().flatten().find(|t| t["content"] == token);
-        let mut entry = found.cloned().unwrap_or_default();
-        entry["id"] = id.into();
-        push(&mut json["added_tokens"], entry);
+    let words = |d: &'_ Json| d["added_tokens"].as_array().cloned().unwrap_or_default();
+    let word = donors.iter().find_map(|d| words(d).into_iter().find(|t| t["content"] == token));
+    let mut piece =
+        donors.iter().any(|d| d["model"]["type"] == kind && d["model"]["vocab"].get(token).is_some());
+    // The library numbers words anew unless the vocabulary has them. A vocabulary that is a list has no room for them, nor for pieces
+    // behind words.
+    match &mut json["model"]["vocab"] {
+        Json::Object(vocab) => {
+            vocab.insert(token.to_owned(), id.into());
+        }
+        _ => piece = false,
+    }
+    if piece && word.is_none() {
         return;
     }
-    let donor =
-        donors.iter().find(|d| d["model"]["type"] == kind && piece(&d["model"]["vocab"], token).is_some());
-    if let Some(donor) = donor {
-        match &mut json["model"]["vocab"] {
-            Json::Object(vocab) => {
-                vocab.insert(token.to_owned(), id.into());
-                return;
-            }
-            // A list of pieces and scores, where the place is the id.
-            Json::Array(pieces) if pieces.len() == id => {
-                pieces.extend(piece(&donor["model"]["vocab"], token).cloned());
-                return;
-            }
-            _ => {}
+    let mut entry = word.unwrap_or_else(|| {
+        json!({
+            "content": token, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": false,
+        })
+    });
+    entry["id"] = id.into();
+    push(&mut json["added_tokens"], entry);
+}
+
+/// Gives the words of a tokenizer their ids in its vocabulary, without which they would be numbered behind what is added to it.
+fn anchor_words(json: &mut Json) {
+    let words = json["added_tokens"].as_array().cloned().unwrap_or_default();
+    let Json::Object(vocab) = &mut json["model"]["vocab"] else { return };
+    for word in &words {
+        if let Some(token) = word["content"].as_str() {
+            vocab.entry(token).or_insert_with(|| word["id"].clone());
         }
     }
-    let flags = json!({
-        "id": id, "content": token, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": false,
-    });
-    push(&mut json["added_tokens"], flags);
 }
 
 fn push(list: &mut Json, entry: Json) {
     match list {
         Json::Array(items) => items.push(entry),
         other => *other = json!([entry]),
-    }
-}
-
-fn piece<'j>(vocab: &'j Json, token: &str) -> Option<&'j Json> {
-    match vocab {
-        Json::Object(map) => map.get(token),
-        Json::Array(pieces) => pieces.iter().find(|p| p[0] == token),
-        _ => None,
     }
 }
 

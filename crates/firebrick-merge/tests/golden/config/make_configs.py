@@ -17,7 +17,7 @@ from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 
 logging.disable(logging.WARNING)
 HIDDEN, INNER = 4, 6
@@ -80,8 +80,13 @@ def write(folder, seed, tokens=(), merges=(), added=(), template=None, rows=None
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
     if odd:
-        found = {"stem.weight": (3, 4), "top.weight": (4,)} | {f"net.stages.{i}.w{j}.weight": (4, 4) for i in range(3) for j in range(2)}
-        config = {"architectures": ["OddModel"], "model_type": "llama"}
+        # A family that transformers knows and mergekit does not.
+        config = OPTConfig(
+            hidden_size=HIDDEN, ffn_dim=INNER, num_hidden_layers=3, num_attention_heads=2, word_embed_proj_dim=HIDDEN, vocab_size=9,
+            max_position_embeddings=6, architectures=["OPTForCausalLM"], dtype="float32",
+        )
+        found = {name: value.shape for name, value in OPTForCausalLM(config).state_dict().items() if name != "lm_head.weight"}
+        config = config.to_diff_dict() | {"model_type": "opt", "tie_word_embeddings": True}
     else:
         rows = rows or tokenizer(folder, list(tokens), list(merges), list(added), template)
         tokenizer(folder, list(tokens), list(merges), list(added), template)
