@@ -598,9 +598,12 @@ fn is_module(prefix: &str, name: &str) -> bool {
     prefix == name || prefix.contains(name) || other.iter().any(|n| prefix.contains(n))
 }
 
-/// The prefix that shares most parts with `name`; `None` where there are none.
+/// The prefix that shares most parts with `name`, that of a text model if several do; `None` where there are none.
 fn nearest<'p>(name: &str, prefixes: &'p [String]) -> Option<&'p str> {
     let shared = |p: &str| name.split('.').zip(p.split('.')).take_while(|(a, b)| a == b).count();
     let most = prefixes.iter().map(|p| shared(p)).max()?;
-    prefixes.iter().find(|p| shared(p) == most).map(String::as_str)
+    let other = |p: &str| ["vision", "visual", "audio"].iter().any(|part| p.contains(part));
+    let mut alike = prefixes.iter().map(String::as_str).filter(|p| shared(p) == most);
+    let first = alike.clone().next();
+    alike.find(|p| !other(p)).or(first)
 }

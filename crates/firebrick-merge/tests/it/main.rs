@@ -2,3 +2,4 @@
 
 mod mergekit;
 mod merges;
+mod plans;

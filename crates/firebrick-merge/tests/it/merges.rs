@@ -8,7 +8,7 @@ use firebrick_tensor::checkpoint::{Checkpoint, Metadata, TensorSpec, write_safet
 use firebrick_tensor::stream::Executor;
 
 /// A tensor by name, shape and the value of every element.
-type Entry<'a> = (&'a str, &'a [usize], f32);
+pub type Entry<'a> = (&'a str, &'a [usize], f32);
 
 const NAMES: [&str; 5] = [
     "model.embed_tokens.weight",
@@ -19,7 +19,7 @@ const NAMES: [&str; 5] = [
 ];
 
 /// A folder with a checkpoint of these tensors.
-fn model(root: &Path, name: &str, tensors: &[Entry<'_>]) {
+pub fn model(root: &Path, name: &str, tensors: &[Entry<'_>]) {
     std::fs::create_dir_all(root.join(name)).unwrap();
     let one = |(name, shape, value): &Entry<'_>| {
         let bytes = vec![value.to_le_bytes(); shape.iter().product()].concat();
