@@ -169,7 +169,6 @@ impl Merge {
             seed: Seed(self.config.seed).derive(&tensor.name),
             numerics: self.config.numerics,
             dtype: held,
-            compat: self.config.compat,
             masks: None,
         };
         // Inputs in another type than `dtype` are rounded to it first, as mergekit loads them.

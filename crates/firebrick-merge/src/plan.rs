@@ -388,8 +388,9 @@ impl<'a> Planner<'a> {
         if copied {
             self.check_copies(name, &sources, spot);
         } else if method == MergeMethod::Linear && global.get("normalize").is_some_and(|n| *n != 0.0) {
-            let sum: f64 = sources.iter().filter_map(|s| s.parameters.get("weight")).sum();
-            if sum == 0.0 && sources.len() == inputs.len() {
+            let weights: Vec<f64> =
+                sources.iter().filter_map(|s| s.parameters.get("weight").copied()).collect();
+            if weights.iter().sum::<f64>() == 0.0 && weights.len() == inputs.len() {
                 self.note(spot.slice.place, "weights add up to 0 at ", format!("`{name}`"));
             }
         }

@@ -245,6 +245,11 @@ impl Rounded {
         self.r(a.iter().zip(b).map(|(x, y)| f64::from(self.round.round(x * y))).sum())
     }
 
+    /// The sum of the products, which are not rounded.
+    pub(super) fn dot_once(&self, a: &[f32], b: &[f32]) -> f64 {
+        self.r(dot(a, b))
+    }
+
     pub(super) fn map(&self, v: &[f32], f: impl Fn(f64) -> f64) -> Vec<f32> {
         v.iter().map(|v| self.round.scalar(f(f64::from(*v)))).collect()
     }

@@ -1,6 +1,7 @@
 //! The Riemannian centre of mass on the sphere of the directions of several models, times their mean norm.
 
 use super::gram::{Gram, Grouping, Rounded, combination, gram, whole};
+use super::values::dot;
 use super::{Kernel, TensorMerge};
 
 /// The centre stays a combination of the models, so that the steps need their inner products only.
@@ -61,12 +62,14 @@ fn centre(cosines: &Gram, inverse: &[f64], steps: usize, tol: f64) -> Vec<f64> {
     c
 }
 
-/// The same with every intermediate result rounded: angles near 0 vanish.
+/// The same with intermediate results rounded: angles near 0 vanish. Norms are in f32, and rounded where they multiply a vector, not
+/// where they divide one.
 fn centre_rounded(tensor: &TensorMerge<'_>, rounded: &Rounded) -> Vec<f32> {
     let r = |v: f64| rounded.r(v);
+    let norm = |v: &[f32]| dot(v, v).sqrt();
     let tol = tensor.global.tol;
     let n = tensor.elements();
-    let norms: Vec<f64> = rounded.vectors.iter().map(|v| rounded.norm(v)).collect();
+    let norms: Vec<f64> = rounded.vectors.iter().map(|v| norm(v)).collect();
     let units: Vec<Vec<f32>> = rounded
         .vectors
         .iter()
@@ -80,12 +83,12 @@ fn centre_rounded(tensor: &TensorMerge<'_>, rounded: &Rounded) -> Vec<f32> {
     for unit in &units {
         u = rounded.zip(&u, unit, |u, v| u + r(alpha * v));
     }
-    let norm = rounded.norm(&u);
-    u = if norm < tol { first.clone() } else { rounded.map(&u, |u| u / norm) };
+    let length = norm(&u);
+    u = if length < tol { first.clone() } else { rounded.map(&u, |u| u / length) };
     for _ in 0..tensor.global.max_iter as usize {
         let mut step = vec![0.0; n];
         for unit in &units {
-            let d = rounded.dot(&u, unit).clamp(-1.0, 1.0);
+            let d = rounded.dot_once(&u, unit).clamp(-1.0, 1.0);
             let angle = r(d.acos());
             if angle < tol || angle.sin() == 0.0 {
                 continue;
@@ -94,17 +97,17 @@ fn centre_rounded(tensor: &TensorMerge<'_>, rounded: &Rounded) -> Vec<f32> {
             let tangent = rounded.zip(unit, &u, |v, u| v - r(d * u));
             step = rounded.zip(&step, &tangent, |s, t| s + r(factor * t));
         }
-        let length = rounded.norm(&step);
+        let length = norm(&step);
         if length < tol {
             break;
         }
         let (cosine, sine) = (r(length.cos()), r(length.sin()));
         u = rounded.zip(&u, &step, |u, s| r(cosine * u) + r(sine * r(s / length)));
-        let norm = rounded.norm(&u);
-        if norm > tol {
-            u = rounded.map(&u, |u| u / norm);
+        let after = norm(&u);
+        if after > tol {
+            u = rounded.map(&u, |u| u / after);
         }
     }
-    let norm = norms.iter().sum::<f64>() / norms.len() as f64;
-    rounded.map(&u, |u| norm * u)
+    let mean = r(norms.iter().sum::<f64>() / norms.len() as f64);
+    rounded.map(&u, |u| mean * u)
 }

@@ -65,8 +65,6 @@ pub struct TensorMerge<'a> {
     pub numerics: Numerics,
     /// The type in which mergekit would hold the models, for [`Numerics::Mergekit`].
     pub dtype: DType,
-    /// Reproduces what mergekit gets wrong: breadcrumbs that drop the whole of a small tensor.
-    pub compat: bool,
     /// What the random methods keep, in place of their draws: one mask per input that is not the base.
     pub masks: Option<&'a [&'a [bool]]>,
 }
@@ -247,7 +245,6 @@ pub fn prepare(method: MergeMethod, tensor: &TensorMerge<'_>) -> Result<Prepared
 ///     seed: Seed(0),
 ///     numerics: Numerics::F32,
 ///     dtype: DType::F32,
-///     compat: false,
 ///     masks: None,
 /// })?;
 /// assert!((middle[0] - 0.5f32.sqrt()).abs() < 1e-6 && middle[0] == middle[1]);

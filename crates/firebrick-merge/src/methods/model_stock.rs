@@ -1,7 +1,7 @@
 //! Model stock (arXiv 2403.19522): `y = t mean(x) + (1 - t) base` with `t = N c / (1 + (N - 1) c)`, where `c` is the mean cosine between
 //! the N task vectors; of a tensor, or of each of its rows (`filter_wise`).
 
-use super::gram::{Gram, Grouping, Rounded, combination, gram};
+use super::gram::{Gram, Grouping, Rounded, combination, gram, whole};
 use super::{Kernel, TensorMerge};
 
 /// Smallest product of two norms.
@@ -59,9 +59,9 @@ fn stock_rounded(tensor: &TensorMerge<'_>, rounded: &Rounded, rows: bool) -> Res
             return Err("model_stock: the task vectors cancel".into());
         }
         out.extend((start..start + length).map(|i| {
-            let mean = r(r(values.iter().map(|v| f64::from(v[i])).sum::<f64>()) / count);
+            let mean = r(values.iter().fold(0.0, |sum, v| r(sum + f64::from(v[i]))) / count);
             r(r(t * mean) + r(r(1.0 - t) * f64::from(base[i]))) as f32
         }));
     }
-    Ok(super::gram::whole(out))
+    Ok(whole(out))
 }

@@ -2,6 +2,7 @@
 //! not the logarithm that [`karcher`](super::MergeMethod::Karcher) iterates.
 
 use super::gram::{Grouping, Rounded, combination, gram};
+use super::rounding::Rounding;
 use super::{Kernel, TensorMerge};
 
 pub(super) fn multislerp(tensor: &TensorMerge<'_>) -> Result<Kernel, String> {
@@ -12,13 +13,15 @@ pub(super) fn multislerp(tensor: &TensorMerge<'_>) -> Result<Kernel, String> {
     if of.is_empty() {
         of = vec![0];
     }
-    let mut weights = tensor.weights(&of);
-    let total: f64 = weights.iter().sum();
+    let round = tensor.rounding();
+    let r = |v: f64| if round == Rounding::Exact { v } else { f64::from(round.scalar(v)) };
+    let mut weights: Vec<f64> = tensor.weights(&of).into_iter().map(r).collect();
+    let total = r(weights.iter().sum());
     if tensor.global.normalize_weights {
         if total == 0.0 {
             return Err("multislerp: the weights add up to 0".into());
         }
-        weights.iter_mut().for_each(|w| *w /= total);
+        weights.iter_mut().for_each(|w| *w = r(*w / total));
     }
     let eps = tensor.global.eps;
     if let Some(rounded) = Rounded::load(tensor, &of, tensor.base)? {
@@ -52,7 +55,6 @@ fn cancelled(weights: &[f64]) -> Result<(), String> {
 /// The same with every intermediate result rounded.
 fn mean_rounded(rounded: &Rounded, weights: &[f64], eps: f64) -> Result<Kernel, String> {
     let r = |v: f64| rounded.r(v);
-    let weights: Vec<f64> = weights.iter().map(|w| r(*w)).collect();
     let n = rounded.vectors[0].len();
     let sum = |vectors: &[Vec<f32>]| -> Vec<f32> {
         let at = |i: usize| weights.iter().zip(vectors).map(|(w, v)| r(w * f64::from(v[i]))).sum::<f64>();
@@ -64,7 +66,7 @@ fn mean_rounded(rounded: &Rounded, weights: &[f64], eps: f64) -> Result<Kernel, 
     let centre = sum(&units);
     let length = rounded.norm(&centre);
     if length < eps {
-        return cancelled(&weights).map(|()| rounded.kernel(sum(&rounded.vectors)));
+        return cancelled(weights).map(|()| rounded.kernel(sum(&rounded.vectors)));
     }
     let centre = rounded.map(&centre, |c| c / length);
     let tangents: Vec<Vec<f32>> = units

@@ -1,5 +1,6 @@
 //! The base moved by `t` towards another model, and no further than it: `y = w x + (1 - w) b`, `w = t / |x - b|` within 0 and 1.
 
+use super::rounding::Rounding;
 use super::{Kernel, TensorMerge};
 
 pub(super) fn nearswap(tensor: &TensorMerge<'_>) -> Result<Kernel, String> {
@@ -10,7 +11,9 @@ pub(super) fn nearswap(tensor: &TensorMerge<'_>) -> Result<Kernel, String> {
         let r = |v: f32| round.round(v);
         for ((y, b), x) in out.iter_mut().zip(inputs[base]).zip(inputs[other]) {
             let distance = r((b - x).abs()).max(r(1e-6));
-            let w = r(t / distance).clamp(0.0, 1.0);
+            // PyTorch divides a number by a tensor through its inverse.
+            let ratio = if round == Rounding::Exact { t / distance } else { r(t * r(1.0 / distance)) };
+            let w = ratio.clamp(0.0, 1.0);
             // At the ends the model itself, whatever the other holds.
             *y = if w == 1.0 {
                 *x

@@ -44,11 +44,14 @@ pub(super) fn ram(tensor: &TensorMerge<'_>, plus: bool) -> Result<Kernel, String
         for (i, y) in out.iter_mut().enumerate() {
             let count = active(i, inputs, &of, &mut deltas);
             let b = inputs[base][i];
-            *y = match count {
-                0 => b,
-                1 => r(b + deltas.iter().zip(&gains).map(|(d, gain)| r(d * gain)).sum::<f32>()),
-                _ => r(b + r(r(deltas.iter().sum()) / count as f32)),
-            };
+            if count == 0 {
+                *y = b;
+                continue;
+            }
+            // RAM+ has its gains in f32, in which mergekit then stays.
+            let gain = |m: usize| if count == 1 { gains[m] } else { 1.0 };
+            let mix: f32 = deltas.iter().enumerate().map(|(m, d)| r(d / count as f32) * gain(m)).sum();
+            *y = if plus { b + mix } else { r(b + r(mix)) };
         }
     }))
 }

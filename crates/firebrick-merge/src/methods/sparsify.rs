@@ -156,11 +156,6 @@ fn check(tensor: &TensorMerge<'_>, how: Sparsifier, of: &[usize]) -> Result<(), 
                 p.density, p.epsilon
             ));
         }
-        // mergekit refuses to keep nothing of a task vector.
-        let n = tensor.elements();
-        if how == Sparsifier::Magnitude && n > 0 && (p.density * n as f64) < 1.0 && tensor.compat {
-            problems.push(format!("density {} of model {m} keeps none of {n} elements", p.density));
-        }
     }
     if problems.is_empty() { Ok(()) } else { Err(problems.join("; ")) }
 }
@@ -190,7 +185,7 @@ fn ranked(tensor: &TensorMerge<'_>, how: Sparsifier, of: &[usize]) -> Result<Vec
             let top = (p.gamma * n as f64) as usize;
             // Where both ends do not fit, less is dropped at the top.
             let (bottom, top) = if target + top > n { (0, n - target) } else { (n - target - top, top) };
-            if top == 0 && tensor.compat { Some((n, n)) } else { Some((bottom, n - top)) }
+            Some((bottom, n - top))
         })
         .collect();
     let asked: Vec<(usize, usize)> = ranges

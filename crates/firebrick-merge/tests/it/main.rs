@@ -2,4 +2,5 @@
 
 mod mergekit;
 mod merges;
+mod mistakes;
 mod plans;
