@@ -153,16 +153,16 @@ pub fn selector(data: &[u8]) -> bool {
 /// mergekit's YAML.
 pub fn mergekit(data: &[u8]) -> bool {
     let Ok(text) = std::str::from_utf8(data) else { return false };
-    match MergeConfig::parse(text) {
-        Ok(config) => {
-            for value in
-                config.models.iter().flat_map(|m| m.parameters.values()).chain(config.parameters.values())
-            {
-                let _ = (
-                    value.at("model.layers.0.mlp.up_proj.weight", 0.0),
-                    value.at("", 0.3),
-                    value.at("x", 1.0),
-                );
+    match MergeConfig::parse_all(text) {
+        Ok(configs) => {
+            for config in &configs {
+                let sources = config.modules.iter().flat_map(|m| &m.slices).flat_map(|s| &s.sources);
+                let all = sources.map(|s| &s.parameters).chain([&config.parameters]);
+                for (_, value) in all.flat_map(|p| p.iter()) {
+                    for (name, depth) in [("model.layers.0.mlp.up_proj.weight", 0.0), ("", 0.3), ("x", 1.0)] {
+                        let _ = value.at(name, depth, &|_| false);
+                    }
+                }
             }
             true
         }

@@ -169,8 +169,11 @@ mod tests {
         let folder = Path::new("a \"quoted\" folder: #1");
         for method in ["linear", "task_arithmetic"] {
             let config = MergeConfig::parse(&yaml(folder, method)).unwrap();
-            assert_eq!(config.models.len(), 3);
-            assert_eq!(config.models[0].model, folder.join("a").to_string_lossy());
+            assert_eq!(
+                config.modules[0].slices[0].sources.len(),
+                3 + usize::from(config.base_model.is_some())
+            );
+            assert_eq!(config.models()[0].path, folder.join("a").to_string_lossy());
             assert_eq!(config.base_model.is_some(), method == "task_arithmetic");
         }
     }

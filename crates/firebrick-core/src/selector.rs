@@ -409,7 +409,7 @@ fn pointer(text: &str, span: &Range<usize>) -> String {
 }
 
 /// The candidate closest to `word`, if it is close enough to be what was meant.
-pub(crate) fn closest<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+pub fn closest<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     if word.len() > 64 {
         return None;
     }

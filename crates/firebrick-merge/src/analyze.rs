@@ -9,10 +9,11 @@ use firebrick_tensor::linalg::{LinalgError, Matrix, randomized_svd};
 use rayon::prelude::*;
 use serde::Serialize;
 
-use crate::{Merge, MergeError};
+use crate::{Merge, MergeError, PlannedTensor};
 
 /// Elements read at a time: the largest piece of every model in memory.
 const CHUNK: usize = 1 << 16;
+
 /// Leading directions of a task vector whose subspaces are compared.
 const DIRECTIONS: usize = 8;
 /// Directions whose singular value is a smaller share of the largest say nothing.
@@ -120,29 +121,51 @@ impl Sums {
 }
 
 impl Merge {
+    /// The models of the first tensor.
+    fn analyzed(&self) -> impl Iterator<Item = usize> + '_ {
+        self.plan.tensors.first().into_iter().flat_map(|t| &t.sources).map(|s| s.model)
+    }
+
     /// Measures the task vectors of all models, in one pass over their files and in f64; nothing is written.
     ///
     /// Needs `4 (models + 1)` bytes for each of 65536 elements on every thread, and 12 bytes for each element of the largest matrix
     /// of up to 8 million elements, however large the models are.
     ///
     /// # Errors
-    /// A tensor that cannot be read, and cancellation through `progress`.
+    /// A merge that is not one of whole models, a tensor that cannot be read, and cancellation through `progress`.
     pub fn analyze(&self, progress: &dyn Progress) -> Result<MergeAnalysis, MergeError> {
-        let reference = self.base.unwrap_or(0);
-        let others: Vec<usize> = (0..self.checkpoints.len()).filter(|i| *i != reference).collect();
-        let order: Vec<usize> = std::iter::once(reference).chain(others.iter().copied()).collect();
-        let infos = self.checkpoints[reference].tensors();
-        let mut task = Task::begin(progress, "analyze", Some(infos.len() as u64), "tensors");
+        let alike = |t: &PlannedTensor| {
+            t.sources.iter().map(|s| s.model).eq(self.analyzed())
+                && t.sources.iter().all(|s| s.form == t.sources[0].form)
+        };
+        let strange = self.plan.tensors.iter().find(|t| t.vocabulary || !(t.copied || alike(t)));
+        if let Some(t) = strange {
+            let problems = vec![format!(
+                "`{}` is made from other models or rows than the rest; whole models can be analyzed",
+                t.name
+            )];
+            return Err(MergeError::Mismatch {
+                path: self.config.modules[0].slices[0].sources[0].model.path.clone().into(),
+                problems,
+            });
+        }
+        let planned: Vec<&PlannedTensor> = self.plan.tensors.iter().filter(|t| !t.copied).collect();
+        let base = planned.iter().find_map(|t| t.base).unwrap_or(0);
+        let of: Vec<usize> = self.analyzed().collect();
+        let reference = of.get(base).copied().unwrap_or(0);
+        let others: Vec<usize> = (0..of.len()).filter(|i| *i != base).collect();
+        let order: Vec<usize> = std::iter::once(base).chain(others.iter().copied()).collect();
+        let mut task = Task::begin(progress, "analyze", Some(planned.len() as u64), "tensors");
         let mut whole = Sums::new(others.len());
-        let mut tensors = Vec::with_capacity(infos.len());
-        for info in infos {
-            let n = info.elements();
+        let mut tensors = Vec::with_capacity(planned.len());
+        for tensor in planned {
+            let n = tensor.shape.iter().product();
             let chunk = |range: Range<usize>| -> Result<Sums, MergeError> {
                 let read = |i: &usize| {
                     let mut values = vec![0.0; range.len()];
-                    self.checkpoints[*i]
-                        .read_f32_into(&info.name, range.clone(), &mut values)
-                        .map(|()| values)
+                    let source = &tensor.sources[*i];
+                    let checkpoint = &self.models[source.model].checkpoint;
+                    checkpoint.read_f32_into(&source.stored, range.clone(), &mut values).map(|()| values)
                 };
                 Ok(Sums::over(&order.iter().map(read).collect::<Result<Vec<_>, _>>()?))
             };
@@ -156,18 +179,18 @@ impl Merge {
             parts.iter().for_each(|part| sums.add(part));
             whole.add(&sums);
             let mut found = sums.finish();
-            if let [rows, cols] = info.shape[..]
+            if let [rows, cols] = tensor.shape[..]
                 && n <= LARGEST
                 && rows.min(cols) > 2 * DIRECTIONS
             {
-                found.overlaps = self.overlaps(&info.name, [rows, cols], &order)?;
+                found.overlaps = self.overlaps(tensor, [rows, cols], &order)?;
             }
-            tensors.push((info.name.clone(), found));
+            tensors.push((tensor.name.clone(), found));
             task.advance(1, "")?;
         }
-        let name = |i: &usize| self.names[*i].clone();
+        let name = |i: &usize| self.models[of[*i]].reference.to_string();
         Ok(MergeAnalysis {
-            reference: name(&reference),
+            reference: self.models[reference].reference.to_string(),
             models: others.iter().map(name).collect(),
             whole: whole.finish(),
             tensors,
@@ -179,12 +202,16 @@ impl Merge {
     /// How much the leading subspaces of each pair of task vectors overlap. `order`: the reference and then the models.
     fn overlaps(
         &self,
-        name: &str,
+        tensor: &PlannedTensor,
         [rows, cols]: [usize; 2],
         order: &[usize],
     ) -> Result<Vec<f64>, MergeError> {
+        let name = tensor.name.as_str();
         let fail = |e: LinalgError| MergeError::Numerics { tensor: name.into(), what: e.to_string() };
-        let read = |i: usize| self.checkpoints[i].read_f32(name);
+        let read = |i: usize| {
+            let source = &tensor.sources[i];
+            self.models[source.model].checkpoint.read_f32(&source.stored)
+        };
         let reference = read(order[0])?;
         let mut leading = Vec::new();
         for &i in &order[1..] {
@@ -274,7 +301,6 @@ mod tests {
         let unmoved = Sums::over(&[base.clone(), base.clone(), a]).finish();
         assert_eq!((unmoved.norms[0], unmoved.cosines[0]), (0.0, 0.0));
     }
-
     #[test]
     fn overlap_is_that_of_the_planted_subspaces() {
         let dir = tempfile::tempdir().unwrap();

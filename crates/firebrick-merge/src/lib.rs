@@ -7,20 +7,32 @@
 #![forbid(unsafe_code)]
 
 mod analyze;
+mod chat_templates;
 mod config;
 mod error;
+mod folder;
 pub mod ibcl;
+mod input;
 mod merge;
 mod methods;
+mod names;
 pub mod permutation;
+mod plan;
+mod rows;
 pub mod task_vectors;
 pub mod transport;
+mod vocabulary;
+mod yaml;
 
 pub use analyze::{MergeAnalysis, TaskVectors};
-pub use config::{MergeConfig, ModelEntry, Value};
+pub use config::{
+    Filter, MergeConfig, ModelRef, Module, Parameters, Slice, SliceSource, TokenRule, TokenSource,
+    TokenizerConfig, TokenizerSource, Value,
+};
 pub use error::MergeError;
 pub use merge::Merge;
 pub use methods::{
     GlobalParameters, MergeMethod, ModelParameters, Numerics, Parameter, Prepared, Rectified, TensorMerge,
     Values, merge_tensor, prepare, rectify,
 };
+pub use plan::{MergePlan, ParameterValues, PlannedSource, PlannedTensor};

@@ -2,197 +2,213 @@
 
 use std::path::Path;
 
-use firebrick_core::{MAX_SETTINGS, Seed, read_file, read_text};
+use firebrick_core::{MAX_SETTINGS, Seed, read_text};
+use firebrick_models::GgufForm;
 use firebrick_tensor::block::DType;
-use firebrick_tensor::checkpoint::{Checkpoint, TensorSpec};
-use firebrick_tensor::stream::{Job, OutputSpec, Source, StreamError, Target, Transform};
+use firebrick_tensor::checkpoint::TensorSpec;
+use firebrick_tensor::stream::{Card, Input, Job, OutputSpec, Source, StreamError, Target, Transform};
 
 use crate::config::MergeConfig;
-use crate::{GlobalParameters, MergeError, MergeMethod, ModelParameters, TensorMerge, Values, prepare};
+use crate::input::InputModel;
+use crate::plan::{self, MergePlan, PlannedSource, PlannedTensor};
+use crate::rows::Rows;
+use crate::vocabulary::Vocabulary;
+use crate::yaml::Problems;
+use crate::{GlobalParameters, MergeError, ModelParameters, TensorMerge, Values, folder, prepare};
 
-/// Files beside the tensors that a merged folder takes over from its base.
-const SIDE_FILES: &[&str] = &[
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-];
-
-/// Most bytes of one of them: far above any tokenizer.
-const MAX_SIDE_FILE: u64 = 256 << 20;
+/// Elements of inputs that are put together before they are merged.
+const CHUNK: usize = 1 << 15;
 
 /// A merge whose checkpoints are open and fit together.
 #[derive(Debug)]
 pub struct Merge {
-    config: MergeConfig,
-    text: String,
-    /// One per entry of `names`.
-    pub(crate) checkpoints: Vec<Checkpoint>,
-    pub(crate) names: Vec<String>,
-    /// Position of the base among them.
-    pub(crate) base: Option<usize>,
-    layers: usize,
+    pub(crate) config: MergeConfig,
+    pub(crate) text: String,
+    /// One for each of [`MergeConfig::models`].
+    pub(crate) models: Vec<InputModel>,
+    pub(crate) plan: MergePlan,
+    pub(crate) vocabulary: Option<Vocabulary>,
+    pub(crate) chat_template: Option<String>,
 }
 
 impl Merge {
-    /// Reads a YAML file and opens its models; relative paths are taken from the current folder.
+    /// Reads a YAML file of one document and opens its models; relative paths are taken from the current folder.
     ///
     /// # Errors
-    /// Lists every problem of the configuration, and every tensor that is missing, of another shape or without a weight in some model.
+    /// Lists every problem of the configuration with line and column; then every model that cannot be opened; then everything in
+    /// which the models do not fit the configuration and one another.
     pub fn open(path: &Path) -> Result<Self, MergeError> {
         let text =
             read_text(path, MAX_SETTINGS).map_err(|source| MergeError::Io { path: path.into(), source })?;
         let config = MergeConfig::parse(&text)
             .map_err(|problems| MergeError::Config { path: path.into(), problems })?;
-        let mut names: Vec<String> = config.models.iter().map(|m| m.model.clone()).collect();
-        let base = config.base_model.as_ref().map(|base| {
-            names.iter().position(|n| n == base).unwrap_or_else(|| {
-                names.push(base.clone());
-                names.len() - 1
-            })
-        });
-        let checkpoints = names.iter().map(Checkpoint::open).collect::<Result<Vec<_>, _>>()?;
-        let first = checkpoints[base.unwrap_or(0)].tensors();
-        let layers = first.iter().filter_map(|t| layer_of(&t.name)).max().map_or(0, |l| l as usize + 1);
-        let merge = Merge { config, text, checkpoints, names, base, layers };
-        merge.check(path)?;
-        Ok(merge)
+        Self::new(config, text, path)
     }
 
-    /// The folder `path`, with the configuration and tokenizer of the base (or of the first model): from its folder, or from beside
-    /// its file.
+    /// A merge of `config`; `text` goes to the output, and `path` names it in errors.
+    ///
+    /// # Errors
+    /// As [`Merge::open`].
+    pub fn new(config: MergeConfig, text: String, path: &Path) -> Result<Self, MergeError> {
+        let mut problems = Problems::default();
+        let mut models = Vec::new();
+        for reference in config.models() {
+            match InputModel::open(reference) {
+                Ok(model) => models.push(model),
+                Err(error) => problems.add(config.place_of(reference), error),
+            }
+        }
+        let fail =
+            |problems: Problems| MergeError::Mismatch { path: path.into(), problems: problems.into_lines() };
+        if !problems.is_empty() {
+            return Err(fail(problems));
+        }
+        let tokenizer = config.tokenizer.as_ref();
+        let vocabulary = tokenizer.and_then(|t| Vocabulary::new(&config, t, &models, &mut problems));
+        let plan = plan::plan(&config, &models, vocabulary.as_ref(), &mut problems);
+        let chat_template = folder::chat_template(&config, &models, &mut problems);
+        if problems.is_empty() && plan.tensors.is_empty() {
+            problems.add(config.place, "the models have no tensors");
+        }
+        match problems.is_empty() {
+            true => Ok(Merge { config, text, models, plan, vocabulary, chat_template }),
+            false => Err(fail(problems)),
+        }
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &MergeConfig {
+        &self.config
+    }
+
+    /// What is written, tensor by tensor, and from what.
+    pub fn plan(&self) -> &MergePlan {
+        &self.plan
+    }
+
+    /// The folder `path`, with the configuration and tokenizer of the base (or of the first model), changed to what the output is.
     ///
     /// # Errors
     /// If one of these files is there but cannot be read.
     pub fn target(&self, path: &Path) -> Result<Target, MergeError> {
-        let model = Path::new(&self.names[self.base.unwrap_or(0)]);
-        let from = if model.is_dir() { model } else { model.parent().unwrap_or(model) };
-        let mut files = vec![("mergekit_config.yml".to_string(), self.text.clone().into_bytes())];
-        for name in SIDE_FILES {
-            let file = from.join(name);
-            match read_file(&file, MAX_SIDE_FILE) {
-                Ok(bytes) if *name == "config.json" => files.push((name.to_string(), self.retyped(bytes))),
-                Ok(bytes) => files.push((name.to_string(), bytes)),
-                Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
-                Err(source) => return Err(MergeError::Io { path: file, source }),
-            }
-        }
-        Ok(Target::Folder { path: path.into(), stem: "model".into(), side_files: files })
+        let side_files = folder::side_files(self)?;
+        Ok(Target::Folder { path: path.into(), stem: "model".into(), side_files })
     }
 
-    /// `config.json` with the type of the output.
-    fn retyped(&self, bytes: Vec<u8>) -> Vec<u8> {
-        let name = match self.config.out_dtype.or(self.config.dtype) {
-            Some(DType::F32) => "float32",
-            Some(DType::F16) => "float16",
-            Some(DType::BF16) => "bfloat16",
-            _ => return bytes,
+    /// The embeddings, or heads, that the rows of a vocabulary are read from: model and name in its file.
+    fn token_inputs(&self, tensor: &PlannedTensor) -> Vec<(usize, String)> {
+        let found = self.models.iter().enumerate();
+        found.filter_map(|(m, model)| Some((m, model.tensor(&tensor.name)?.1.name.clone()))).collect()
+    }
+
+    /// Whether an input is read as it is stored.
+    fn is_plain(&self, tensor: &PlannedTensor, source: &PlannedSource) -> bool {
+        source.form == GgufForm::Same && !(tensor.vocabulary && self.rows_of(source).is_some())
+    }
+
+    fn rows_of(&self, source: &PlannedSource) -> Option<&[crate::vocabulary::Row]> {
+        self.vocabulary.as_ref()?.of(source.model)
+    }
+
+    /// An input of a job as rows.
+    fn rows<'j>(
+        &'j self,
+        tensor: &PlannedTensor,
+        source: &PlannedSource,
+        inputs: &'j [Input<'j>],
+    ) -> Result<Rows<'j>, String> {
+        let find =
+            |model: usize, name: &str| inputs.iter().find(|i| i.source == model && i.info.name == name);
+        if tensor.vocabulary
+            && let Some(rows) = self.rows_of(source)
+        {
+            let all = self.token_inputs(tensor);
+            let found = all.iter().filter_map(|(model, name)| Some((*model, find(*model, name)?)));
+            return Rows::vocabulary(found.collect(), rows, &tensor.shape);
+        }
+        let input = find(source.model, &source.stored).ok_or("an input that is not declared")?;
+        Ok(Rows::stored(input, source.form))
+    }
+
+    /// The parameters of a tensor: of each source, and of all.
+    fn parameters(&self, tensor: &PlannedTensor) -> Result<(Vec<ModelParameters>, GlobalParameters), String> {
+        let method = self.config.method;
+        let own = tensor.sources.iter().enumerate().map(|(i, source)| {
+            // The base needs none.
+            let base = (tensor.base == Some(i)).then_some(0.0);
+            ModelParameters::new(method, |name| source.parameters.get(name).copied().or(base))
+        });
+        let own = own.collect::<Result<Vec<_>, _>>()?;
+        Ok((own, GlobalParameters::new(method, |name| tensor.global.get(name).copied())?))
+    }
+
+    fn merge(&self, job: &mut Job<'_>) -> Result<(), StreamError> {
+        let fail = |problem: String| StreamError::transform(problem);
+        let method = self.config.method;
+        let tensor = &self.plan.tensors[job.index()];
+        if tensor.copied {
+            return job.copy();
+        }
+        let inputs = job.inputs();
+        let (per_model, global) = self.parameters(tensor).map_err(fail)?;
+        let load = self.config.dtype;
+        let of = |source: &PlannedSource| {
+            inputs.iter().find(|i| i.source == source.model && i.info.name == source.stored)
         };
-        let Ok(mut json) = serde_json::from_slice::<serde_json::Value>(&bytes) else { return bytes };
-        for key in ["dtype", "torch_dtype"] {
-            if let Some(value) = json.get_mut(key) {
-                *value = name.into();
+        // The type in which mergekit holds the models: that of the base, else one that holds them all.
+        let stored = |source: &PlannedSource| of(source).map_or(DType::F32, |i| i.info.dtype);
+        let first = stored(&tensor.sources[tensor.base.unwrap_or(0)]);
+        let alike = tensor.base.is_some() || tensor.sources.iter().all(|s| stored(s) == first);
+        let held = load.unwrap_or(if alike { first } else { DType::F32 });
+        let common = TensorMerge {
+            inputs: &[],
+            base: tensor.base,
+            shape: &tensor.shape,
+            per_model: &per_model,
+            global: &global,
+            seed: Seed(self.config.seed).derive(&tensor.name),
+            numerics: self.config.numerics,
+            dtype: held,
+            masks: None,
+        };
+        // Inputs in another type than `dtype` are rounded to it first, as mergekit loads them.
+        let plain: Vec<bool> = tensor.sources.iter().map(|s| self.is_plain(tensor, s)).collect();
+        if plain.iter().all(|p| *p) {
+            let values = tensor.sources.iter().map(|s| {
+                let input = of(s).ok_or("an input that is not declared")?;
+                let values = Values::encoded(input.info.dtype, input.bytes, input.info.elements())?;
+                Ok(load.map_or(values, |dtype| values.rounded_to(dtype)))
+            });
+            let values = values.collect::<Result<Vec<_>, String>>().map_err(fail)?;
+            let prepared = prepare(method, &TensorMerge { inputs: &values, ..common }).map_err(fail)?;
+            let (range, write) = (job.range(), |values: &[f32]| job.write_f32(values));
+            return prepared.run(&values, range, write, fail);
+        }
+        let rows = tensor.sources.iter().map(|s| self.rows(tensor, s, inputs));
+        let rows = rows.collect::<Result<Vec<_>, _>>().map_err(fail)?;
+        let elements: usize = tensor.shape.iter().product();
+        let columns = elements.checked_div(*tensor.shape.first().unwrap_or(&1)).unwrap_or(1).max(1);
+        // A method that needs the whole tensor gets it at once, the others as many rows as make a chunk.
+        let step = if method.elementwise() { (CHUNK / columns).max(1) } else { (elements / columns).max(1) };
+        let mut buffers: Vec<Vec<f32>> = vec![Vec::new(); rows.len()];
+        for start in (0..elements / columns).step_by(step) {
+            let count = step.min(elements / columns - start);
+            for (rows, buffer) in rows.iter().zip(&mut buffers) {
+                buffer.resize(count * columns, 0.0);
+                rows.read(start..start + count, buffer).map_err(fail)?;
             }
+            let values: Vec<Values<'_>> = buffers
+                .iter()
+                .map(|b| load.map_or(Values::from(&b[..]), |dtype| Values::from(&b[..]).rounded_to(dtype)))
+                .collect();
+            let len = [count * columns];
+            let shape = if method.elementwise() { &len[..] } else { &tensor.shape };
+            let part = TensorMerge { inputs: &values, shape, ..common };
+            let prepared = prepare(method, &part).map_err(fail)?;
+            prepared.run(&values, 0..count * columns, |values| job.write_f32(values), fail)?;
         }
-        serde_json::to_vec_pretty(&json).unwrap_or(bytes)
+        Ok(())
     }
-
-    fn check(&self, path: &Path) -> Result<(), MergeError> {
-        let mut problems = Vec::new();
-        let first = &self.checkpoints[self.base.unwrap_or(0)];
-        for (other, name) in self.checkpoints.iter().zip(&self.names) {
-            for info in first.tensors() {
-                match other.get(&info.name) {
-                    None => problems.push(format!("`{}` is missing from {name}", info.name)),
-                    Some(o) if o.shape != info.shape => problems.push(format!(
-                        "`{}` has shape {:?} in {name} and {:?} in {}",
-                        info.name,
-                        o.shape,
-                        info.shape,
-                        self.names[self.base.unwrap_or(0)]
-                    )),
-                    Some(o) if !o.dtype.is_float() => problems
-                        .push(format!("`{}` of {name} holds {}, which cannot be merged", info.name, o.dtype)),
-                    Some(_) => {}
-                }
-            }
-            let extra = other.tensors().iter().filter(|t| first.get(&t.name).is_none());
-            problems.extend(
-                extra.map(|t| format!("`{}` of {name} would be lost: the base has no such tensor", t.name)),
-            );
-        }
-        for info in first.tensors() {
-            match self.parameters(&info.name) {
-                Err(problem) => problems.push(format!("`{}`: {problem}", info.name)),
-                Ok((own, global)) if self.config.method == MergeMethod::Linear && global.normalize => {
-                    if own.iter().map(|p| p.weight).sum::<f64>() == 0.0 {
-                        problems.push(format!("the weights of `{}` add up to 0", info.name));
-                    }
-                }
-                Ok(_) => {}
-            }
-        }
-        if problems.is_empty() { Ok(()) } else { Err(MergeError::Mismatch { path: path.into(), problems }) }
-    }
-
-    /// The models that take part, in their order; a base that is not listed is one for the methods that know a base.
-    fn merged(&self) -> Vec<usize> {
-        let beside = self.config.method == MergeMethod::Linear;
-        (0..self.names.len()).filter(|i| !beside || *i < self.config.models.len()).collect()
-    }
-
-    /// The base among them.
-    fn base_of(&self, merged: &[usize]) -> Option<usize> {
-        merged.iter().position(|i| Some(*i) == self.base)
-    }
-
-    /// What holds for each of [`merged`](Self::merged), and for all, at a tensor.
-    fn parameters(&self, tensor: &str) -> Result<(Vec<ModelParameters>, GlobalParameters), String> {
-        let (method, depth) = (self.config.method, self.depth(tensor));
-        let all = |name: &str| self.config.parameters.get(name).and_then(|v| v.at(tensor, depth));
-        let mut problems = Vec::new();
-        let mut own = Vec::new();
-        for i in self.merged() {
-            let entry = self.config.models.get(i).map(|m| &m.parameters);
-            let value = |name: &str| {
-                let given = entry.and_then(|e| e.get(name)).and_then(|v| v.at(tensor, depth));
-                given.or_else(|| all(name))
-            };
-            let is_base = Some(i) == self.base && method != MergeMethod::Linear;
-            match ModelParameters::new(method, |name| value(name).or(is_base.then_some(0.0))) {
-                Ok(parameters) => own.push(parameters),
-                Err(problem) => {
-                    problems.push(format!("{} of {}: no filter matches it", problem, self.names[i]))
-                }
-            }
-        }
-        match (GlobalParameters::new(method, all), problems.is_empty()) {
-            (Ok(global), true) => Ok((own, global)),
-            (Err(problem), _) => Err(problems.into_iter().chain([problem]).collect::<Vec<_>>().join("; ")),
-            (_, false) => Err(problems.join("; ")),
-        }
-    }
-
-    /// 0 at the first layer, 1 at the last; 0 for tensors outside the layers.
-    fn depth(&self, tensor: &str) -> f64 {
-        match layer_of(tensor) {
-            Some(_) if self.layers <= 1 => 1.0,
-            Some(layer) => f64::from(layer) / (self.layers - 1) as f64,
-            None => 0.0,
-        }
-    }
-}
-
-/// The first number that is a whole part of a dotted name; a larger one than any layer's counts as none.
-fn layer_of(tensor: &str) -> Option<u32> {
-    let digits = |part: &&str| part.bytes().all(|b| b.is_ascii_digit());
-    tensor.split('.').filter(digits).find_map(|part| part.parse().ok())
 }
 
 impl Transform for Merge {
@@ -201,56 +217,48 @@ impl Transform for Merge {
     }
 
     fn sources(&self) -> Vec<Source<'_>> {
-        let pairs = self.names.iter().zip(&self.checkpoints);
-        pairs.map(|(name, checkpoint)| Source { name: name.clone(), checkpoint }).collect()
+        let models = self.models.iter();
+        models.map(|m| Source { name: m.reference.to_string(), checkpoint: &m.checkpoint }).collect()
     }
 
     fn outputs(&self) -> Result<Vec<OutputSpec>, StreamError> {
-        let first = &self.checkpoints[self.base.unwrap_or(0)];
-        let spec = |info: &firebrick_tensor::checkpoint::TensorInfo| {
-            let dtype = self.config.out_dtype.or(self.config.dtype).unwrap_or(info.dtype);
-            let merged = self.merged();
-            let reads = merged.iter().map(|i| (*i, info.name.clone())).collect();
-            let scratch = self.config.method.scratch_bytes(info.elements(), merged.len());
-            let spec = TensorSpec::new(info.name.clone(), dtype, info.shape.clone());
-            if self.config.method.elementwise() {
-                OutputSpec::elementwise(spec, reads)
-            } else {
-                OutputSpec::whole(spec, reads, scratch)
+        let method = self.config.method;
+        let spec = |tensor: &PlannedTensor| {
+            let mut reads: Vec<(usize, String)> = Vec::new();
+            let own = tensor.sources.iter().map(|s| (s.model, s.stored.clone()));
+            let tokens = if tensor.vocabulary { self.token_inputs(tensor) } else { Vec::new() };
+            for read in own.chain(tokens) {
+                if !reads.contains(&read) {
+                    reads.push(read);
+                }
+            }
+            let elements: usize = tensor.shape.iter().product();
+            let spec = TensorSpec::new(tensor.name.clone(), tensor.dtype, tensor.shape.clone());
+            let count = tensor.sources.len();
+            let plain = tensor.sources.iter().all(|s| self.is_plain(tensor, s));
+            let scratch = method.scratch_bytes(elements, count);
+            let columns = elements / tensor.shape.first().copied().unwrap_or(1).max(1);
+            match (plain, tensor.copied || method.elementwise()) {
+                (true, true) => OutputSpec::elementwise(spec, reads),
+                (true, false) => OutputSpec::whole(spec, reads, scratch),
+                (false, true) => {
+                    OutputSpec::whole(spec, reads, scratch + (4 * (CHUNK + 4 * columns) * count) as u64)
+                }
+                (false, false) => OutputSpec::whole(spec, reads, scratch + 4 * (elements * count) as u64),
             }
         };
-        Ok(first.tensors().iter().map(spec).collect())
+        Ok(self.plan.tensors.iter().map(spec).collect())
     }
 
     fn settings(&self) -> serde_json::Value {
         serde_json::json!({ "config": self.text })
     }
 
+    fn card(&self) -> Card {
+        folder::card(self)
+    }
+
     fn compute(&self, job: &mut Job<'_>) -> Result<(), StreamError> {
-        let (method, spec) = (self.config.method, job.spec());
-        let merged = self.merged();
-        let (per_model, global) = self.parameters(&spec.tensor.name).map_err(StreamError::transform)?;
-        let base = self.base_of(&merged);
-        // Inputs in another type than `dtype` are rounded to it first, as mergekit loads them.
-        let load = self.config.dtype;
-        let values = job.inputs().iter().map(|i| {
-            let values = Values::encoded(i.info.dtype, i.bytes, i.info.elements())?;
-            Ok(load.map_or(values, |dtype| values.rounded_to(dtype)))
-        });
-        let inputs = values.collect::<Result<Vec<_>, String>>().map_err(StreamError::transform)?;
-        let tensor = TensorMerge {
-            inputs: &inputs,
-            base,
-            shape: &spec.tensor.shape,
-            per_model: &per_model,
-            global: &global,
-            seed: Seed(self.config.seed).derive(&spec.tensor.name),
-            numerics: self.config.numerics,
-            dtype: load.unwrap_or(job.input(base.unwrap_or(0))?.info.dtype),
-            masks: None,
-        };
-        let merge = prepare(method, &tensor).map_err(StreamError::transform)?;
-        let (range, write) = (job.range(), |values: &[f32]| job.write_f32(values));
-        merge.run(&inputs, range, write, StreamError::transform)
+        self.merge(job)
     }
 }

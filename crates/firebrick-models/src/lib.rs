@@ -39,4 +39,4 @@ pub use generate::{GenerateOptions, generate};
 pub use model::{Model, ModelFiles};
 pub use rotary::RopeScaling;
 pub use tokens::token_tensor;
-pub use weights::{CheckpointWeights, TensorSource};
+pub use weights::{CheckpointWeights, GgufForm, TensorSource};

@@ -33,6 +33,14 @@ pub struct CheckpointWeights<'a> {
 }
 
 impl CheckpointWeights<'_> {
+    /// The form in which this checkpoint stores the weight of `site`.
+    pub fn form(&self, site: Site) -> GgufForm {
+        match self.checkpoint.format() {
+            Format::Gguf => GgufForm::of(self.config, self.sites, site),
+            _ => GgufForm::Same,
+        }
+    }
+
     /// The name of `site`'s weight in this checkpoint, `None` for sites without one.
     pub fn tensor_name(&self, site: Site) -> Option<String> {
         let family = self.config.family();
@@ -45,18 +53,21 @@ impl CheckpointWeights<'_> {
 
 /// How GGUF stores a weight, seen from Hugging Face's layout.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum GgufForm {
+pub enum GgufForm {
     /// As it is.
     Same,
     /// Rows in llama.cpp's order, head by head.
-    Interleaved { heads: usize },
+    Interleaved {
+        /// Number of heads.
+        heads: usize,
+    },
     /// With 1 added.
     PlusOne,
 }
 
 impl GgufForm {
     /// The form of the weight of `site`.
-    pub fn of(config: &DecoderConfig, sites: &SiteTable, site: Site) -> GgufForm {
+    pub(crate) fn of(config: &DecoderConfig, sites: &SiteTable, site: Site) -> GgufForm {
         let kind = sites.get(site).map(|e| e.kind);
         match site.part {
             _ if config.norm_plus_one && matches!(kind, Some(SiteKind::Norm { .. })) => GgufForm::PlusOne,
@@ -76,6 +87,14 @@ impl GgufForm {
             GgufForm::Same => values,
             GgufForm::Interleaved { heads } => interleave_rows(&values, heads, rows, values.len() / rows),
             GgufForm::PlusOne => values.into_iter().map(|v| v + 1.0).collect(),
+        }
+    }
+
+    /// Where GGUF keeps the row `row` of Hugging Face's layout, of `rows`.
+    pub fn stored_row(self, row: usize, rows: usize) -> usize {
+        match self {
+            GgufForm::Interleaved { heads } => deinterleaved_row(rows, heads)(row),
+            GgufForm::Same | GgufForm::PlusOne => row,
         }
     }
 
@@ -111,11 +130,7 @@ impl CheckpointWeights<'_> {
 impl TensorSource for CheckpointWeights<'_> {
     fn read_site(&self, site: Site, shape: &[usize]) -> Result<Vec<f32>, ModelError> {
         let name = self.find(site, shape)?;
-        let values = self.checkpoint.read_f32(&name)?;
-        match self.checkpoint.format() {
-            Format::Gguf => Ok(GgufForm::of(self.config, self.sites, site).undo(values, shape[0])),
-            _ => Ok(values),
-        }
+        Ok(self.form(site).undo(self.checkpoint.read_f32(&name)?, shape[0]))
     }
 
     fn check_site(&self, site: Site, shape: &[usize]) -> Result<(), ModelError> {
@@ -205,5 +220,8 @@ mod tests {
         // Head 0 has rows 0..8: halves (0..4, 4..8) become pairs 0, 4, 1, 5, ...
         let order: Vec<f32> = there.chunks(cols).take(4).map(|r| r[0] / cols as f32).collect();
         assert_eq!(order, [0.0, 4.0, 1.0, 5.0]);
+        let form = GgufForm::Interleaved { heads };
+        let row = |r: usize| &there[form.stored_row(r, rows) * cols..][..cols];
+        assert_eq!((0..rows).flat_map(row).copied().collect::<Vec<_>>(), values);
     }
 }

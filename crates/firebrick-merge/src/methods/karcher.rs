@@ -62,7 +62,8 @@ fn centre(cosines: &Gram, inverse: &[f64], steps: usize, tol: f64) -> Vec<f64> {
     c
 }
 
-/// The same with intermediate results rounded, norms and what belongs to them left in f32: angles near 0 vanish.
+/// The same with intermediate results rounded: angles near 0 vanish. Norms are in f32, and rounded where they multiply a vector, not
+/// where they divide one.
 fn centre_rounded(tensor: &TensorMerge<'_>, rounded: &Rounded) -> Vec<f32> {
     let r = |v: f64| rounded.r(v);
     let norm = |v: &[f32]| dot(v, v).sqrt();
@@ -100,12 +101,13 @@ fn centre_rounded(tensor: &TensorMerge<'_>, rounded: &Rounded) -> Vec<f32> {
         if length < tol {
             break;
         }
-        u = rounded.zip(&u, &step, |u, s| r(length.cos() * u) + r(length.sin() * r(s / length)));
+        let (cosine, sine) = (r(length.cos()), r(length.sin()));
+        u = rounded.zip(&u, &step, |u, s| r(cosine * u) + r(sine * r(s / length)));
         let after = norm(&u);
         if after > tol {
             u = rounded.map(&u, |u| u / after);
         }
     }
-    let mean = norms.iter().sum::<f64>() / norms.len() as f64;
+    let mean = r(norms.iter().sum::<f64>() / norms.len() as f64);
     rounded.map(&u, |u| mean * u)
 }

@@ -137,13 +137,7 @@ fn every_method_equals_mergekit() {
                     merged.is_empty(),
                     golden.tied && !["linear", "slerp", "ties", "karcher"].contains(&case.0)
                 );
-                let limit = match (case.0, dtype) {
-                    (_, DType::F32) => 1e-6,
-                    // An open deviation: where the iteration stops is decided by single roundings.
-                    ("karcher", _) => 5.0,
-                    _ => 1.0,
-                };
-                let error = worst(&golden, &merged);
+                let (error, limit) = (worst(&golden, &merged), if dtype == DType::F32 { 1e-6 } else { 1.0 });
                 if error > limit {
                     wrong.push(format!("{} {dtype} tied {tied}: {error}", case.0));
                 }
@@ -151,4 +145,20 @@ fn every_method_equals_mergekit() {
         }
     }
     assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+/// In f32 both ways to compute are within rounding of each other, and a parameter that is left out shows.
+#[test]
+fn plain_numerics_equal_mergekit_in_f32() {
+    let golden = Golden::open(false, DType::F32);
+    for case in CASES {
+        let error = worst(&golden, &golden.merge(case, Numerics::F32));
+        assert!(error < 1e-6, "{}: {error}", case.0);
+        let (name, method, base, models, all, own) = case;
+        let switched = |list: Settings| list.is_empty() || list[0].0 == "t";
+        if !(switched(all) && switched(own)) {
+            let other = golden.merge((name, method, base, models, &[], &[]), Numerics::F32);
+            assert!(worst(&golden, &other) > 1e-3, "control: {name} without its parameters");
+        }
+    }
 }

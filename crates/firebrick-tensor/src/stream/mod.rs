@@ -84,6 +84,17 @@ impl OutputSpec {
     }
 }
 
+/// What a transformation adds to the model card of its output.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Card {
+    /// Tags of the front matter.
+    pub tags: Vec<String>,
+    /// Further lines of the front matter (YAML).
+    pub front_matter: Vec<String>,
+    /// Markdown behind the sources, in place of the settings; empty for the settings.
+    pub text: String,
+}
+
 /// A transformation of checkpoints: merge, quantize, convert, rotate, drop, ...
 pub trait Transform: Sync {
     /// What is done, in a word or two: `merge ties`, `quantize gptq`.
@@ -101,6 +112,11 @@ pub trait Transform: Sync {
     /// Everything beside the sources that changes the bytes, seeds included: a run that was interrupted goes on only
     /// under equal settings. Written to the output, so without paths or secrets.
     fn settings(&self) -> serde_json::Value;
+
+    /// What the model card says beside the sources.
+    fn card(&self) -> Card {
+        Card::default()
+    }
 
     /// Computes the elements [`Job::range`] of one output and writes them in order, a function of nothing but the
     /// settings and the declared inputs. Called from several threads, in any order.

@@ -89,7 +89,7 @@ pub(super) fn files(
         beside.extend(super::target::index(stem, &prepared.files));
         beside.extend(side_files.iter().cloned());
         if !side_files.iter().any(|(name, _)| name == MODEL_CARD) {
-            let card = model_card(transform.name(), &settings, &sources, prepared.outputs.len());
+            let card = model_card(transform, &settings, &sources, prepared.outputs.len());
             beside.push((MODEL_CARD.to_owned(), card.into_bytes()));
         }
     }
@@ -118,15 +118,22 @@ fn plain_name(name: &str) -> String {
 }
 
 fn model_card(
-    transform: &str,
+    transform: &dyn Transform,
     settings: &serde_json::Value,
     sources: &[SourceRecord],
     tensors: usize,
 ) -> String {
-    let verb = transform.split_whitespace().next().unwrap_or("convert");
-    let tag = serde_json::Value::from(verb).to_string();
+    let (name, own) = (transform.name(), transform.card());
+    let verb = name.split_whitespace().next().unwrap_or("convert");
     let version = env!("CARGO_PKG_VERSION");
-    let mut card = format!("---\ntags:\n- firebrick\n- {tag}\n---\n\n# {transform}\n\n");
+    let mut card = "---\ntags:\n- firebrick\n".to_owned();
+    for tag in std::iter::once(verb).chain(own.tags.iter().map(String::as_str)) {
+        let _ = writeln!(card, "- {}", serde_json::Value::from(tag));
+    }
+    for line in &own.front_matter {
+        let _ = writeln!(card, "{line}");
+    }
+    let _ = write!(card, "---\n\n# {name}\n\n");
     let s = if tensors == 1 { "" } else { "s" };
     let _ = write!(card, "{tensors} tensor{s}, written by Firebrick {version}.\n\n## Sources\n\n");
     card.push_str("| source | file | bytes | sha256 |\n|---|---|---:|---|\n");
@@ -136,7 +143,9 @@ fn model_card(
             let _ = writeln!(card, "| {} | {} | {} | {sha} |", cell(name), cell(&file.name), file.bytes);
         }
     }
-    if !settings.is_null() {
+    if !own.text.is_empty() {
+        let _ = write!(card, "\n{}", own.text);
+    } else if !settings.is_null() {
         let text = String::from_utf8_lossy(&pretty(settings)).into_owned();
         let _ = write!(card, "\n## Settings\n\n```json\n{text}```\n");
     }
