@@ -207,8 +207,8 @@ fn merges(files: &Files, cases: &mut Vec<Case>) {
     let deep = format!("merge_method: {}", "[".repeat(100_000));
     let nested = weight(&format!("{}1{}", "[{filter: q, value: ".repeat(3_000), "}]".repeat(3_000)));
     let yaml: &[(&str, &str)] = &[
-        ("", "map of keys"),
-        ("[1, 2]", "map of keys"),
+        ("", "the text is empty"),
+        ("[1, 2]", "should be a map"),
         ("merge_method: [\n", "line"),
         ("merge_method: linear\n\tmodels: 5\n", "line"),
         (&bomb, "line"),
@@ -219,22 +219,22 @@ fn merges(files: &Files, cases: &mut Vec<Case>) {
         ("models: []\n", "`merge_method` is missing"),
         ("merge_method: linear\n", "`models`"),
         ("merge_method: linear\nmodels: {}\n", "`models`"),
-        ("merge_method: linear\nmodels: []\n", "`models` is empty"),
-        ("merge_method: linear\nmodels: [{}]\n", "models[0]"),
+        ("merge_method: linear\nmodels: []\n", "`models` of the configuration is empty"),
+        ("merge_method: linear\nmodels: [{}]\n", "`model` is missing"),
         ("merge_method: linear\nmodels: [{model: m}]\n", "no `weight`"),
-        (&weight("heavy"), "models[0].parameters.weight"),
-        (&weight(".nan"), "weight"),
-        (&weight("1e999"), "weight"),
+        (&weight("heavy"), "line 4, column 26: `weight`"),
+        (&weight(".nan"), "line 4, column 26"),
+        (&weight("1e999"), "line 4, column 26"),
         (&weight("0.0"), "add up to 0"),
-        (&weight("[{filter: nothing-is-called-so, value: 1}]"), "no filter matches"),
-        (&weight("[]"), "models[0].parameters.weight"),
+        (&weight("[{filter: nothing-is-called-so, value: 1}]"), "no filter takes"),
+        (&weight("[]"), "`weight` is an empty list"),
         (&linear("dtype: int4\n"), "int4"),
         (&linear("dtpye: float32\n"), "dtpye"),
         (&linear("slices: []\n"), "slices"),
         (&linear("numerics: exact\n"), "exact"),
         (&linear("merge_method: linear\n"), "line"),
-        (&linear("tokenizer_source: union\n"), "union"),
-        (&linear("base_model: m+adapter\n"), "adapters"),
+        (&linear("tokenizer_source: nowhere\n"), "nowhere"),
+        (&linear("base_model: m+adapter\n"), "m+adapter"),
         ("merge_method: task_arithmetic\nmodels: [{model: m, parameters: {weight: 1}}]\n", "base_model"),
     ];
     for (text, says) in yaml {
@@ -257,7 +257,7 @@ fn merges(files: &Files, cases: &mut Vec<Case>) {
     let other = "models:\n  - {model: m, parameters: {weight: 1}}\n  - {model: other, parameters: {weight: 1}}\nmerge_method: linear\n";
     let header = br#"{"model.norm.weight":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}"#;
     let file = [&(header.len() as u64).to_le_bytes()[..], header, &[0; 8]].concat();
-    let unlike = case("unlike models", &["model.norm.weight", "[2]", "is missing from other"]);
+    let unlike = case("unlike models", &["model.norm.weight", "[2]", "lacks `model.embed_tokens.weight`"]);
     cases.push(unlike.with("x.yml", other).with("other/model.safetensors", file));
     cases.push(
         case("a side file that is a folder", &["merges.txt"])
