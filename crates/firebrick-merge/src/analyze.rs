@@ -5,6 +5,7 @@ use std::fmt;
 use std::ops::Range;
 
 use firebrick_core::{Progress, Seed, Task};
+use firebrick_models::GgufForm;
 use firebrick_tensor::linalg::{LinalgError, Matrix, randomized_svd};
 use rayon::prelude::*;
 use serde::Serialize;
@@ -137,6 +138,8 @@ impl Merge {
         let alike = |t: &PlannedTensor| {
             t.sources.iter().map(|s| s.model).eq(self.analyzed())
                 && t.sources.iter().all(|s| s.form == t.sources[0].form)
+                && !(t.sources[0].form != GgufForm::Same
+                    && t.sources.iter().any(|s| self.models[s.model].update(&s.tensor).is_some()))
         };
         let strange = self.plan.tensors.iter().find(|t| t.vocabulary || !(t.copied || alike(t)));
         if let Some(t) = strange {
@@ -164,10 +167,14 @@ impl Merge {
                 let read = |i: &usize| {
                     let mut values = vec![0.0; range.len()];
                     let source = &tensor.sources[*i];
-                    let checkpoint = &self.models[source.model].checkpoint;
-                    checkpoint.read_f32_into(&source.stored, range.clone(), &mut values).map(|()| values)
+                    let model = &self.models[source.model];
+                    model.checkpoint.read_f32_into(&source.stored, range.clone(), &mut values)?;
+                    if let Some(update) = model.update(&source.tensor) {
+                        update.add(range.start, &mut values);
+                    }
+                    Ok(values)
                 };
-                Ok(Sums::over(&order.iter().map(read).collect::<Result<Vec<_>, _>>()?))
+                Ok(Sums::over(&order.iter().map(read).collect::<Result<Vec<_>, MergeError>>()?))
             };
             let starts: Vec<usize> = (0..n).step_by(CHUNK).collect();
             let parts: Vec<Sums> = starts
@@ -210,7 +217,12 @@ impl Merge {
         let fail = |e: LinalgError| MergeError::Numerics { tensor: name.into(), what: e.to_string() };
         let read = |i: usize| {
             let source = &tensor.sources[i];
-            self.models[source.model].checkpoint.read_f32(&source.stored)
+            let model = &self.models[source.model];
+            let mut values = model.checkpoint.read_f32(&source.stored)?;
+            if let Some(update) = model.update(&source.tensor) {
+                update.add(0, &mut values);
+            }
+            Ok::<_, MergeError>(values)
         };
         let reference = read(order[0])?;
         let mut leading = Vec::new();

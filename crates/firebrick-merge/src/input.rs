@@ -10,6 +10,7 @@ use firebrick_tensor::checkpoint::{Checkpoint, is_gguf_name};
 use indexmap::IndexMap;
 use serde_json::Value as Json;
 
+use crate::adapter::{Adapter, Update};
 use crate::config::ModelRef;
 use crate::names;
 
@@ -37,11 +38,25 @@ pub(crate) struct InputModel {
     /// Tensors that follow from the configuration: name.
     pub derived: Vec<String>,
     tokenizer: Option<Tokenizer>,
+    /// What is added to its weights.
+    pub adapter: Option<Adapter>,
 }
 
 impl InputModel {
-    /// Opens a folder, a file of tensors or a GGUF file.
+    /// Opens a folder, a file of tensors or a GGUF file, and the adapter on it.
     pub fn open(reference: &ModelRef) -> Result<Self, String> {
+        let mut model = Self::open_base(reference)?;
+        if let Some(folder) = &reference.lora {
+            let sites = model.sites.as_ref();
+            let sites = sites.ok_or_else(|| {
+                format!("an adapter needs a model whose layers are known, `{}` is none", reference.path)
+            })?;
+            model.adapter = Some(Adapter::open(Path::new(folder), sites)?);
+        }
+        Ok(model)
+    }
+
+    fn open_base(reference: &ModelRef) -> Result<Self, String> {
         let path = Path::new(&reference.path);
         if !path.exists() {
             return Err(format!("there is no folder or file `{}`", reference.path));
@@ -78,6 +93,7 @@ impl InputModel {
             tensors,
             derived,
             tokenizer: None,
+            adapter: None,
         })
     }
 
@@ -110,6 +126,7 @@ impl InputModel {
             derived,
             tokenizer: Some(files.tokenizer),
             checkpoint: files.checkpoint,
+            adapter: None,
         })
     }
 
@@ -122,6 +139,11 @@ impl InputModel {
             return None;
         }
         self.tensors.iter().find(|(n, _)| names::is_embedding(n)).map(|(n, stored)| (n.as_str(), stored))
+    }
+
+    /// What its adapter adds to the tensor `name`.
+    pub fn update(&self, name: &str) -> Option<&Update> {
+        self.adapter.as_ref()?.update(name)
     }
 
     /// Layers behind `prefix`.

@@ -6,6 +6,7 @@
 //! units stand in another order.
 #![forbid(unsafe_code)]
 
+mod adapter;
 mod analyze;
 mod chat_templates;
 mod config;
@@ -19,6 +20,7 @@ mod names;
 pub mod permutation;
 mod plan;
 mod rows;
+mod stages;
 pub mod task_vectors;
 pub mod transport;
 mod vocabulary;
@@ -36,3 +38,4 @@ pub use methods::{
     Values, merge_tensor, prepare, rectify,
 };
 pub use plan::{MergePlan, ParameterValues, PlannedSource, PlannedTensor};
+pub use stages::Stages;

@@ -66,6 +66,15 @@ impl Merge {
         let tokenizer = config.tokenizer.as_ref();
         let vocabulary = tokenizer.and_then(|t| Vocabulary::new(&config, t, &models, &mut problems));
         let plan = plan::plan(&config, &models, vocabulary.as_ref(), &mut problems);
+        for tensor in plan.tensors.iter().filter(|t| t.vocabulary) {
+            for source in tensor.sources.iter().filter(|s| models[s.model].update(&s.tensor).is_some()) {
+                let text = format!(
+                    "the adapter of `{}` changes `{}`, whose rows change places",
+                    source.name, source.tensor
+                );
+                problems.add(config.place, text);
+            }
+        }
         let chat_template = folder::chat_template(&config, &models, &mut problems);
         if problems.is_empty() && plan.tensors.is_empty() {
             problems.add(config.place, "the models have no tensors");
@@ -103,7 +112,9 @@ impl Merge {
 
     /// Whether an input is read as it is stored.
     fn is_plain(&self, tensor: &PlannedTensor, source: &PlannedSource) -> bool {
-        source.form == GgufForm::Same && !(tensor.vocabulary && self.rows_of(source).is_some())
+        source.form == GgufForm::Same
+            && !(tensor.vocabulary && self.rows_of(source).is_some())
+            && self.models[source.model].update(&source.tensor).is_none()
     }
 
     fn rows_of(&self, source: &PlannedSource) -> Option<&[crate::vocabulary::Row]> {
@@ -127,7 +138,7 @@ impl Merge {
             return Rows::vocabulary(found.collect(), rows, &tensor.shape);
         }
         let input = find(source.model, &source.stored).ok_or("an input that is not declared")?;
-        Ok(Rows::stored(input, source.form))
+        Ok(Rows::stored(input, source.form, self.models[source.model].update(&source.tensor)))
     }
 
     /// The parameters of a tensor: of each source, and of all.
@@ -251,7 +262,12 @@ impl Transform for Merge {
     }
 
     fn settings(&self) -> serde_json::Value {
-        serde_json::json!({ "config": self.text })
+        let adapters = self.models.iter().filter_map(|m| Some(&m.adapter.as_ref()?.sha256));
+        let adapters: Vec<&String> = adapters.collect();
+        match adapters.is_empty() {
+            true => serde_json::json!({ "config": self.text }),
+            false => serde_json::json!({ "config": self.text, "adapters": adapters }),
+        }
     }
 
     fn card(&self) -> Card {

@@ -6,6 +6,7 @@ use firebrick_models::GgufForm;
 use firebrick_tensor::block;
 use firebrick_tensor::stream::Input;
 
+use crate::adapter::Update;
 use crate::vocabulary::Row;
 
 /// An input, row by row.
@@ -13,6 +14,7 @@ pub(crate) struct Rows<'a> {
     /// Elements of a row; 1 for vectors.
     columns: usize,
     kind: Kind<'a>,
+    update: Option<&'a Update>,
 }
 
 enum Kind<'a> {
@@ -21,10 +23,10 @@ enum Kind<'a> {
 }
 
 impl<'a> Rows<'a> {
-    /// An input in the form in which GGUF keeps it.
-    pub fn stored(input: &'a Input<'a>, form: GgufForm) -> Self {
+    /// An input in the form in which GGUF keeps it, and what an adapter adds to it.
+    pub fn stored(input: &'a Input<'a>, form: GgufForm, update: Option<&'a Update>) -> Self {
         let (rows, columns) = extents(&input.info.shape);
-        Rows { columns, kind: Kind::Stored { input, form, rows } }
+        Rows { columns, kind: Kind::Stored { input, form, rows }, update }
     }
 
     /// The rows of a vocabulary; `inputs` are the embeddings by model.
@@ -37,7 +39,8 @@ impl<'a> Rows<'a> {
         shape: &[usize],
     ) -> Result<Self, String> {
         let (_, columns) = extents(shape);
-        let mut this = Rows { columns, kind: Kind::Vocabulary { inputs, rows, pad: Vec::new() } };
+        let mut this =
+            Rows { columns, kind: Kind::Vocabulary { inputs, rows, pad: Vec::new() }, update: None };
         let tokens = rows.iter().position(|row| *row == Row::Pad).unwrap_or(rows.len());
         if tokens < rows.len() {
             let mut sums = vec![0f64; columns];
@@ -59,6 +62,15 @@ impl<'a> Rows<'a> {
     /// # Errors
     /// If a row cannot be decoded.
     pub fn read(&self, rows: Range<usize>, out: &mut [f32]) -> Result<(), String> {
+        let start = rows.start * self.columns;
+        self.read_base(rows, out)?;
+        if let Some(update) = self.update {
+            update.add(start, out);
+        }
+        Ok(())
+    }
+
+    fn read_base(&self, rows: Range<usize>, out: &mut [f32]) -> Result<(), String> {
         match &self.kind {
             Kind::Stored { input, form: form @ (GgufForm::Same | GgufForm::PlusOne), .. } => {
                 decode(input, rows.start * self.columns, out)?;

@@ -187,12 +187,46 @@ fn card(base: &str, settings: &[(Site, String, LoraSettings)]) -> String {
     text
 }
 
+/// The update of one linear layer, as an adapter's file has it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SiteFactors {
+    /// The layer.
+    pub site: Site,
+    /// Rank and strength.
+    pub settings: LoraSettings,
+    /// `A: [rank, d_in]`.
+    pub a: Vec<f32>,
+    /// `B: [d_out, rank]`; the update of a weight `[d_out, d_in]` is `settings.scale() * B A`.
+    pub b: Vec<f32>,
+}
+
 /// Loads a PEFT LoRA folder as a bank over a model with these sites.
+///
+/// # Errors
+/// As [`read`].
+pub fn load(dir: &Path, sites: &SiteTable, device: &Device) -> Result<(LoraBank, AdapterConfig), PeftError> {
+    let (factors, config) = read(dir, sites)?;
+    let parts = factors.into_iter().map(|f| {
+        let (rank, d_in, d_out) = (f.settings.rank, f.a.len() / f.settings.rank, f.b.len() / f.settings.rank);
+        let matrix =
+            |v: Vec<f32>, shape| Tensor::<2>::from_data(TensorData::new(v, shape), device).transpose();
+        (f.site, f.settings, matrix(f.a, [rank, d_in]), matrix(f.b, [d_out, rank]))
+    });
+    match LoraBank::from_parts(parts.collect(), config.lora_dropout) {
+        Ok(bank) => Ok((bank, config)),
+        Err(PeftError::Parts { problems }) => {
+            Err(PeftError::Invalid { path: dir.join(CONFIG_FILE), problems })
+        }
+        Err(e) => Err(e),
+    }
+}
+
+/// Reads a PEFT LoRA folder for a model with these sites.
 ///
 /// # Errors
 /// Lists everything that does not fit: tensors without a site, factors whose shapes disagree with the model or with the
 /// ranks in the configuration, kinds of adapter that are not plain LoRA.
-pub fn load(dir: &Path, sites: &SiteTable, device: &Device) -> Result<(LoraBank, AdapterConfig), PeftError> {
+pub fn read(dir: &Path, sites: &SiteTable) -> Result<(Vec<SiteFactors>, AdapterConfig), PeftError> {
     let path = dir.join(CONFIG_FILE);
     let invalid = |problems: Vec<String>| PeftError::Invalid { path: path.clone(), problems };
     let text =
@@ -245,18 +279,12 @@ pub fn load(dir: &Path, sites: &SiteTable, device: &Device) -> Result<(LoraBank,
         }
         let alpha = lookup(&alpha_pattern, &module).unwrap_or(config.lora_alpha);
         let settings = LoraSettings { rank: r, alpha, rslora: config.use_rslora };
-        let matrix =
-            |v: Vec<f32>, shape| Tensor::<2>::from_data(TensorData::new(v, shape), device).transpose();
-        parts.push((site, settings, matrix(a, [r, d_in]), matrix(b, [d_out, r])));
+        if r == 0 {
+            problems.push(format!("`{site}` has rank 0"));
+        }
+        parts.push(SiteFactors { site, settings, a, b });
     }
-    if !problems.is_empty() {
-        return Err(invalid(problems));
-    }
-    match LoraBank::from_parts(parts, config.lora_dropout) {
-        Ok(bank) => Ok((bank, config)),
-        Err(PeftError::Parts { problems }) => Err(invalid(problems)),
-        Err(e) => Err(e),
-    }
+    if problems.is_empty() { Ok((parts, config)) } else { Err(invalid(problems)) }
 }
 
 /// What in this configuration is beyond plain LoRA.

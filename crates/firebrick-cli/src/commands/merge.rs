@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::Args;
 use firebrick_analysis::{Bars, Heatmap, Report, Row, Section, Table};
-use firebrick_merge::{MergeAnalysis, TaskVectors};
+use firebrick_merge::{MergeAnalysis, Stages, TaskVectors};
 
 use crate::args::{Global, Usage};
 use crate::models;
@@ -35,7 +35,41 @@ impl Merge {
         if !self.analyze {
             models::check_output(&self.output, None, global)?;
         }
-        let merge = firebrick_merge::Merge::open(&self.config)?;
+        let stages = Stages::open(&self.config)?;
+        let results = self.results();
+        let last = stages.configs().len() - 1;
+        if last > 0 {
+            if self.analyze || global.dry_run {
+                let what = if self.analyze { "--analyze" } else { "--dry-run" };
+                let why = "needs the results of the earlier documents; give it a file of one";
+                return Err(Usage(format!(
+                    "{what}: {} has {} documents, the last {why}",
+                    self.config.display(),
+                    last + 1
+                ))
+                .into());
+            }
+            models::discard(&results)?;
+            for (stage, config) in stages.configs()[..last].iter().enumerate() {
+                let merge = stages.merge(stage, &self.config, &results)?;
+                let target = merge.target(&results.join(config.name.as_deref().unwrap_or_default()))?;
+                models::executor(global, terminal).run(&merge, &target)?;
+            }
+        }
+        let written = self.merge(&stages.merge(last, &self.config, &results)?, global, terminal);
+        if last > 0 {
+            models::discard(&results)?;
+        }
+        written
+    }
+
+    /// Where the results of all documents but the last are kept until that is merged: beside the output.
+    fn results(&self) -> PathBuf {
+        let name = self.output.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        firebrick_core::folder(&self.output).join(format!(".{name}.stages"))
+    }
+
+    fn merge(&self, merge: &firebrick_merge::Merge, global: &Global, terminal: &Terminal) -> Result<()> {
         if self.analyze {
             if let Some(folder) = &self.report {
                 models::check_output(folder, None, global)?;
@@ -49,9 +83,9 @@ impl Merge {
         let target = merge.target(&self.output)?;
         let executor = models::executor(global, terminal);
         if global.dry_run {
-            return models::planned(&executor.plan(&merge, &target)?, terminal);
+            return models::planned(&executor.plan(merge, &target)?, terminal);
         }
-        let report = executor.run(&merge, &target)?;
+        let report = executor.run(merge, &target)?;
         models::written(&report, terminal)
     }
 }

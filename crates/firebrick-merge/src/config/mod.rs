@@ -192,6 +192,26 @@ impl MergeConfig {
         models
     }
 
+    /// Changes every model that is named.
+    pub(crate) fn each_model(&mut self, change: &dyn Fn(&mut ModelRef)) {
+        let slices = self.modules.iter_mut().flat_map(|m| &mut m.slices);
+        for slice in slices {
+            slice.sources.iter_mut().for_each(|s| change(&mut s.model));
+            slice.base_model.iter_mut().for_each(change);
+        }
+        self.base_model.iter_mut().for_each(change);
+        let Some(tokenizer) = &mut self.tokenizer else { return };
+        if let TokenizerSource::Model(model) = &mut tokenizer.source {
+            change(model);
+        }
+        for rule in &mut tokenizer.tokens {
+            match &mut rule.source {
+                Some(TokenSource::Model(m) | TokenSource::Token(m, _) | TokenSource::Row(m, _)) => change(m),
+                Some(TokenSource::Zero) | None => {}
+            }
+        }
+    }
+
     /// Where a model is named first.
     pub(crate) fn place_of(&self, model: &ModelRef) -> Place {
         let slices = || self.modules.iter().flat_map(|m| &m.slices);

@@ -1,0 +1,106 @@
+//! Adapters of models that are merged: `model+adapter`.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use firebrick_core::{SiteTable, read_file};
+use firebrick_peft::hf;
+use sha2::{Digest, Sha256};
+
+/// Most bytes of an adapter's file.
+const MAX_FILE: u64 = 64 << 30;
+
+/// An adapter in memory.
+#[derive(Debug)]
+pub(crate) struct Adapter {
+    /// Of its configuration and its tensors.
+    pub sha256: String,
+    updates: HashMap<String, Update>,
+}
+
+/// What an adapter adds to a weight `[d_out, d_in]`: `scale * B A`.
+#[derive(Debug)]
+pub(crate) struct Update {
+    d_in: usize,
+    rank: usize,
+    scale: f64,
+    a: Vec<f32>,
+    b: Vec<f32>,
+}
+
+impl Adapter {
+    /// Reads a PEFT folder for a model with these sites.
+    pub fn open(folder: &Path, sites: &SiteTable) -> Result<Self, String> {
+        let (factors, _) = hf::read(folder, sites).map_err(|e| e.to_string())?;
+        let mut hash = Sha256::new();
+        for file in [hf::CONFIG_FILE, hf::WEIGHTS_FILE] {
+            let path = folder.join(file);
+            hash.update(read_file(&path, MAX_FILE).map_err(|e| format!("{}: {e}", path.display()))?);
+        }
+        let update = |f: hf::SiteFactors| {
+            let tensor = sites.get(f.site).and_then(|e| e.tensor.clone());
+            let (rank, scale) = (f.settings.rank, f.settings.scale());
+            (tensor.unwrap_or_default(), Update { d_in: f.a.len() / rank, rank, scale, a: f.a, b: f.b })
+        };
+        let sha256 = hash.finalize().iter().map(|b| format!("{b:02x}")).collect();
+        Ok(Adapter { sha256, updates: factors.into_iter().map(update).collect() })
+    }
+
+    /// What is added to a tensor, by Hugging Face's name.
+    pub fn update(&self, tensor: &str) -> Option<&Update> {
+        self.updates.get(tensor)
+    }
+}
+
+impl Update {
+    /// Adds to elements of the weight from `start` on, each sum in f64.
+    pub fn add(&self, start: usize, out: &mut [f32]) {
+        let mut sums = vec![0f64; self.d_in];
+        let (mut at, mut rest) = (start, out);
+        while !rest.is_empty() {
+            let (row, column) = (at / self.d_in, at % self.d_in);
+            let (part, behind) = rest.split_at_mut((self.d_in - column).min(rest.len()));
+            let sums = &mut sums[..part.len()];
+            sums.fill(0.0);
+            for (k, b) in self.b[row * self.rank..][..self.rank].iter().enumerate() {
+                let a = &self.a[k * self.d_in + column..];
+                sums.iter_mut().zip(a).for_each(|(sum, a)| *sum += f64::from(*b) * f64::from(*a));
+            }
+            for (v, sum) in part.iter_mut().zip(sums) {
+                *v = (f64::from(*v) + self.scale * *sum) as f32;
+            }
+            at += part.len();
+            rest = behind;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_update_is_the_same_whole_and_in_pieces() {
+        let (d_out, d_in, rank) = (5, 7, 2);
+        let values = |n: usize, step: f32| (0..n).map(|i| (i as f32 * step).sin()).collect::<Vec<_>>();
+        let update =
+            Update { d_in, rank, scale: 0.5, a: values(rank * d_in, 0.7), b: values(d_out * rank, 1.3) };
+        let base = values(d_out * d_in, 0.1);
+        let mut whole = base.clone();
+        update.add(0, &mut whole);
+        for (i, v) in whole.iter().enumerate() {
+            let (row, column) = (i / d_in, i % d_in);
+            let sum: f64 = (0..rank)
+                .map(|k| f64::from(update.b[row * rank + k]) * f64::from(update.a[k * d_in + column]))
+                .sum();
+            assert_eq!(*v, (f64::from(base[i]) + 0.5 * sum) as f32);
+        }
+        for cut in [1, 6, 7, 20] {
+            let mut pieces = base.clone();
+            update.add(0, &mut pieces[..cut]);
+            update.add(cut, &mut pieces[cut..]);
+            assert_eq!(pieces, whole);
+            assert_ne!(pieces, base, "control");
+        }
+    }
+}
