@@ -10,7 +10,7 @@ const METHODS: &[(&str, &[&str])] = &[
     ("analysis", &[]),
     ("moe", &[]),
     ("peft", &["moe"]),
-    ("merge", &["analysis"]),
+    ("merge", &["analysis", "moe", "peft"]),
     ("quant", &["analysis"]),
     ("distill", &["peft"]),
     ("elastic", &["analysis", "peft"]),
@@ -161,12 +161,12 @@ mod tests {
 
     #[test]
     fn dependencies_point_down() {
-        let merge = "[dependencies]\nfirebrick-train.workspace = true\nfirebrick-analysis.workspace = true\n\
+        let quant = "[dependencies]\nfirebrick-train.workspace = true\nfirebrick-analysis.workspace = true\n\
                      firebrick-moe.workspace = true\n[dev-dependencies]\nfirebrick-peft.workspace = true\n\
                      firebrick-cli.workspace = true\n";
         let core = "[dependencies]\nburn.workspace = true\nfirebrick-tensor.workspace = true\n";
         let tree = Tree::of(&[
-            ("crates/firebrick-merge/Cargo.toml", merge),
+            ("crates/firebrick-quant/Cargo.toml", quant),
             ("crates/firebrick-core/Cargo.toml", core),
             ("crates/firebrick-stray/Cargo.toml", "[dependencies]\n"),
             ("xtask/Cargo.toml", "[dependencies]\nfirebrick-core.workspace = true\n"),

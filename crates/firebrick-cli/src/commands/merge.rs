@@ -36,7 +36,7 @@ impl Merge {
             models::check_output(&self.output, None, global)?;
         }
         let stages = Stages::open(&self.config)?;
-        let results = self.results();
+        let results = self.results()?;
         let last = stages.configs().len() - 1;
         if last > 0 {
             if self.analyze || global.dry_run {
@@ -64,9 +64,11 @@ impl Merge {
     }
 
     /// Where the results of all documents but the last are kept until that is merged: beside the output.
-    fn results(&self) -> PathBuf {
-        let name = self.output.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        firebrick_core::folder(&self.output).join(format!(".{name}.stages"))
+    fn results(&self) -> Result<PathBuf> {
+        // Absolute, so that what is written about the merge says the names of the documents alone.
+        let output = std::path::absolute(&self.output)?;
+        let name = output.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        Ok(firebrick_core::folder(&output).join(format!(".{name}.stages")))
     }
 
     fn merge(&self, merge: &firebrick_merge::Merge, global: &Global, terminal: &Terminal) -> Result<()> {

@@ -134,6 +134,46 @@ fn merge_writes_what_was_asked() {
 }
 
 #[test]
+fn merges_take_stages_slices_and_gguf_files() {
+    let dir = tempfile::tempdir().unwrap();
+    json(dir.path(), &["convert", "embedded", "a"]);
+    json(dir.path(), &["convert", "embedded", "b.gguf", "--type", "f32"]);
+    // The first two layers twice, then the mean of that with itself from another kind of file.
+    let stages = "
+name: tall
+merge_method: passthrough
+slices:
+- sources: [{model: a, layer_range: [0, 2]}]
+- sources: [{model: b.gguf, layer_range: [0, 8]}]
+---
+merge_method: linear
+models: [{model: tall}, {model: tall}]
+parameters: {weight: 0.5}
+";
+    std::fs::write(dir.path().join("m.yml"), stages).unwrap();
+    json(dir.path(), &["merge", "m.yml", "out"]);
+    let layers = |model: &str| json(dir.path(), &["inspect", model])["config"]["layers"].as_u64().unwrap();
+    assert_eq!(layers("out"), 10);
+    let left = std::fs::read_dir(dir.path()).unwrap().count();
+    assert_eq!(left, 5, "nothing of the stages beside a, b.gguf and its record, m.yml and out");
+    let card = std::fs::read_to_string(dir.path().join("out/README.md")).unwrap();
+    assert!(card.contains("- \"tall\"") && !card.contains(".stages"), "{card}");
+    json(dir.path(), &["generate", "--model", "out", "--prompt", "In the", "--max-tokens", "4"]);
+    let of = |model: &str, tensor: &str| {
+        firebrick_tensor::checkpoint::Checkpoint::open(dir.path().join(model))
+            .unwrap()
+            .read_f32(tensor)
+            .unwrap()
+    };
+    for (from, to) in [(0, 0), (1, 1), (0, 2), (7, 9)] {
+        let name = |layer: usize| format!("model.layers.{layer}.self_attn.q_proj.weight");
+        assert_eq!(of("a", &name(from)), of("out", &name(to)), "layer {to}");
+    }
+    let refused = run(dir.path(), &["merge", "m.yml", "plan", "--dry-run"]);
+    assert_eq!(refused.status.code(), Some(2));
+}
+
+#[test]
 fn diff_and_inspect_say_what_is_there() {
     let dir = tempfile::tempdir().unwrap();
     json(dir.path(), &["convert", "embedded", "a"]);
