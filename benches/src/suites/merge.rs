@@ -16,6 +16,8 @@ use firebrick_tensor::stream::Executor;
 use crate::{Bench, Bound, Case};
 
 const MODELS: [(&str, f64); 3] = [("a", 0.5), ("b", 0.3), ("c", 0.2)];
+const METHODS: [&str; 7] =
+    ["linear", "task_arithmetic", "slerp", "ties", "dare_ties", "della", "breadcrumbs"];
 
 pub(super) fn run(bench: &Bench<'_>) -> Result<()> {
     let folder = bench.cache.join("merge");
@@ -27,8 +29,15 @@ pub(super) fn run(bench: &Bench<'_>) -> Result<()> {
         bench.measure(&case(name, bytes, 2), None, &mut || bench.timed(|| copy(&file, &to, sync)))?;
         fs::remove_file(&to)?;
     }
-    merge(bench, &folder, "linear", &case("linear", bytes, 4))?;
-    merge(bench, &folder, "task_arithmetic", &case("task_arithmetic", bytes, 5))
+    METHODS.iter().try_for_each(|method| {
+        let files = 1 + models(method).len() + usize::from(*method != "linear");
+        merge(bench, &folder, method, &case(method, bytes, files))
+    })
+}
+
+/// The models that `method` merges, beside the base.
+fn models(method: &str) -> &'static [(&'static str, f64)] {
+    if method == "slerp" { &MODELS[..1] } else { &MODELS }
 }
 
 /// `files` is how many files of `bytes` are read and written.
@@ -68,12 +77,20 @@ fn yaml(folder: &Path, method: &str) -> String {
     // A JSON string is a YAML string, whatever the path has in it.
     let path = |name: &str| serde_json::Value::from(folder.join(name).to_string_lossy()).to_string();
     let mut text = format!("merge_method: {method}\n");
-    if method == "task_arithmetic" {
+    if method != "linear" {
         text += &format!("base_model: {}\n", path("base"));
     }
+    if method == "slerp" {
+        text += "parameters: {t: 0.3}\n";
+    }
     text += "dtype: bfloat16\nmodels:\n";
-    for (name, weight) in MODELS {
-        text += &format!("  - model: {}\n    parameters: {{weight: {weight}}}\n", path(name));
+    for (name, weight) in models(method) {
+        text += &format!("  - model: {}\n", path(name));
+        match method {
+            "slerp" => {}
+            "linear" | "task_arithmetic" => text += &format!("    parameters: {{weight: {weight}}}\n"),
+            _ => text += &format!("    parameters: {{weight: {weight}, density: 0.5}}\n"),
+        }
     }
     text
 }
@@ -167,14 +184,14 @@ mod tests {
     #[test]
     fn both_methods_are_configured_with_any_path() {
         let folder = Path::new("a \"quoted\" folder: #1");
-        for method in ["linear", "task_arithmetic"] {
+        for method in METHODS {
             let config = MergeConfig::parse(&yaml(folder, method)).unwrap();
             assert_eq!(
                 config.modules[0].slices[0].sources.len(),
-                3 + usize::from(config.base_model.is_some())
+                models(method).len() + usize::from(config.base_model.is_some())
             );
             assert_eq!(config.models()[0].path, folder.join("a").to_string_lossy());
-            assert_eq!(config.base_model.is_some(), method == "task_arithmetic");
+            assert_eq!(config.base_model.is_some(), method != "linear");
         }
     }
 
