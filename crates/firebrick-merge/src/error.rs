@@ -22,6 +22,12 @@ pub enum MergeError {
         /// One line per tensor.
         problems: Vec<String>,
     },
+    /// Models or settings that cannot be fused; every problem is listed.
+    #[error("fusion: {}", list(problems))]
+    Fusion {
+        /// One line each.
+        problems: Vec<String>,
+    },
     /// A file could not be read.
     #[error("{}: {source}", path.display())]
     Io {

@@ -14,6 +14,7 @@ mod error;
 mod folder;
 pub mod ibcl;
 mod input;
+pub mod logits_fusion;
 mod merge;
 mod methods;
 mod names;

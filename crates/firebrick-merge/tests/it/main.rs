@@ -2,6 +2,7 @@
 
 mod golden;
 mod inputs;
+mod logits_fusion;
 mod mergekit;
 mod merges;
 mod methods;
