@@ -47,6 +47,9 @@ pub enum MergeError {
     /// A checkpoint could not be read.
     #[error(transparent)]
     Checkpoint(#[from] firebrick_tensor::checkpoint::CheckpointError),
+    /// A model or tokenizer could not be used.
+    #[error(transparent)]
+    Model(#[from] firebrick_models::ModelError),
     /// The work was stopped from outside.
     #[error(transparent)]
     Cancelled(#[from] firebrick_core::Cancelled),

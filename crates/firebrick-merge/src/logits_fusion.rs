@@ -131,43 +131,75 @@ pub fn fuse_logits(
     if !problems.is_empty() {
         return Err(MergeError::Fusion { problems });
     }
-    let excluded = |v: usize| {
-        [&*large, base]
-            .into_iter()
-            .chain(experts.iter().copied())
-            .any(|logits| logits[v] == f32::NEG_INFINITY)
-    };
-    let kept: Vec<usize> = (0..large.len()).filter(|v| !excluded(*v)).collect();
-    if kept.is_empty() {
+    let mut allowed = vec![true; large.len()];
+    for logits in [&*large, base].iter().chain(experts) {
+        allowed.iter_mut().zip(logits.iter()).for_each(|(a, l)| *a &= *l != f32::NEG_INFINITY);
+    }
+    if !allowed.contains(&true) {
         return Err(MergeError::Fusion { problems: vec!["no token is allowed by all models".into()] });
     }
-    let step = Step::new(large, base, experts, &kept);
+    let step = Step::new(large, base, experts, &allowed);
     let weights = match &config.weight {
         FusionWeight::Fixed(weights) => weights.clone(),
         FusionWeight::KlMatched { max, two_sided } => step.weights(*max, *two_sided, config.experts),
     };
-    let mut allowed = kept.iter().copied().peekable();
-    for v in 0..large.len() {
-        if allowed.next_if_eq(&v).is_none() {
-            large[v] = f32::NEG_INFINITY;
+    let heard: Vec<(f64, &[f32])> =
+        weights.iter().copied().zip(experts.iter().copied()).filter(|(a, _)| *a != 0.0).collect();
+    for (v, logit) in large.iter_mut().enumerate() {
+        if !allowed[v] {
+            *logit = f32::NEG_INFINITY;
             continue;
         }
-        let pairs = weights.iter().zip(experts);
-        let shift: f64 = pairs.map(|(a, e)| a * (f64::from(e[v]) - f64::from(base[v]))).sum();
+        let mut shift = 0.0;
+        for (a, expert) in &heard {
+            shift += a * (f64::from(expert[v]) - f64::from(base[v]));
+        }
         // Adding 0 would turn -0 into +0.
         if shift != 0.0 {
-            large[v] = (f64::from(large[v]) + shift) as f32;
+            *logit = (f64::from(*logit) + shift) as f32;
         }
     }
     let moved = step.moved(&weights);
     Ok(FusedStep { weights, moved, wanted: step.wanted })
 }
 
-/// One step over the tokens that all models allow.
+/// A prediction over the tokens that all models allow.
+struct Prediction {
+    log_p: Vec<f64>,
+    p: Vec<f64>,
+}
+
+impl Prediction {
+    fn of(mut logits: Vec<f64>) -> Prediction {
+        let top = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let mut p = vec![0.0; logits.len()];
+        let sums: Vec<f64> = p
+            .par_chunks_mut(PART)
+            .zip(logits.par_chunks(PART))
+            .map(|(p, logits)| {
+                p.iter_mut().zip(logits).for_each(|(p, l)| *p = (l - top).exp());
+                p.iter().sum()
+            })
+            .collect();
+        let sum: f64 = sums.iter().sum();
+        p.iter_mut().for_each(|p| *p /= sum);
+        let log_sum = top + sum.ln();
+        logits.iter_mut().for_each(|l| *l -= log_sum);
+        Prediction { log_p: logits, p }
+    }
+
+    /// `delta` less its mean under this prediction, so that `A'(0)` is 0.
+    fn centred(&self, delta: &[f64]) -> Vec<f64> {
+        let mean = dot(&self.p, delta);
+        delta.iter().map(|d| d - mean).collect()
+    }
+}
+
+/// One step.
 struct Step {
-    /// Log-probabilities of the large model.
-    prior: Vec<f64>,
-    /// Expert minus base, less the mean under the large model: `A'(0)` is 0.
+    /// The large model's prediction.
+    prior: Prediction,
+    /// Expert minus base, centred under the large model.
     deltas: Vec<Vec<f64>>,
     /// How far each expert moved from its base, both directions.
     targets: Vec<[f64; 2]>,
@@ -176,21 +208,23 @@ struct Step {
 }
 
 impl Step {
-    fn new(large: &[f32], base: &[f32], experts: &[&[f32]], kept: &[usize]) -> Step {
-        let of = |logits: &[f32]| kept.iter().map(|&v| f64::from(logits[v])).collect::<Vec<f64>>();
-        let (prior, base) = (normalized(of(large)), of(base));
-        let small = normalized(base.clone());
-        let centred = |mut delta: Vec<f64>, prior: &[f64]| {
-            let mean: f64 = sum_over(prior, &delta, |p, d| p.exp() * d);
-            delta.iter_mut().for_each(|d| *d -= mean);
-            delta
+    fn new(large: &[f32], base: &[f32], experts: &[&[f32]], allowed: &[bool]) -> Step {
+        let all = allowed.iter().all(|a| *a);
+        let of = |logits: &[f32]| -> Vec<f64> {
+            match all {
+                true => logits.iter().map(|l| f64::from(*l)).collect(),
+                false => {
+                    logits.iter().zip(allowed).filter(|(_, a)| **a).map(|(l, _)| f64::from(*l)).collect()
+                }
+            }
         };
+        let (prior, base) = (Prediction::of(of(large)), of(base));
+        let small = Prediction::of(base.clone());
         let (mut deltas, mut targets) = (Vec::new(), Vec::new());
         for expert in experts {
             let delta: Vec<f64> = of(expert).iter().zip(&base).map(|(e, b)| e - b).collect();
-            let at_base = Tilt::of(&small, &centred(delta.clone(), &small), 1.0);
-            targets.push(at_base.divergences(1.0));
-            deltas.push(centred(delta, &prior));
+            targets.push(Tilt::of(&small.log_p, &small.centred(&delta), 1.0).divergences(1.0));
+            deltas.push(prior.centred(&delta));
         }
         let mean = |i: usize| targets.iter().map(|t| t[i]).sum::<f64>() / targets.len() as f64;
         let wanted = [mean(0), mean(1)];
@@ -199,11 +233,11 @@ impl Step {
 
     /// How far the large model's prediction moves with these weights.
     fn moved(&self, weights: &[f64]) -> [f64; 2] {
-        Tilt::of(&self.prior, &self.shift(weights), 1.0).divergences(1.0)
+        Tilt::of(&self.prior.log_p, &self.shift(weights), 1.0).divergences(1.0)
     }
 
     fn shift(&self, weights: &[f64]) -> Vec<f64> {
-        let mut shift = vec![0.0; self.prior.len()];
+        let mut shift = vec![0.0; self.prior.p.len()];
         for (weight, delta) in weights.iter().zip(&self.deltas) {
             shift.iter_mut().zip(delta).for_each(|(s, d)| *s += weight * d);
         }
@@ -221,7 +255,7 @@ impl Step {
             // Constant or nothing: the prediction does not move.
             let flat = delta.iter().all(|d| *d == delta[0]);
             let weight = if flat { 0.0 } else { self.matched(delta, max, two_sided) };
-            let miss = self.miss(Tilt::of(&self.prior, delta, weight).divergences(weight));
+            let miss = self.miss(Tilt::of(&self.prior.log_p, delta, weight).divergences(weight));
             if best.is_none_or(|(least, ..)| miss < least) {
                 best = Some((miss, t, weight));
             }
@@ -238,7 +272,7 @@ impl Step {
 
     /// The weight in `0..=max` of one expert alone.
     fn matched(&self, delta: &[f64], max: f64, two_sided: bool) -> f64 {
-        let at = |a: f64| Tilt::of(&self.prior, delta, a);
+        let at = |a: f64| Tilt::of(&self.prior.log_p, delta, a);
         let first = rise_to(self.wanted[0], max, &mut |a| {
             let tilt = at(a);
             (tilt.divergences(a)[0], a * tilt.variance)
@@ -273,7 +307,7 @@ impl Step {
                 };
                 let miss = |a: f64| {
                     let shift: Vec<f64> = rest.iter().zip(&self.deltas[t]).map(|(r, d)| r + a * d).collect();
-                    self.miss(Tilt::of(&self.prior, &shift, 1.0).divergences(1.0))
+                    self.miss(Tilt::of(&self.prior.log_p, &shift, 1.0).divergences(1.0))
                 };
                 let cell = max / GRID as f64;
                 let grid = (0..=GRID).map(|i| cell * i as f64).map(|a| (miss(a), a));
@@ -315,7 +349,11 @@ impl Tilt {
     fn of(prior: &[f64], delta: &[f64], a: f64) -> Tilt {
         let parts = || prior.par_chunks(PART).zip(delta.par_chunks(PART));
         let largest = |(p, d): (&[f64], &[f64])| {
-            p.iter().zip(d).map(|(p, d)| p + a * d).fold(f64::NEG_INFINITY, f64::max)
+            let mut top = f64::NEG_INFINITY;
+            for (p, d) in p.iter().zip(d) {
+                top = top.max(p + a * d);
+            }
+            top
         };
         let top = parts().map(largest).reduce(|| f64::NEG_INFINITY, f64::max);
         let sums: Vec<[f64; 3]> = parts()
@@ -341,17 +379,9 @@ impl Tilt {
     }
 }
 
-/// Log-probabilities of logits.
-fn normalized(mut logits: Vec<f64>) -> Vec<f64> {
-    let top = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    let log_sum = top + sum_over(&logits, &logits, |l, _| (l - top).exp()).ln();
-    logits.iter_mut().for_each(|l| *l -= log_sum);
-    logits
-}
-
-/// The sum of a function over two lists, the same for any number of threads.
-fn sum_over(a: &[f64], b: &[f64], f: impl Fn(f64, f64) -> f64 + Sync) -> f64 {
-    let part = |(a, b): (&[f64], &[f64])| a.iter().zip(b).map(|(a, b)| f(*a, *b)).sum::<f64>();
+/// The sum of the products of two lists, the same for any number of threads.
+fn dot(a: &[f64], b: &[f64]) -> f64 {
+    let part = |(a, b): (&[f64], &[f64])| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
     let parts: Vec<f64> = a.par_chunks(PART).zip(b.par_chunks(PART)).map(part).collect();
     parts.iter().sum()
 }
@@ -399,7 +429,7 @@ fn rise_to(target: f64, max: f64, at: &mut dyn FnMut(f64) -> (f64, f64)) -> f64 
 /// Where a function that falls at `low` and rises at `high` is least; `at` gives value and half the slope. It may have several
 /// valleys: the deepest of a few points says which is followed.
 fn least(low: f64, high: f64, at: &mut dyn FnMut(f64) -> (f64, f64)) -> f64 {
-    const CELLS: usize = 8;
+    const CELLS: usize = 4;
     let width = high - low;
     if width < TOLERANCE {
         return low;
@@ -408,19 +438,35 @@ fn least(low: f64, high: f64, at: &mut dyn FnMut(f64) -> (f64, f64)) -> f64 {
         (0..=CELLS).map(|i| low + width * i as f64 / CELLS as f64).map(|a| (a, at(a))).collect();
     let lowest = (0..=CELLS).min_by(|i, j| points[*i].1.0.total_cmp(&points[*j].1.0)).expect("not empty");
     // The valley lies on the side that the slope points down to.
-    let (mut left, mut right) = match points[lowest].1.1 {
+    let (left, right) = match points[lowest].1.1 {
         slope if slope > 0.0 && lowest > 0 => (points[lowest - 1], points[lowest]),
         slope if slope < 0.0 && lowest < CELLS => (points[lowest], points[lowest + 1]),
         _ => return points[lowest].0,
     };
-    let mut best = points[lowest];
-    while right.0 - left.0 > TOLERANCE.sqrt() * width {
-        let a = 0.5 * (left.0 + right.0);
-        let middle = (a, at(a));
-        if middle.1.0 < best.1.0 {
-            best = middle;
+    // False position for the slope (Illinois): an end that stays again counts half.
+    let ((mut a, (_, mut down)), (mut b, (_, mut up))) = (left, right);
+    let (mut best, mut moved_up) = (points[lowest], None);
+    for _ in 0..60 {
+        if b - a < TOLERANCE.sqrt() * width {
+            break;
         }
-        if middle.1.1 > 0.0 { right = middle } else { left = middle }
+        let crossing = if down < 0.0 && up > 0.0 { a - down * (b - a) / (up - down) } else { 0.5 * (a + b) };
+        let (value, slope) = at(crossing);
+        let step = (crossing - best.0).abs();
+        if value < best.1.0 {
+            best = (crossing, (value, slope));
+        }
+        let again = moved_up == Some(slope <= 0.0);
+        moved_up = Some(slope <= 0.0);
+        let part = if again { 0.5 } else { 1.0 };
+        if slope > 0.0 {
+            (b, up, down) = (crossing, slope, down * part);
+        } else {
+            (a, down, up) = (crossing, slope, up * part);
+        }
+        if step < TOLERANCE.sqrt() * width {
+            break;
+        }
     }
     best.0
 }
@@ -577,10 +623,10 @@ mod tests {
     fn divergences_rise_with_the_slopes_that_newton_uses() {
         for seed in 0..3 {
             let logits = |name, scale| Seed(seed).normal_f64(name, 3 * PART / 2, scale).collect::<Vec<f64>>();
-            let prior = normalized(logits("large", 3.0));
-            let mut delta = logits("delta", 1.5);
-            let mean = sum_over(&prior, &delta, |p, d| p.exp() * d);
-            delta.iter_mut().for_each(|d| *d -= mean);
+            let normalized = |logits: Vec<f64>| Prediction::of(logits).log_p;
+            let prediction = Prediction::of(logits("large", 3.0));
+            let delta = prediction.centred(&logits("delta", 1.5));
+            let prior = prediction.log_p;
             let plain = |a: f64| {
                 let tilted: Vec<f64> = prior.iter().zip(&delta).map(|(p, d)| p + a * d).collect();
                 let tilted = normalized(tilted);

@@ -1,5 +1,6 @@
 //! Merges of small checkpoints, from their YAML to the file that is written.
 
+mod distribution_fusion;
 mod golden;
 mod inputs;
 mod logits_fusion;
@@ -8,3 +9,4 @@ mod merges;
 mod methods;
 mod mistakes;
 mod plans;
+mod weak_to_strong;
