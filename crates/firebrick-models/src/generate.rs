@@ -42,9 +42,12 @@ pub fn generate(
     generate_with(decoder, bricks, prompt, sampler, options, &mut |_, _| Ok(()), on_token)
 }
 
-/// [`generate`] with a hand on every step: `adjust` takes the tokens so far (the prompt included) and the logits `[vocab]` of
-/// the next one, and may change the logits before the sampler sees them. It runs once a step, in front of penalties, temperature
-/// and filters; a logit of minus infinity is a token that can't be drawn.
+/// Changes logits before a token is drawn of them: takes the tokens so far (the prompt included) and the logits `[vocab]` of
+/// the next one.
+pub type AdjustLogits<'a> = dyn FnMut(&[u32], &mut [f32]) -> Result<(), ModelError> + 'a;
+
+/// [`generate`] with a hand on every step: `adjust` may change the logits before the sampler sees them. It runs once a step, in
+/// front of penalties, temperature and filters; a logit of minus infinity is a token that can't be drawn.
 ///
 /// # Errors
 /// As [`generate`], and whatever `adjust` fails with.
@@ -54,7 +57,7 @@ pub fn generate_with(
     prompt: &[u32],
     sampler: &mut Sampler,
     options: &GenerateOptions,
-    adjust: &mut dyn FnMut(&[u32], &mut [f32]) -> Result<(), ModelError>,
+    adjust: &mut AdjustLogits<'_>,
     on_token: &mut dyn FnMut(u32) -> ControlFlow<()>,
 ) -> Result<Vec<u32>, ModelError> {
     let (limit, vocab) = (decoder.config().max_tokens, decoder.config().vocab);

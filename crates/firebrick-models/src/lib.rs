@@ -36,7 +36,7 @@ pub use error::ModelError;
 pub use export::{EncodedWeight, Export, ExportType};
 pub use family::Family;
 pub use family::bert::EncoderTensor;
-pub use generate::{GenerateOptions, generate, generate_with};
+pub use generate::{AdjustLogits, GenerateOptions, generate, generate_with};
 pub use model::{Model, ModelFiles};
 pub use rotary::RopeScaling;
 pub use tokens::token_tensor;

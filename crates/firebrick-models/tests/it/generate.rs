@@ -6,7 +6,7 @@ use burn::tensor::Device;
 use firebrick_core::{Run, Seed};
 use firebrick_models::sampling::{Sampler, Sampling};
 use firebrick_models::{
-    Decoder, DecoderConfig, GenerateOptions, ModelError, generate, generate_with, token_tensor,
+    AdjustLogits, Decoder, DecoderConfig, GenerateOptions, ModelError, generate, generate_with, token_tensor,
 };
 
 fn decoder() -> Decoder {
@@ -64,7 +64,7 @@ fn the_caller_can_break_off() {
 #[test]
 fn logits_can_be_changed_before_a_token_is_drawn() {
     let decoder = decoder();
-    let with = |adjust: &mut dyn FnMut(&[u32], &mut [f32]) -> Result<(), ModelError>| {
+    let with = |adjust: &mut AdjustLogits<'_>| {
         let go = &mut |_| ControlFlow::Continue(());
         generate_with(&decoder, &[], &[1, 2, 3], &mut sampler(), &options(10), adjust, go)
     };
