@@ -129,9 +129,9 @@ fn most_probable(logits: &[f32], top: usize, weight: &dyn Fn(f32) -> f64) -> Spa
 /// Brings what a teacher predicts along `source`, the text in its tokens, to `target`, the text in the student's tokens.
 /// Returns predictions for the student's steps, and at how many of them they are the teacher's.
 ///
-/// A step comes over where it has one partner, [`one_to_one`], and the teacher's token there maps to the student's: the two have
-/// then read the same so far and now see the same token. All other steps are certain of the student's token. Likelihood
-/// stays that of the teacher on the whole text.
+/// A step comes over where it has one partner, [`one_to_one`], and the teacher's token there maps to the student's: a warped
+/// pair of different tokens predicts different things. All other steps are certain of the student's token. Likelihood stays
+/// that of the teacher on the whole text.
 ///
 /// # Errors
 /// [`MergeError::Fusion`] if there are not as many predictions as tokens of `source` after the first, or no token in `target`.
@@ -225,7 +225,7 @@ pub struct FusedTargets {
 
 impl FusedTargets {
     /// Has every teacher read every one of `windows` (tokens of `student`), and fuses what they predict. The student as it is
-    /// may be among the teachers, as the target model is in the paper.
+    /// may be among the teachers, as the target model is in the paper. A character that a window cuts in two reads as U+FFFD.
     ///
     /// # Errors
     /// [`MergeError::Fusion`] with all that is wrong with the settings, or what is with a window; else as [`predictions`];
