@@ -22,6 +22,12 @@ pub enum MergeError {
         /// One line per tensor.
         problems: Vec<String>,
     },
+    /// Models or settings that cannot be fused; every problem is listed.
+    #[error("fusion: {}", list(problems))]
+    Fusion {
+        /// One line each.
+        problems: Vec<String>,
+    },
     /// A file could not be read.
     #[error("{}: {source}", path.display())]
     Io {
@@ -41,6 +47,9 @@ pub enum MergeError {
     /// A checkpoint could not be read.
     #[error(transparent)]
     Checkpoint(#[from] firebrick_tensor::checkpoint::CheckpointError),
+    /// A model or tokenizer could not be used.
+    #[error(transparent)]
+    Model(#[from] firebrick_models::ModelError),
     /// The work was stopped from outside.
     #[error(transparent)]
     Cancelled(#[from] firebrick_core::Cancelled),

@@ -10,10 +10,12 @@ mod adapter;
 mod analyze;
 mod chat_templates;
 mod config;
+pub mod distribution_fusion;
 mod error;
 mod folder;
 pub mod ibcl;
 mod input;
+pub mod logits_fusion;
 mod merge;
 mod methods;
 mod names;
@@ -32,6 +34,7 @@ pub use config::{
     TokenizerConfig, TokenizerSource, Value,
 };
 pub use error::MergeError;
+pub use firebrick_models::token_alignment;
 pub use merge::Merge;
 pub use methods::{
     GlobalParameters, MergeMethod, ModelParameters, Numerics, Parameter, Prepared, Rectified, TensorMerge,

@@ -39,6 +39,27 @@ pub fn generate(
     options: &GenerateOptions,
     on_token: &mut dyn FnMut(u32) -> ControlFlow<()>,
 ) -> Result<Vec<u32>, ModelError> {
+    generate_with(decoder, bricks, prompt, sampler, options, &mut |_, _| Ok(()), on_token)
+}
+
+/// Changes logits before a token is drawn of them: takes the tokens so far (the prompt included) and the logits `[vocab]` of
+/// the next one.
+pub type AdjustLogits<'a> = dyn FnMut(&[u32], &mut [f32]) -> Result<(), ModelError> + 'a;
+
+/// [`generate`] with a hand on every step: `adjust` may change the logits before the sampler sees them. It runs once a step, in
+/// front of penalties, temperature and filters; a logit of minus infinity is a token that can't be drawn.
+///
+/// # Errors
+/// As [`generate`], and whatever `adjust` fails with.
+pub fn generate_with(
+    decoder: &Decoder,
+    bricks: &[&dyn Brick],
+    prompt: &[u32],
+    sampler: &mut Sampler,
+    options: &GenerateOptions,
+    adjust: &mut AdjustLogits<'_>,
+    on_token: &mut dyn FnMut(u32) -> ControlFlow<()>,
+) -> Result<Vec<u32>, ModelError> {
     let (limit, vocab) = (decoder.config().max_tokens, decoder.config().vocab);
     if prompt.is_empty() {
         return Err(ModelError::Generate("the prompt has no tokens".into()));
@@ -69,8 +90,9 @@ pub fn generate(
         let hidden = decoder.hidden(token_tensor(&[&next], &device), &mut run);
         let length = hidden.dims()[1];
         let logits = decoder.logits(hidden.narrow(1, length - 1, 1), &mut run);
-        let logits: Vec<f32> =
+        let mut logits: Vec<f32> =
             logits.into_data().try_into_vec_as::<f32>().map_err(|e| ModelError::Backend(format!("{e:?}")))?;
+        adjust(&ids, &mut logits)?;
         let token = sampler.sample(&logits, &ids)?;
         if options.stop.contains(&token) {
             break;

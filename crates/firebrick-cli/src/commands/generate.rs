@@ -2,17 +2,20 @@
 
 use std::io::Write;
 use std::ops::ControlFlow;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use burn::tensor::Device;
 use clap::Args;
 use firebrick_core::{Brick, Cancelled, Seed};
+use firebrick_merge::logits_fusion::{Companion, FusionWeight, LogitsFusion, LogitsFusionConfig};
 use firebrick_models::chat::{ChatOptions, ChatTemplate, Message};
 use firebrick_models::sampling::{Sampler, Sampling};
-use firebrick_models::{GenerateOptions, generate};
+use firebrick_models::{GenerateOptions, Model, generate_with};
+use firebrick_peft::LoraBank;
 use serde_json::json;
 
-use crate::args::Global;
+use crate::args::{Global, Usage};
 use crate::models;
 use crate::ui::{Terminal, interrupted, print};
 
@@ -24,6 +27,16 @@ pub struct Generate {
     /// PEFT adapter folder; may be given more than once.
     #[arg(long, value_name = "DIR")]
     adapter: Vec<PathBuf>,
+    /// Small model that was tuned from --expert-base, or a PEFT adapter folder for it: shifts the logits by what tuning changed
+    /// there; may be given more than once, then the one that fits best is heard at each step.
+    #[arg(long, value_name = "M", requires = "expert_base")]
+    expert: Vec<String>,
+    /// The small model that experts were tuned from; of the same vocabulary as --model.
+    #[arg(long, value_name = "M", requires = "expert")]
+    expert_base: Option<String>,
+    /// The same weight for every expert at every step, instead of one that moves the prediction as far as tuning moved the small one's.
+    #[arg(long, value_name = "W", requires = "expert", allow_negative_numbers = true)]
+    expert_weight: Option<f64>,
     /// Text to continue, or with --chat a message to answer.
     #[arg(long, value_name = "TEXT")]
     prompt: String,
@@ -54,6 +67,15 @@ impl Generate {
         let banks = models::adapters(&self.adapter, &model, &device)?;
         let bricks: Vec<&dyn Brick> = banks.iter().map(|b| b as &dyn Brick).collect();
         let tokenizer = &model.tokenizer;
+        let experts = match &self.expert_base {
+            Some(base) => Some(Experts::load(base, &self.expert, &model, &device)?),
+            None => None,
+        };
+        let companions = experts.as_ref().map(Experts::bricks);
+        let mut fusion = match experts.as_ref().zip(companions.as_ref()) {
+            Some((experts, bricks)) => Some(experts.fusion(bricks, self.expert_weight)?),
+            None => None,
+        };
         let prompt = match self.chat {
             true => {
                 let text = ChatTemplate::of(tokenizer)
@@ -87,7 +109,11 @@ impl Generate {
             if interrupted() || !heard { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         };
         let mut sampler = Sampler::new(settings)?;
-        let ids = generate(&model.decoder, &bricks, &prompt, &mut sampler, &options, on_token)?;
+        let adjust = &mut |history: &[u32], logits: &mut [f32]| match fusion.as_mut() {
+            Some(fusion) => fusion.adjust(history, logits),
+            None => Ok(()),
+        };
+        let ids = generate_with(&model.decoder, &bricks, &prompt, &mut sampler, &options, adjust, on_token)?;
         if live {
             print("")?;
         }
@@ -98,7 +124,84 @@ impl Generate {
             return Ok(());
         }
         let text = tokenizer.decode(&ids, true)?;
-        let output = json!({"prompt_ids": prompt, "ids": ids, "text": text});
+        let mut output = json!({"prompt_ids": prompt, "ids": ids, "text": text});
+        if let Some(fusion) = &fusion {
+            output["expert_weights"] = fusion.steps().iter().map(|step| json!(step.weights)).collect();
+        }
         terminal.result(&output, || text.clone())
     }
+}
+
+/// The small models of `--expert-base` and `--expert`.
+struct Experts {
+    base: Model,
+    tuned: Vec<Expert>,
+}
+
+enum Expert {
+    Whole(Box<Model>),
+    Adapter(LoraBank),
+}
+
+impl Experts {
+    fn load(base: &str, experts: &[String], large: &Model, device: &Device) -> Result<Experts> {
+        let base = models::load(base, device)?;
+        same_vocabulary(large, &base)?;
+        let load = |name: &String| {
+            if Path::new(name).join("adapter_config.json").exists() {
+                let bank = models::adapters(&[name.into()], &base, device)?.remove(0);
+                return Ok(Expert::Adapter(bank));
+            }
+            let model = models::load(name, device)?;
+            same_vocabulary(large, &model)?;
+            Ok(Expert::Whole(Box::new(model)))
+        };
+        let tuned = experts.iter().map(load).collect::<Result<_>>()?;
+        Ok(Experts { base, tuned })
+    }
+
+    /// Of each expert.
+    fn bricks(&self) -> Vec<Vec<&dyn Brick>> {
+        let of = |expert| match expert {
+            &Expert::Whole(_) => Vec::new(),
+            Expert::Adapter(bank) => vec![bank as &dyn Brick],
+        };
+        self.tuned.iter().map(of).collect()
+    }
+
+    fn fusion<'a>(
+        &'a self,
+        bricks: &'a [Vec<&'a dyn Brick>],
+        weight: Option<f64>,
+    ) -> Result<LogitsFusion<'a>> {
+        let of = |(expert, bricks): (&'a Expert, &'a Vec<&'a dyn Brick>)| {
+            let decoder = match expert {
+                Expert::Whole(model) => &model.decoder,
+                Expert::Adapter(_) => &self.base.decoder,
+            };
+            Companion { decoder, bricks }
+        };
+        let companions: Vec<Companion<'a>> = self.tuned.iter().zip(bricks).map(of).collect();
+        let mut config = LogitsFusionConfig::default();
+        if let Some(weight) = weight {
+            config.weight = FusionWeight::Fixed(vec![weight; companions.len()]);
+        }
+        let base = Companion { decoder: &self.base.decoder, bricks: &[] };
+        Ok(LogitsFusion::new(base, &companions, config)?)
+    }
+}
+
+/// Fails where a token means something else to the small model.
+fn same_vocabulary(large: &Model, small: &Model) -> Result<()> {
+    let (rows, other) = (large.decoder.config().vocab, small.decoder.config().vocab);
+    let token = |model: &Model, id| model.tokenizer.token(id);
+    if rows != other {
+        let what = format!("{} has a vocabulary of {other} tokens, {} of {rows}", small.name, large.name);
+        return Err(Usage(what).into());
+    }
+    if let Some(id) = (0..rows as u32).find(|id| token(large, *id) != token(small, *id)) {
+        let what = format!("token {id} of {} is another one than that of {}", small.name, large.name);
+        return Err(Usage(what).into());
+    }
+    Ok(())
 }

@@ -5,6 +5,7 @@
 mod contract;
 mod embed;
 mod evaluate;
+mod experts;
 #[cfg(unix)]
 mod faults;
 mod fuzzing;

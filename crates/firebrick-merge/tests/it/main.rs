@@ -1,9 +1,13 @@
-//! Merges of small checkpoints, from their YAML to the file that is written.
+//! Merges of small checkpoints, from their YAML to the file that is written; fusion of what models predict.
+#![allow(clippy::print_stdout, reason = "tests say what they measured or skipped")]
 
+mod distribution_fusion;
 mod golden;
 mod inputs;
+mod logits_fusion;
 mod mergekit;
 mod merges;
 mod methods;
 mod mistakes;
 mod plans;
+mod weak_to_strong;

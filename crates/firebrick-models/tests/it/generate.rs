@@ -3,9 +3,11 @@
 use std::ops::ControlFlow;
 
 use burn::tensor::Device;
-use firebrick_core::Seed;
+use firebrick_core::{Run, Seed};
 use firebrick_models::sampling::{Sampler, Sampling};
-use firebrick_models::{Decoder, DecoderConfig, GenerateOptions, ModelError, generate};
+use firebrick_models::{
+    AdjustLogits, Decoder, DecoderConfig, GenerateOptions, ModelError, generate, generate_with, token_tensor,
+};
 
 fn decoder() -> Decoder {
     let config = DecoderConfig { max_tokens: 20, ..DecoderConfig::tiny(40) };
@@ -57,6 +59,41 @@ fn the_caller_can_break_off() {
     };
     let found = generate(&decoder(), &[], &[1, 2], &mut sampler(), &options(10), stop).unwrap();
     assert_eq!((&found[..], &seen[..]), (&all[..4], &all[..4]), "the last token belongs to the text");
+}
+
+#[test]
+fn logits_can_be_changed_before_a_token_is_drawn() {
+    let decoder = decoder();
+    let with = |adjust: &mut AdjustLogits<'_>| {
+        let go = &mut |_| ControlFlow::Continue(());
+        generate_with(&decoder, &[], &[1, 2, 3], &mut sampler(), &options(10), adjust, go)
+    };
+    let plain = run(&[1, 2, 3], &options(10)).unwrap();
+
+    let mut seen = Vec::new();
+    let watch = &mut |history: &[u32], logits: &mut [f32]| {
+        seen.push((history.to_vec(), logits.to_vec()));
+        Ok(())
+    };
+    assert_eq!(with(watch).unwrap(), plain, "looking changes nothing");
+    assert_eq!(seen.len(), 10);
+    for (step, (history, logits)) in seen.iter().enumerate() {
+        assert_eq!(history[..], [&[1, 2, 3], &plain[..step]].concat()[..]);
+        let alone = decoder.forward(token_tensor(&[history], &Device::flex()), &mut Run::default());
+        let alone = alone.narrow(1, history.len() - 1, 1).into_data().try_into_vec_as::<f32>().unwrap();
+        let far = logits.iter().zip(&alone).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(far < 1e-6, "step {step}: {far}");
+    }
+
+    let force = &mut |history: &[u32], logits: &mut [f32]| {
+        logits.fill(f32::NEG_INFINITY);
+        logits[history.len()] = 0.0;
+        Ok(())
+    };
+    assert_eq!(with(force).unwrap(), (3..13).collect::<Vec<u32>>(), "what is left is drawn");
+    assert_ne!(plain, (3..13).collect::<Vec<u32>>(), "control");
+    let fail = &mut |_: &[u32], _: &mut [f32]| Err(ModelError::Generate("no companion".into()));
+    assert!(with(fail).unwrap_err().to_string().contains("no companion"));
 }
 
 #[test]

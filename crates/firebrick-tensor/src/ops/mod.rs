@@ -21,6 +21,7 @@ mod rms_norm;
 #[cfg(feature = "cubecl-backend")]
 mod rms_norm_cube;
 mod rope;
+mod sparse_kl;
 mod swiglu;
 
 pub use adamw::{AdamWOptions, adamw};
@@ -35,4 +36,5 @@ pub use linear_kl::{Divergence, linear_kl};
 pub use packed::{PackedMatrix, packed_matmul};
 pub use rms_norm::rms_norm;
 pub use rope::rope;
+pub use sparse_kl::{linear_sparse_kl, sparse_kl};
 pub use swiglu::swiglu;

@@ -11,6 +11,7 @@ mod linear_kl;
 mod packed;
 mod rms_norm;
 mod rope;
+mod sparse_kl;
 mod support;
 mod swiglu;
 mod threads;
