@@ -17,12 +17,14 @@ mod input;
 mod merge;
 mod methods;
 mod names;
+pub mod ot_fusion;
 pub mod permutation;
 mod plan;
 mod rows;
 mod stages;
 pub mod task_vectors;
 pub mod transport;
+pub mod twin;
 mod vocabulary;
 mod yaml;
 

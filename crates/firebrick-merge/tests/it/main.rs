@@ -6,4 +6,6 @@ mod mergekit;
 mod merges;
 mod methods;
 mod mistakes;
+mod ot_fusion;
 mod plans;
+mod twin;
