@@ -69,8 +69,8 @@ impl Twin {
 
     /// The exclusive parts as a brick over a decoder of `config` with the shared weights, on `device`.
     pub fn bank(&self, config: &DecoderConfig, device: &Device) -> TwinBank {
-        let mut parts = BTreeMap::new();
-        let Some(first) = self.exclusive.first() else { return TwinBank::new(parts, config) };
+        let mut bank = TwinBank::empty(config);
+        let Some(first) = self.exclusive.first() else { return bank };
         for site in first.matrices.keys() {
             let factors: Vec<_> = self.exclusive.iter().map(|e| &e.matrices[site]).collect();
             let ranks: Vec<usize> = factors.iter().map(|s| s.sigma.len()).collect();
@@ -90,29 +90,26 @@ impl Twin {
             let right =
                 Matrix::from_fn(total, cols, |j, i| factors[directions[j].0].vt[(directions[j].1, i)]);
             let of = |m: &Matrix| tensor(m, device);
-            let part = |down: Matrix, up: Matrix| Exclusive::Matrix {
-                down: of(&down),
-                up: of(&up),
-                owner: of(&owner),
-            };
+            let part = |down: Matrix, up: Matrix| Factors { down: of(&down), up: of(&up), owner: of(&owner) };
             if site.part == Part::Embed {
                 // Tokens pick rows; a head that is the embedding goes the other way.
                 if config.tied_head {
                     let head = part(right.transpose(), left.clone());
-                    parts.insert(Site::global(Part::Head), head);
+                    bank.matrices.insert(Site::global(Part::Head), head);
                 }
-                parts.insert(*site, part(left.transpose(), right));
+                bank.matrices.insert(*site, part(left.transpose(), right));
             } else {
-                parts.insert(*site, part(right.transpose(), left));
+                bank.matrices.insert(*site, part(right.transpose(), left));
             }
         }
         for (site, vector) in &first.vectors {
             let rows = Matrix::from_fn(self.exclusive.len(), vector.cols(), |t, i| {
                 self.exclusive[t].vectors[site][(0, i)]
             });
-            parts.insert(*site, Exclusive::Vector { rows: tensor(&rows, device) });
+            bank.vectors.insert(*site, tensor(&rows, device));
         }
-        TwinBank::new(parts, config)
+        bank.sites = bank.matrices.keys().chain(bank.vectors.keys()).copied().collect();
+        bank
     }
 }
 
@@ -120,20 +117,24 @@ fn tensor(m: &Matrix, device: &Device) -> Tensor<2> {
     Tensor::from_data(TensorData::new(m.to_f32(), [m.rows(), m.cols()]), device)
 }
 
-/// The exclusive parts of all experts at one site.
+/// The exclusive parts of all experts at a matrix.
 #[derive(Clone, Debug)]
-enum Exclusive {
-    /// `down: [d_in, directions]`, `up: [directions, d_out]`, and `owner: [experts, directions]`, 1 where a direction is an expert's.
-    Matrix { down: Tensor<2>, up: Tensor<2>, owner: Tensor<2> },
-    /// `[experts, d]`, added to a bias or to what a norm multiplies by.
-    Vector { rows: Tensor<2> },
+struct Factors {
+    /// `[d_in, directions]`.
+    down: Tensor<2>,
+    /// `[directions, d_out]`.
+    up: Tensor<2>,
+    /// `[experts, directions]`, 1 where a direction is an expert's.
+    owner: Tensor<2>,
 }
 
 /// The exclusive parts of [`Twin`]'s experts, weighed by the [`AdapterGates`] in the run: `[batch, 1, experts]` for gates by input,
 /// `[batch, tokens, experts]` by token. Without gates it is the shared model.
 #[derive(Clone, Debug)]
 pub struct TwinBank {
-    parts: BTreeMap<Site, Exclusive>,
+    matrices: BTreeMap<Site, Factors>,
+    /// `[experts, d]`, added to a bias or to what a norm multiplies by.
+    vectors: BTreeMap<Site, Tensor<2>>,
     sites: SiteSet,
     norm_eps: f64,
     head_dim: usize,
@@ -141,10 +142,11 @@ pub struct TwinBank {
 }
 
 impl TwinBank {
-    fn new(parts: BTreeMap<Site, Exclusive>, config: &DecoderConfig) -> TwinBank {
+    fn empty(config: &DecoderConfig) -> TwinBank {
         TwinBank {
-            sites: parts.keys().copied().collect(),
-            parts,
+            matrices: BTreeMap::new(),
+            vectors: BTreeMap::new(),
+            sites: SiteSet::default(),
             norm_eps: config.norm_eps,
             head_dim: config.head_dim,
             embedding_scale: if config.scaled_embedding { (config.d_model as f64).sqrt() } else { 1.0 },
@@ -181,24 +183,22 @@ impl Brick for TwinBank {
             let width = flat.dims()[1];
             flat.reshape([batch, tokens, width])
         };
-        let [batch, tokens, width] = x.dims();
-        match &self.parts[&site] {
-            Exclusive::Vector { rows } if is_norm(site.part) => y + self.norm(site, x, spread(rows)),
-            Exclusive::Vector { rows } => y + spread(rows),
-            Exclusive::Matrix { down, up, owner } => {
-                let inner = match (site.part, &run.tokens) {
-                    (Part::Embed, Some(ids)) => {
-                        down.clone().select(0, ids.clone().reshape([batch * tokens])) * self.embedding_scale
-                    }
-                    _ => x.reshape([batch * tokens, width]).matmul(down.clone()),
-                };
-                let directions = inner.dims()[1];
-                let weighed = inner.reshape([batch, tokens, directions]) * spread(owner);
-                let update = weighed.reshape([batch * tokens, directions]).matmul(up.clone());
-                let d_out = update.dims()[1];
-                y + update.reshape([batch, tokens, d_out])
-            }
+        if let Some(rows) = self.vectors.get(&site) {
+            return y + if is_norm(site.part) { self.norm(site, x, spread(rows)) } else { spread(rows) };
         }
+        let Factors { down, up, owner } = &self.matrices[&site];
+        let [batch, tokens, width] = x.dims();
+        let inner = match (site.part, &run.tokens) {
+            (Part::Embed, Some(ids)) => {
+                down.clone().select(0, ids.clone().reshape([batch * tokens])) * self.embedding_scale
+            }
+            _ => x.reshape([batch * tokens, width]).matmul(down.clone()),
+        };
+        let directions = inner.dims()[1];
+        let weighed = inner.reshape([batch, tokens, directions]) * spread(owner);
+        let update = weighed.reshape([batch * tokens, directions]).matmul(up.clone());
+        let d_out = update.dims()[1];
+        y + update.reshape([batch, tokens, d_out])
     }
 }
 

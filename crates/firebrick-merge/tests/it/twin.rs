@@ -229,11 +229,11 @@ fn most_of_the_specialists_gain_comes_back() {
         let [arithmetic, routed, astray] = taken.map(|t| t / gap);
         let exclusive: usize = twin.exclusive.iter().map(|e| e.numbers()).sum();
         let held = twin.numbers() as f64 / (3 * (twin.numbers() - exclusive)) as f64;
-        println!(
+        let says = format!(
             "seed {seed}: of {gap:.2} nats {arithmetic:.3} by task arithmetic, {routed:.3} by Twin-Merging, \
              {astray:.3} with the wrong expert; {right} of 18 routed right; {held:.3} of the experts' numbers held"
         );
-        assert!(routed > 0.9 && routed > arithmetic + 0.1 && astray < arithmetic);
-        assert!(right >= 17 && held < 0.6);
+        assert!(routed > 0.9 && routed > arithmetic + 0.1 && astray < arithmetic, "{says}");
+        assert!(right >= 17 && held < 0.6, "{says}");
     }
 }
