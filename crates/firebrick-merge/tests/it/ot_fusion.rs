@@ -8,7 +8,7 @@ use firebrick_models::{Decoder, DecoderConfig, Model, token_tensor};
 use firebrick_tensor::linalg::Matrix;
 use firebrick_train::{TextData, TrainConfig, domain, fit};
 
-use crate::twin::{families, far, logits, tokens, weights};
+use crate::twin::{cases, families, far, logits, tokens, weights};
 
 fn device() -> Device {
     Device::flex()
@@ -146,7 +146,7 @@ fn far_weights(a: &TaskVector, b: &TaskVector) -> f64 {
 #[test]
 fn a_permuted_copy_is_found_and_its_mean_is_the_model() {
     let soft = Solver::Sinkhorn { regularization: 0.03 };
-    for (config, seed) in families().into_iter().zip(0..) {
+    for (config, seed) in cases() {
         let model = weights(&config, seed);
         let copy = Copy::shuffled(&config, seed);
         let permuted = copy.of(&model, &config);
@@ -194,7 +194,7 @@ fn a_permuted_copy_is_found_and_its_mean_is_the_model() {
 
 #[test]
 fn copies_of_another_width_come_back_both_ways() {
-    for (config, seed) in families().into_iter().zip(0..) {
+    for (config, seed) in cases() {
         let model = weights(&config, seed);
         let ids = tokens(2, 12, seed);
         for stream in [false, true] {

@@ -36,6 +36,11 @@ pub fn families() -> [DecoderConfig; 3] {
     [tiny, qwen2, gemma]
 }
 
+/// Every family with three seeds.
+pub fn cases() -> impl Iterator<Item = (DecoderConfig, u64)> {
+    families().into_iter().cycle().zip(0..9)
+}
+
 /// Weights far enough from those of an untrained model that every one of them matters.
 pub fn weights(config: &DecoderConfig, seed: u64) -> TaskVector {
     let decoder = Decoder::random(config.clone(), Seed(seed), &Device::flex()).unwrap();
@@ -68,7 +73,7 @@ fn full(_: firebrick_core::Site, m: &Matrix) -> usize {
 #[test]
 fn routing_to_one_expert_at_full_rank_is_that_expert() {
     let device = Device::flex();
-    for (config, seed) in families().into_iter().zip(0..) {
+    for (config, seed) in cases() {
         assert_eq!(config.problems(), Vec::<String>::new());
         let experts = [0, 1, 2].map(|e| weights(&config, 10 * seed + e));
         let mean = experts[0].plus(&experts[1], 1.0).unwrap().plus(&experts[2], 1.0).unwrap().times(0.3);
@@ -100,7 +105,7 @@ fn routing_to_one_expert_at_full_rank_is_that_expert() {
 #[test]
 fn factors_compute_what_rebuilt_weights_do() {
     let device = Device::flex();
-    for (config, seed) in families().into_iter().zip(0..) {
+    for (config, seed) in cases() {
         let experts = [0, 1].map(|e| weights(&config, 10 * seed + e));
         let shared = experts[0].plus(&experts[1], 1.0).unwrap().times(0.5);
         let twin = Twin::new(shared, &experts, |_, m| m.rows().min(m.cols()) / 4).unwrap();
