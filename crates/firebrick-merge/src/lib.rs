@@ -2,8 +2,8 @@
 //!
 //! A [`MergeConfig`] (mergekit's format) names checkpoints and a method; [`Merge`] is the transformation that the
 //! [`Executor`](firebrick_tensor::stream::Executor) runs tensor by tensor, in bounded memory;
-//! [`Merge::analyze`] says beforehand what will interfere. [`task_vectors`] merges weights in memory, [`permutation`] aligns models whose
-//! units stand in another order.
+//! [`Merge::analyze`] says beforehand what will interfere. [`task_vectors`] merges weights in memory, [`permutation`] and [`ot_fusion`]
+//! align models whose units stand in another order, [`twin`] keeps beside a merge what each expert has to itself.
 #![forbid(unsafe_code)]
 
 mod adapter;
@@ -19,12 +19,14 @@ pub mod logits_fusion;
 mod merge;
 mod methods;
 mod names;
+pub mod ot_fusion;
 pub mod permutation;
 mod plan;
 mod rows;
 mod stages;
 pub mod task_vectors;
 pub mod transport;
+pub mod twin;
 mod vocabulary;
 mod yaml;
 

@@ -15,6 +15,18 @@ pub enum TransportError {
         /// Columns.
         cols: usize,
     },
+    /// Numbers of units that only very small parts divide.
+    #[error(
+        "an exact plan between {rows} and {cols} units has {parts} parts; {MOST_PARTS} are the most: use an entropic one"
+    )]
+    TooManyParts {
+        /// Rows of the costs.
+        rows: usize,
+        /// Columns.
+        cols: usize,
+        /// Their least common multiple.
+        parts: usize,
+    },
     /// A cost that is not finite, or no cost at all.
     #[error("costs should be finite, and there should be some")]
     Costs,
@@ -98,6 +110,18 @@ pub struct Plan {
 }
 
 impl Plan {
+    /// Each of `n` units stays where it is.
+    pub fn identity(n: usize) -> Plan {
+        Plan { mass: Matrix::from_fn(n, n, |i, j| if i == j { 1.0 / n as f64 } else { 0.0 }) }
+    }
+
+    /// For each column the row that most of its mass comes from, of equal ones the first.
+    pub fn matches(&self) -> Vec<usize> {
+        let better =
+            |j, best: usize, i: usize| if self.mass[(i, j)] > self.mass[(best, j)] { i } else { best };
+        (0..self.mass.cols()).map(|j| (0..self.mass.rows()).fold(0, |best, i| better(j, best, i))).collect()
+    }
+
     /// The plan as a map in front of a weight: rows add up to 1, so that what a unit passes on arrives in full.
     pub fn incoming(&self) -> Matrix {
         let n = self.mass.rows() as f64;
@@ -114,6 +138,36 @@ impl Plan {
     pub fn cost(&self, cost: &Matrix) -> f64 {
         self.mass.data().iter().zip(cost.data()).map(|(p, c)| p * c).sum()
     }
+}
+
+/// Parts that [`exact`] splits units into, at most: the assignment takes the cube of it.
+const MOST_PARTS: usize = 4096;
+
+/// The plan of least cost (earth mover's distance): an [`assignment`] of parts of equal weight, as many a unit as it takes for both
+/// sides to have the same number.
+///
+/// # Errors
+/// Costs that are not finite, or none; numbers of units whose least common multiple is above 4096.
+pub fn exact(cost: &Matrix) -> Result<Plan, TransportError> {
+    let (n, m) = (cost.rows(), cost.cols());
+    if n * m == 0 {
+        return Err(TransportError::Costs);
+    }
+    let (mut divisor, mut rest) = (n, m);
+    while rest > 0 {
+        (divisor, rest) = (rest, divisor % rest);
+    }
+    let parts = (n / divisor).saturating_mul(m);
+    if parts > MOST_PARTS {
+        return Err(TransportError::TooManyParts { rows: n, cols: m, parts });
+    }
+    let (row_of, col_of) = (|part: usize| part * n / parts, |part: usize| part * m / parts);
+    let found = assignment(&Matrix::from_fn(parts, parts, |a, b| cost[(row_of(a), col_of(b))]))?;
+    let mut mass = Matrix::zeros(n, m);
+    for (a, b) in found.into_iter().enumerate() {
+        mass[(row_of(a), col_of(b))] += 1.0 / parts as f64;
+    }
+    Ok(Plan { mass })
 }
 
 /// Largest error of a marginal, as a share of it.
@@ -224,6 +278,32 @@ mod tests {
                 before = found;
             }
         }
+    }
+
+    #[test]
+    fn exact_plans_cost_least_and_split_units() {
+        for seed in 0..3 {
+            for (n, m) in [(6, 6), (4, 6), (6, 4), (2, 6)] {
+                let cost = Matrix::random_normal(n, m, Seed(seed), "cost");
+                let plan = exact(&cost).unwrap();
+                for i in 0..n {
+                    assert!(((0..m).map(|j| plan.mass[(i, j)]).sum::<f64>() - 1.0 / n as f64).abs() < 1e-12);
+                }
+                for j in 0..m {
+                    assert!(((0..n).map(|i| plan.mass[(i, j)]).sum::<f64>() - 1.0 / m as f64).abs() < 1e-12);
+                }
+                // Entropic plans cost more, by at most what their entropy weighs.
+                let soft = sinkhorn(&cost, 0.3).unwrap().cost(&cost);
+                let (least, most) = (plan.cost(&cost), 0.3 * (n.min(m) as f64).ln());
+                assert!(least < soft + 1e-6 && soft < least + most + 1e-6, "{least} {soft}");
+            }
+        }
+        let diagonal = Matrix::from_fn(3, 3, |i, j| f64::from(u8::from(i != (j + 1) % 3)));
+        assert_eq!(exact(&diagonal).unwrap().matches(), [1, 2, 0]);
+        assert_eq!(Plan::identity(3).matches(), [0, 1, 2]);
+        let odd = exact(&Matrix::zeros(97, 101)).unwrap_err();
+        assert_eq!(odd, TransportError::TooManyParts { rows: 97, cols: 101, parts: 9797 });
+        assert_eq!(exact(&Matrix::zeros(3, 0)), Err(TransportError::Costs));
     }
 
     #[test]

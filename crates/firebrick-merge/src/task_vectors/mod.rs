@@ -13,7 +13,9 @@ mod wudi;
 
 use std::collections::BTreeMap;
 
+use burn::tensor::Device;
 use firebrick_core::Site;
+use firebrick_models::{Decoder, DecoderConfig, ModelError, TensorSource};
 use firebrick_tensor::linalg::{LinalgError, Matrix, Svd, svd};
 
 pub use emr::{Emr, EmrTask, emr};
@@ -40,6 +42,9 @@ pub enum TaskVectorError {
     /// Units could not be assigned to each other.
     #[error(transparent)]
     Transport(#[from] crate::transport::TransportError),
+    /// A decoder could not be read or made.
+    #[error(transparent)]
+    Model(#[from] ModelError),
 }
 
 /// Fine-tuned minus base, or any other weights, by site (arXiv 2212.04089).
@@ -50,6 +55,28 @@ pub struct TaskVector {
 }
 
 impl TaskVector {
+    /// The weights of a decoder: embedding, norms and biases too; no head where it is the embedding.
+    ///
+    /// # Errors
+    /// If the weights can't be read from their device.
+    pub fn of(decoder: &Decoder) -> Result<TaskVector, TaskVectorError> {
+        let mut weights = TaskVector::default();
+        for site in decoder.sites().entries().iter().map(|e| e.site) {
+            let Some([rows, cols]) = decoder.weight(site).map(|w| w.dims()) else { continue };
+            let values = decoder.read_site(site, &[rows, cols])?;
+            weights.sites.insert(site, Matrix::from_f32(rows, cols, &values)?);
+        }
+        Ok(weights)
+    }
+
+    /// A decoder with these weights, rounded to f32, as constants.
+    ///
+    /// # Errors
+    /// If `config` is impossible; every weight that is missing or of another shape.
+    pub fn decoder(&self, config: DecoderConfig, device: &Device) -> Result<Decoder, TaskVectorError> {
+        Ok(Decoder::load(config, self, device)?)
+    }
+
     /// `tuned - base`.
     ///
     /// # Errors
@@ -92,6 +119,23 @@ impl TaskVector {
             }
         }
         Ok(low)
+    }
+}
+
+impl TensorSource for TaskVector {
+    fn read_site(&self, site: Site, shape: &[usize]) -> Result<Vec<f32>, ModelError> {
+        self.check_site(site, shape)?;
+        Ok(self.sites[&site].to_f32())
+    }
+
+    fn check_site(&self, site: Site, shape: &[usize]) -> Result<(), ModelError> {
+        let weight = self.sites.get(&site).ok_or(ModelError::NoWeight { site })?;
+        let found = [weight.rows(), weight.cols()];
+        if found == shape || (found[0] == 1 && found[1..] == *shape) {
+            return Ok(());
+        }
+        let name = site.to_string();
+        Err(ModelError::Shape { name, expected: shape.to_vec(), found: found.to_vec() })
     }
 }
 
@@ -155,7 +199,7 @@ fn polar(a: &Matrix) -> Result<Matrix, LinalgError> {
 }
 
 /// Matrices side by side.
-fn beside(parts: &[Matrix]) -> Matrix {
+pub(crate) fn beside(parts: &[Matrix]) -> Matrix {
     let starts: Vec<(usize, usize)> =
         parts.iter().enumerate().flat_map(|(p, m)| (0..m.cols()).map(move |c| (p, c))).collect();
     Matrix::from_fn(parts[0].rows(), starts.len(), |i, j| parts[starts[j].0][(i, starts[j].1)])

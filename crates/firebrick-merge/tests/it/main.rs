@@ -1,5 +1,4 @@
 //! Merges of small checkpoints, from their YAML to the file that is written; fusion of what models predict.
-#![allow(clippy::print_stdout, reason = "tests say what they measured or skipped")]
 
 mod distribution_fusion;
 mod golden;
@@ -9,5 +8,7 @@ mod mergekit;
 mod merges;
 mod methods;
 mod mistakes;
+mod ot_fusion;
 mod plans;
+mod twin;
 mod weak_to_strong;
