@@ -1,5 +1,5 @@
 use burn::tensor::{DType, Device, Tensor};
-use firebrick_tensor::ops::{PackedMatrix, packed_matmul};
+use firebrick_tensor::ops::{PackedInputs, PackedMatrix, packed_matmul};
 
 use super::support::{Case, below, devices, error, flat, host, is_flex, normal};
 
@@ -113,7 +113,7 @@ fn products_agree_with_the_reference() {
                 op: &|t| {
                     let [x] = t.try_into().expect("one input");
                     let weight = matrix.pack(&x.device(), x.dtype());
-                    packed_matmul(x.reshape([rows, d_in]), &weight).reshape([rows * d_out])
+                    packed_matmul(x.reshape([rows, d_in]), &weight, PackedInputs::Exact).reshape([rows * d_out])
                 },
                 reference: &|t| matrix.product(&t[0], &dense),
             };
