@@ -255,6 +255,9 @@ fn rounded<B: Backend>(x: FloatTensor<B>) -> FloatTensor<B> {
 #[cfg(feature = "cubecl-backend")]
 impl PackedOps for CubeBackend {}
 
+/// Outputs of a task, at most.
+pub(super) const COLUMNS: usize = 256;
+
 /// Rows of `x` from which tiles of the matrix are decoded for a dense product.
 const TILE_ROWS: usize = 8;
 
@@ -285,10 +288,10 @@ impl PackedOps for Flex {
         let (x, words) = (cpu::contiguous(x), cpu::contiguous(words));
         let (scale, zero) = (cpu::contiguous(scale), cpu::contiguous(zero));
         let weight = Weight::new(&words, &scale, &zero, layout);
-        let x = x.storage::<f32>();
+        let (x, level) = (x.storage::<f32>(), Level::best());
         match integers {
-            true => packed_dots::product(x, &weight, Level::best()),
-            false if rows < TILE_ROWS => packed_exact::few_rows(x, &weight, Arch::new()),
+            true => packed_dots::product(x, &weight, level),
+            false if rows < TILE_ROWS => packed_exact::few_rows(x, &weight, level),
             false => packed_exact::many_rows(x, &weight, Arch::new()),
         }
     }
@@ -299,6 +302,16 @@ impl PackedOps for Flex {
 pub(super) enum Scales<'a> {
     F32(&'a [f32]),
     F16(&'a [f16]),
+}
+
+impl Scales<'_> {
+    /// Writes them as f32.
+    pub fn widen(self, out: &mut [f32]) {
+        match self {
+            Scales::F32(scale) => out.copy_from_slice(scale),
+            Scales::F16(scale) => scale.convert_to_f32_slice(out),
+        }
+    }
 }
 
 /// A packed matrix that kernels read.
@@ -320,12 +333,7 @@ impl<'a> Weight<'a> {
     }
 
     /// Views tensors that are contiguous.
-    fn new(
-        words: &'a FlexTensor,
-        scale: &'a FlexTensor,
-        zero: &'a FlexTensor,
-        layout: PackedLayout,
-    ) -> Self {
+    fn new(words: &'a FlexTensor, scale: &'a FlexTensor, zero: &'a FlexTensor, layout: PackedLayout) -> Self {
         let d_out = words.shape()[1];
         let scale = match scale.dtype() {
             DType::F16 => Scales::F16(scale.storage()),
@@ -334,18 +342,26 @@ impl<'a> Weight<'a> {
         Self { words: words.storage(), scale, zero: zero.storage(), layout, d_out }
     }
 
+    /// Outputs of a task where each weight is read once: a part of 2^17 weights or so, and of outputs whose words for a block of inputs
+    /// stay in the first-level cache.
+    pub fn task(&self) -> usize {
+        let parts = (self.layout.d_in * self.d_out).div_ceil(1 << 17);
+        self.d_out.div_ceil(parts).next_multiple_of(16).clamp(64, COLUMNS)
+    }
+
     /// Words of word row `row`, from column `first` on.
     #[inline(always)]
     pub fn word_row(&self, row: usize, first: usize, columns: usize) -> &'a [i32] {
         &self.words[row * self.d_out + first..][..columns]
     }
 
-    /// Writes the scales of `group` from column `first` on.
-    pub fn scales(&self, group: usize, first: usize, out: &mut [f32]) {
+    /// The scales of `group` from column `first` on.
+    #[inline(always)]
+    pub fn scales(&self, group: usize, first: usize, columns: usize) -> Scales<'a> {
         let at = group * self.d_out + first;
         match self.scale {
-            Scales::F32(scale) => out.copy_from_slice(&scale[at..][..out.len()]),
-            Scales::F16(scale) => scale[at..][..out.len()].convert_to_f32_slice(out),
+            Scales::F32(scale) => Scales::F32(&scale[at..][..columns]),
+            Scales::F16(scale) => Scales::F16(&scale[at..][..columns]),
         }
     }
 

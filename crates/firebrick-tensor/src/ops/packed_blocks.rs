@@ -37,7 +37,11 @@ impl PackedMatrix {
             return Err(BlockError::PartialBlock { dtype, elements: d_in });
         }
         if d_in.checked_mul(d_out).and_then(|n| dtype.bytes_for(n)) != Some(bytes.len()) {
-            return Err(BlockError::Length { dtype, elements: d_in.saturating_mul(d_out), bytes: bytes.len() });
+            return Err(BlockError::Length {
+                dtype,
+                elements: d_in.saturating_mul(d_out),
+                bytes: bytes.len(),
+            });
         }
         let (groups, rows) = (d_in / BLOCK, d_in * bits / 32);
         let mut words = vec![0i32; rows * d_out];

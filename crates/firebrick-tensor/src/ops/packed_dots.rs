@@ -7,7 +7,7 @@
 use burn_flex::FlexTensor;
 
 use super::cpu;
-use super::packed::{PackedLayout, Weight};
+use super::packed::{COLUMNS, PackedLayout, Scales, Weight};
 
 /// Inputs that share a scale.
 pub(super) const STEP: usize = 32;
@@ -23,12 +23,6 @@ const LANES: usize = 8;
 
 /// Rows that take their turn while a block of weights is in the first-level cache.
 const ROWS: usize = 16;
-
-/// Weights of a task.
-const TASK: usize = 1 << 16;
-
-/// Outputs of a task, at most.
-const COLUMNS: usize = 256;
 
 /// Whether the kernels here multiply codes that lie like this.
 pub(super) fn applies(layout: PackedLayout) -> bool {
@@ -51,10 +45,13 @@ impl Level {
         let mut all = vec![Level::Portable];
         #[cfg(target_arch = "x86_64")]
         {
-            if is_x86_feature_detected!("avx2") {
+            let haswell = is_x86_feature_detected!("avx2")
+                && is_x86_feature_detected!("fma")
+                && is_x86_feature_detected!("f16c");
+            if haswell {
                 all.push(Level::Avx2);
             }
-            if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vnni") {
+            if haswell && is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vnni") {
                 all.push(Level::Avx512Vnni);
             }
         }
@@ -126,8 +123,7 @@ pub(super) fn product(x: &[f32], weight: &Weight<'_>, level: Level) -> FlexTenso
     let (d_in, d_out) = (weight.layout.d_in, weight.d_out);
     let rows = x.len() / d_in;
     let inputs = Rounded::new(x, weight.layout);
-    let columns = (TASK / d_in).next_multiple_of(64).clamp(64, COLUMNS);
-    cpu::by_columns(rows, d_out, columns, |first, out| {
+    cpu::by_columns(rows, d_out, weight.task(), |first, out| {
         Task { inputs: &inputs, weight, first, columns: out.len() / rows }.run(level, out);
     })
 }
@@ -157,16 +153,16 @@ impl Task<'_> {
         // Word rows that the last block lacks meet inputs of zero: any other will do.
         let last = d_in.div_ceil(weight.layout.per_word()) - 1;
         let group = step * STEP / group;
-        let mut scale = [0.0; COLUMNS];
-        weight.scales(group, self.first, &mut scale[..columns]);
         let at = row * self.inputs.steps + step;
         let pass = Pass {
             words: std::array::from_fn(|i| {
                 weight.word_row((step * word_rows + i.min(word_rows - 1)).min(last), self.first, columns)
             }),
-            ahead: &weight.words[((step + 1) * word_rows * weight.d_out + self.first).min(weight.words.len())..],
+            ahead: weight.words.as_ptr().wrapping_add((step + 1) * word_rows * weight.d_out + self.first),
             stride: weight.d_out,
-            scale: &scale[..columns],
+            scale: weight.scales(group, self.first, columns),
+            columns,
+            rows: out.len() / columns,
             zero: weight.zeros(group, self.first, columns),
             quads: &self.inputs.quads[at..],
             input_scale: &self.inputs.scale[at..],
@@ -176,7 +172,7 @@ impl Task<'_> {
         };
         match level {
             Level::Portable => pass.portable(0, out),
-            // SAFETY: `Level::all` makes this level only where the processor has AVX2.
+            // SAFETY: `Level::all` makes this level only where the processor has AVX2 and F16C.
             #[cfg(target_arch = "x86_64")]
             Level::Avx2 => unsafe { pass.avx2(out) },
             // SAFETY: `Level::all` makes this level only where the processor has AVX-512F and AVX-512-VNNI.
@@ -190,12 +186,14 @@ impl Task<'_> {
 struct Pass<'a> {
     /// Word rows of the block: eight, or the first four.
     words: [&'a [i32]; 8],
-    /// From the first word of the next block on, for prefetching.
-    ahead: &'a [i32],
+    /// Where the words of the next block are, for prefetching; past the end behind the last one.
+    ahead: *const i32,
     /// From one word row to the next.
     stride: usize,
-    scale: &'a [f32],
+    scale: Scales<'a>,
     zero: &'a [f32],
+    columns: usize,
+    rows: usize,
     /// Of this block in the first row, then every `steps` blocks.
     quads: &'a [[i32; 8]],
     input_scale: &'a [f32],
@@ -205,13 +203,14 @@ struct Pass<'a> {
 }
 
 impl Pass<'_> {
-    fn columns(&self) -> usize {
-        self.scale.len()
-    }
-
-    /// The kernel that needs no instructions, on outputs `from..`.
+    /// The kernel that every processor runs, on outputs `from..`.
     fn portable(&self, from: usize, out: &mut [f32]) {
-        let columns = self.columns();
+        let columns = self.columns;
+        if from == columns {
+            return;
+        }
+        let mut weight_scale = [0.0; COLUMNS];
+        self.scale.widen(&mut weight_scale[..columns]);
         for first in (from..columns).step_by(LANES) {
             let lanes = LANES.min(columns - first);
             let words: [[u32; LANES]; 8] = std::array::from_fn(|k| {
@@ -238,7 +237,7 @@ impl Pass<'_> {
                 let (scale, sum) = (self.input_scale[at], self.input_sum[at]);
                 for (lane, &dot) in dots[..lanes].iter().enumerate() {
                     let j = first + lane;
-                    out[j] += self.scale[j] * scale * (dot as f32 - self.zero[j] * sum);
+                    out[j] += weight_scale[j] * scale * (dot as f32 - self.zero[j] * sum);
                 }
             }
         }
@@ -246,30 +245,31 @@ impl Pass<'_> {
 }
 
 #[cfg(target_arch = "x86_64")]
-mod x86 {
+pub(super) mod x86 {
     use std::arch::x86_64::*;
+    use std::mem::transmute;
 
-    use super::Pass;
+    use half::f16;
 
-    /// Asks for the cache line of `words[at]`, if there is one.
+    use super::{Pass, Scales};
+
+    /// Asks for the cache lines at `first` in `rows` word rows, `stride` words apart.
     #[inline(always)]
-    fn prefetch(words: &[i32], at: usize) {
-        if let Some(word) = words.get(at) {
-            // SAFETY: the address is one of the slice's.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(word).cast()) };
+    pub(in super::super) fn prefetch(first: *const i32, stride: usize, rows: usize) {
+        for i in 0..rows {
+            // SAFETY: a hint, which may name any address.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(first.wrapping_add(i * stride).cast()) };
         }
     }
 
     impl Pass<'_> {
-        /// Asks for the words of output `column` in the next block.
+        /// Asks for the words of the sixteen outputs from `first` on in the next block.
         #[inline(always)]
-        fn prefetch(&self, column: usize) {
-            for i in 0..if self.nibbles { 4 } else { 8 } {
-                prefetch(self.ahead, i * self.stride + column);
-            }
+        fn prefetch(&self, first: usize) {
+            prefetch(self.ahead.wrapping_add(first), self.stride, if self.nibbles { 4 } else { 8 });
         }
 
-        #[target_feature(enable = "avx2")]
+        #[target_feature(enable = "avx2,f16c")]
         pub(super) fn avx2(&self, out: &mut [f32]) {
             match self.nibbles {
                 true => self.avx2_of::<true>(out),
@@ -277,74 +277,77 @@ mod x86 {
             }
         }
 
-        #[target_feature(enable = "avx2")]
+        #[target_feature(enable = "avx2,f16c")]
         fn avx2_of<const NIBBLES: bool>(&self, out: &mut [f32]) {
             const WIDTH: usize = 8;
-            let columns = self.columns();
-            let whole = columns / WIDTH * WIDTH;
+            let vectors = self.columns / WIDTH;
+            let words = self.words.map(|row| &row.as_chunks::<WIDTH>().0[..vectors]);
+            let zero = &self.zero.as_chunks::<WIDTH>().0[..vectors];
             let low = _mm256_set1_epi8(15);
-            for first in (0..whole).step_by(WIDTH) {
-                if first % (2 * WIDTH) == 0 {
-                    self.prefetch(first);
+            for v in 0..vectors {
+                if v % 2 == 0 {
+                    self.prefetch(v * WIDTH);
                 }
-                let load = |k: usize| bytemuck::cast::<[i32; WIDTH], __m256i>(eight(self.words[k], first));
-                let codes: [__m256i; 8] = match NIBBLES {
-                    true => {
-                        let words = [load(0), load(1), load(2), load(3)];
-                        std::array::from_fn(|k| {
-                            let word = words[k / 2];
-                            let word = if k % 2 == 0 { word } else { _mm256_srli_epi16::<4>(word) };
-                            _mm256_and_si256(word, low)
-                        })
-                    }
-                    false => std::array::from_fn(load),
+                // SAFETY: eight words are as long as the vector, and any bits are one.
+                let load = |k: usize| unsafe { transmute::<[i32; 8], __m256i>(words[k][v]) };
+                let pair = |k: usize| {
+                    let word = load(k);
+                    [_mm256_and_si256(word, low), _mm256_and_si256(_mm256_srli_epi16::<4>(word), low)]
                 };
-                let zero = bytemuck::cast::<[f32; WIDTH], __m256>(eight(self.zero, first));
-                let scale = bytemuck::cast::<[f32; WIDTH], __m256>(eight(self.scale, first));
-                for (row, out) in out.chunks_exact_mut(columns).enumerate() {
-                    let at = row * self.steps;
+                let codes: [__m256i; 8] = if NIBBLES {
+                    let [a, b, c, d] = [pair(0), pair(1), pair(2), pair(3)];
+                    [a[0], a[1], b[0], b[1], c[0], c[1], d[0], d[1]]
+                } else {
+                    [load(0), load(1), load(2), load(3), load(4), load(5), load(6), load(7)]
+                };
+                // SAFETY: eight values are as long as the vector.
+                let zero = unsafe { transmute::<[f32; 8], __m256>(zero[v]) };
+                let scale = eight_scales(self.scale, v);
+                for row in 0..self.rows {
+                    let (at, place) = (row * self.steps, row * self.columns + v * WIDTH);
                     let quads = &self.quads[at];
                     let dots = if NIBBLES { nibbles(&codes, quads) } else { bytes(&codes, quads) };
                     let sums = _mm256_mul_ps(zero, _mm256_set1_ps(self.input_sum[at]));
                     let dots = _mm256_sub_ps(_mm256_cvtepi32_ps(dots), sums);
                     let scale = _mm256_mul_ps(scale, _mm256_set1_ps(self.input_scale[at]));
-                    let out: &mut [f32; WIDTH] = (&mut out[first..first + WIDTH]).try_into().expect("eight");
-                    let total = _mm256_add_ps(bytemuck::cast(*out), _mm256_mul_ps(scale, dots));
-                    *out = bytemuck::cast(total);
+                    let out = out[place..].first_chunk_mut::<WIDTH>().expect("a vector of each row");
+                    // SAFETY: eight values are as long as the vector, on the way there and back.
+                    unsafe {
+                        let total =
+                            _mm256_add_ps(transmute::<[f32; 8], __m256>(*out), _mm256_mul_ps(scale, dots));
+                        *out = transmute::<__m256, [f32; 8]>(total);
+                    }
                 }
             }
-            self.portable(whole, out);
+            self.portable(vectors * WIDTH, out);
         }
 
         #[target_feature(enable = "avx512f,avx512vnni")]
         pub(super) fn vnni(&self, out: &mut [f32]) {
             const WIDTH: usize = 16;
-            let columns = self.columns();
-            let whole = columns / WIDTH * WIDTH;
-            let low = _mm512_set1_epi8(15);
-            for first in (0..whole).step_by(WIDTH) {
-                self.prefetch(first);
-                let load = |k: usize| -> __m512i {
-                    let words: &[i32; WIDTH] = self.words[k][first..first + WIDTH].try_into().expect("sixteen");
-                    // SAFETY: sixteen words are as long as the vector, and any bits are one.
-                    unsafe { _mm512_loadu_si512(words.as_ptr().cast()) }
+            let vectors = self.columns / WIDTH;
+            let words = self.words.map(|row| &row.as_chunks::<WIDTH>().0[..vectors]);
+            let zero = &self.zero.as_chunks::<WIDTH>().0[..vectors];
+            let low = _mm512_set1_epi32(0x0f0f_0f0f);
+            for v in 0..vectors {
+                self.prefetch(v * WIDTH);
+                // SAFETY: sixteen words are as long as the vector, and any bits are one.
+                let load = |k: usize| unsafe { transmute::<[i32; 16], __m512i>(words[k][v]) };
+                let pair = |k: usize| {
+                    let word = load(k);
+                    [_mm512_and_si512(word, low), _mm512_and_si512(_mm512_srli_epi32::<4>(word), low)]
                 };
-                let codes: [__m512i; 8] = match self.nibbles {
-                    true => std::array::from_fn(|k| {
-                        let word = load(k / 2);
-                        let word = if k % 2 == 0 { word } else { _mm512_srli_epi32::<4>(word) };
-                        _mm512_and_si512(word, low)
-                    }),
-                    false => std::array::from_fn(load),
+                let codes: [__m512i; 8] = if self.nibbles {
+                    let [a, b, c, d] = [pair(0), pair(1), pair(2), pair(3)];
+                    [a[0], a[1], b[0], b[1], c[0], c[1], d[0], d[1]]
+                } else {
+                    [load(0), load(1), load(2), load(3), load(4), load(5), load(6), load(7)]
                 };
-                let floats = |values: &[f32]| -> __m512 {
-                    let values: &[f32; WIDTH] = values[first..first + WIDTH].try_into().expect("sixteen");
-                    // SAFETY: sixteen values are as long as the vector.
-                    unsafe { _mm512_loadu_ps(values.as_ptr()) }
-                };
-                let (zero, scale) = (floats(self.zero), floats(self.scale));
-                for (row, out) in out.chunks_exact_mut(columns).enumerate() {
-                    let at = row * self.steps;
+                // SAFETY: sixteen values are as long as the vector.
+                let zero = unsafe { transmute::<[f32; 16], __m512>(zero[v]) };
+                let scale = sixteen_scales(self.scale, v);
+                for row in 0..self.rows {
+                    let (at, place) = (row * self.steps, row * self.columns + v * WIDTH);
                     let mut dots = [_mm512_setzero_si512(); 2];
                     for (k, &quad) in self.quads[at].iter().enumerate() {
                         dots[k % 2] = _mm512_dpbusd_epi32(dots[k % 2], codes[k], _mm512_set1_epi32(quad));
@@ -352,19 +355,43 @@ mod x86 {
                     let dots = _mm512_cvtepi32_ps(_mm512_add_epi32(dots[0], dots[1]));
                     let dots = _mm512_sub_ps(dots, _mm512_mul_ps(zero, _mm512_set1_ps(self.input_sum[at])));
                     let scale = _mm512_mul_ps(scale, _mm512_set1_ps(self.input_scale[at]));
-                    let total = _mm512_add_ps(floats(out), _mm512_mul_ps(scale, dots));
-                    let out: &mut [f32; WIDTH] = (&mut out[first..first + WIDTH]).try_into().expect("sixteen");
-                    // SAFETY: as above.
-                    unsafe { _mm512_storeu_ps(out.as_mut_ptr(), total) };
+                    let out = out[place..].first_chunk_mut::<WIDTH>().expect("a vector of each row");
+                    // SAFETY: sixteen values are as long as the vector, on the way there and back.
+                    unsafe {
+                        let total =
+                            _mm512_add_ps(transmute::<[f32; 16], __m512>(*out), _mm512_mul_ps(scale, dots));
+                        *out = transmute::<__m512, [f32; 16]>(total);
+                    }
                 }
             }
-            self.portable(whole, out);
+            self.portable(vectors * WIDTH, out);
         }
     }
 
-    #[inline(always)]
-    fn eight<T: Copy>(values: &[T], first: usize) -> [T; 8] {
-        values[first..first + 8].try_into().expect("eight")
+    /// Scales of the outputs of vector `v`.
+    #[inline]
+    #[target_feature(enable = "avx2,f16c")]
+    pub(in super::super) fn eight_scales(scale: Scales<'_>, v: usize) -> __m256 {
+        // SAFETY: eight values or halves are as long as their vector, and any bits are one.
+        match scale {
+            Scales::F32(scale) => unsafe { transmute::<[f32; 8], __m256>(scale.as_chunks().0[v]) },
+            Scales::F16(scale) => {
+                _mm256_cvtph_ps(unsafe { transmute::<[f16; 8], __m128i>(scale.as_chunks().0[v]) })
+            }
+        }
+    }
+
+    /// Scales of the outputs of vector `v`.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn sixteen_scales(scale: Scales<'_>, v: usize) -> __m512 {
+        // SAFETY: sixteen values or halves are as long as their vector, and any bits are one.
+        match scale {
+            Scales::F32(scale) => unsafe { transmute::<[f32; 16], __m512>(scale.as_chunks().0[v]) },
+            Scales::F16(scale) => {
+                _mm512_cvtph_ps(unsafe { transmute::<[f16; 16], __m256i>(scale.as_chunks().0[v]) })
+            }
+        }
     }
 
     /// Sums of codes up to 15 times inputs. Eight products of two pairs stay in 16 bits: 8 * 2 * 15 * 127 = 30480.
@@ -415,7 +442,14 @@ mod tests {
     }
 
     impl Matrix {
-        fn new(bits: usize, group: usize, d_in: usize, d_out: usize, shared: bool, code: Option<u32>) -> Self {
+        fn new(
+            bits: usize,
+            group: usize,
+            d_in: usize,
+            d_out: usize,
+            shared: bool,
+            code: Option<u32>,
+        ) -> Self {
             let layout = PackedLayout { bits, group, d_in };
             let (per_word, groups) = (layout.per_word(), d_in.div_ceil(group));
             let draws = Seed(3).normal("codes", d_in.next_multiple_of(per_word) * d_out, 40.0);
@@ -434,7 +468,13 @@ mod tests {
 
         fn weight(&self) -> Weight<'_> {
             let (layout, d_out) = (self.layout, self.d_out);
-            Weight { words: &self.words[1..], scale: Scales::F16(&self.scale), zero: &self.zero, layout, d_out }
+            Weight {
+                words: &self.words[1..],
+                scale: Scales::F16(&self.scale),
+                zero: &self.zero,
+                layout,
+                d_out,
+            }
         }
 
         fn code(&self, i: usize, o: usize) -> i64 {
@@ -521,7 +561,8 @@ mod tests {
                     let x = vec![sign * 3.0; 64];
                     let want = matrix.reference(&x);
                     for level in Level::all() {
-                        for (got, want) in product(&x, &matrix.weight(), level).storage::<f32>().iter().zip(&want)
+                        for (got, want) in
+                            product(&x, &matrix.weight(), level).storage::<f32>().iter().zip(&want)
                         {
                             let e = (f64::from(*got) - want).abs() / want.abs().max(1e-3);
                             assert!(e < 1e-5, "{level:?}, {bits} bits, codes {code}: {got} for {want}");

@@ -2,8 +2,8 @@
 
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use firebrick_tensor::ops::{
-    AttentionOptions, Divergence, PackedInputs, PackedMatrix, attention, cross_entropy, grouped_matmul, linear,
-    linear_cross_entropy, linear_kl, packed_matmul, rms_norm, rope, swiglu,
+    AttentionOptions, Divergence, PackedInputs, PackedMatrix, attention, cross_entropy, grouped_matmul,
+    linear, linear_cross_entropy, linear_kl, packed_matmul, rms_norm, rope, swiglu,
 };
 
 use super::support::{below, flat, normal};
