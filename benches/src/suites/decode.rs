@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::Result;
+use anyhow::{Error, Result};
 use firebrick_core::{Brick, Run, Site};
 use firebrick_models::{Decoder, ExportType, ModelFiles};
 use firebrick_quant::PackedLinear;
@@ -40,7 +40,7 @@ pub(super) fn run(bench: &Bench<'_>) -> Result<()> {
         Subject { name, dtype: "f32", files, decoder, bricks: &[], weights, stored }.measure(bench)?;
     }
     for (name, files) in bench.models {
-        let stored: ExportType = DType::Q4_0.name().parse()?;
+        let stored: ExportType = DType::Q4_0.name().parse().map_err(Error::msg)?;
         let packed_files = ModelFiles::open(&bench.exported(files, stored, ".gguf")?)?;
         let weights = packed_files.weights();
         let (decoder, packed) = Decoder::load_packed(files.config.clone(), &weights, &bench.device)?;
