@@ -5,6 +5,8 @@
 //! integers are exact, and the f32 operations are the same ones in the same order.
 
 use burn_flex::FlexTensor;
+use pulp::{Arch, Simd, WithSimd};
+use rayon::prelude::*;
 
 use super::cpu;
 use super::packed::{COLUMNS, PackedLayout, Scales, Weight};
@@ -64,42 +66,49 @@ impl Level {
     }
 }
 
-/// Inputs as codes, in blocks of [`STEP`].
-struct Rounded {
-    steps: usize,
-    /// Of each row and block: four codes each, in the order in which words hold theirs.
-    quads: Vec<[i32; 8]>,
-    /// Of each row and block: what codes are multiples of.
-    scale: Vec<f32>,
-    /// Of each row and block: the sum of the codes.
-    sum: Vec<f32>,
+/// Inputs of a row as codes, [`STEP`] of them.
+struct Block {
+    /// Four codes each, in the order in which words hold theirs.
+    quads: [i32; 8],
+    /// What codes are multiples of.
+    scale: f32,
+    /// The sum of the codes.
+    sum: f32,
 }
 
-impl Rounded {
-    fn new(x: &[f32], layout: PackedLayout) -> Self {
-        let steps = layout.d_in.div_ceil(STEP);
-        let blocks = x.len() / layout.d_in * steps;
-        let mut new = Self {
-            steps,
-            quads: Vec::with_capacity(blocks),
-            scale: Vec::with_capacity(blocks),
-            sum: Vec::with_capacity(blocks),
+/// A row of inputs, to be rounded.
+struct Row<'a> {
+    x: &'a [f32],
+    bits: usize,
+}
+
+impl WithSimd for Row<'_> {
+    type Output = Vec<Block>;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) -> Vec<Block> {
+        let block = |block: &[f32]| {
+            let mut values = [0.0; STEP];
+            values[..block.len()].copy_from_slice(block);
+            let (codes, scale) = round(&values);
+            let sum = codes.iter().map(|&c| i32::from(c)).sum::<i32>() as f32;
+            Block { quads: quads(&codes, self.bits), scale, sum }
         };
-        for row in x.chunks_exact(layout.d_in) {
-            for block in row.chunks(STEP) {
-                let mut values = [0.0; STEP];
-                values[..block.len()].copy_from_slice(block);
-                let (codes, scale) = round(&values);
-                new.quads.push(quads(&codes, layout.bits));
-                new.scale.push(scale);
-                new.sum.push(codes.iter().map(|&c| i32::from(c)).sum::<i32>() as f32);
-            }
-        }
-        new
+        self.x.chunks(STEP).map(block).collect()
+    }
+}
+
+/// The blocks of all rows of `x`, one row after the other.
+fn blocks(x: &[f32], layout: PackedLayout) -> Vec<Block> {
+    let row = |x| Arch::new().dispatch(Row { x, bits: layout.bits });
+    match x.len() / layout.d_in {
+        1 => row(x),
+        _ => x.par_chunks_exact(layout.d_in).flat_map_iter(row).collect(),
     }
 }
 
 /// Codes of a block and their scale.
+#[inline(always)]
 fn round(x: &[f32; STEP]) -> ([i8; STEP], f32) {
     // Adding 1.5 * 2^23 rounds to the nearest integer, ties to even, and leaves it in the low bits.
     const ROUND: f32 = 12_582_912.0;
@@ -111,6 +120,7 @@ fn round(x: &[f32; STEP]) -> ([i8; STEP], f32) {
 }
 
 /// Codes in the order of those of the weights: even and odd ones apart where a word holds eight.
+#[inline(always)]
 fn quads(codes: &[i8; STEP], bits: usize) -> [i32; 8] {
     std::array::from_fn(|i| {
         let at = |k: usize| if bits == 4 { i / 2 * 8 + 2 * k + i % 2 } else { 4 * i + k };
@@ -122,15 +132,17 @@ fn quads(codes: &[i8; STEP], bits: usize) -> [i32; 8] {
 pub(super) fn product(x: &[f32], weight: &Weight<'_>, level: Level) -> FlexTensor {
     let (d_in, d_out) = (weight.layout.d_in, weight.d_out);
     let rows = x.len() / d_in;
-    let inputs = Rounded::new(x, weight.layout);
+    let (inputs, steps) = (blocks(x, weight.layout), d_in.div_ceil(STEP));
     cpu::by_columns(rows, d_out, weight.task(), |first, out| {
-        Task { inputs: &inputs, weight, first, columns: out.len() / rows }.run(level, out);
+        Task { inputs: &inputs, steps, weight, first, columns: out.len() / rows }.run(level, out);
     })
 }
 
 /// Outputs `first..` of all rows.
 struct Task<'a> {
-    inputs: &'a Rounded,
+    inputs: &'a [Block],
+    /// Blocks of a row.
+    steps: usize,
     weight: &'a Weight<'a>,
     first: usize,
     columns: usize,
@@ -140,7 +152,7 @@ impl Task<'_> {
     /// Adds to `out`, `[rows, columns]`.
     fn run(&self, level: Level, out: &mut [f32]) {
         for (block, out) in out.chunks_mut(ROWS * self.columns).enumerate() {
-            for step in 0..self.inputs.steps {
+            for step in 0..self.steps {
                 self.step(level, block * ROWS, step, out);
             }
         }
@@ -153,7 +165,6 @@ impl Task<'_> {
         // Word rows that the last block lacks meet inputs of zero: any other will do.
         let last = d_in.div_ceil(weight.layout.per_word()) - 1;
         let group = step * STEP / group;
-        let at = row * self.inputs.steps + step;
         let pass = Pass {
             words: std::array::from_fn(|i| {
                 weight.word_row((step * word_rows + i.min(word_rows - 1)).min(last), self.first, columns)
@@ -164,10 +175,8 @@ impl Task<'_> {
             columns,
             rows: out.len() / columns,
             zero: weight.zeros(group, self.first, columns),
-            quads: &self.inputs.quads[at..],
-            input_scale: &self.inputs.scale[at..],
-            input_sum: &self.inputs.sum[at..],
-            steps: self.inputs.steps,
+            inputs: &self.inputs[row * self.steps + step..],
+            steps: self.steps,
             nibbles: bits == 4,
         };
         match level {
@@ -195,9 +204,7 @@ struct Pass<'a> {
     columns: usize,
     rows: usize,
     /// Of this block in the first row, then every `steps` blocks.
-    quads: &'a [[i32; 8]],
-    input_scale: &'a [f32],
-    input_sum: &'a [f32],
+    inputs: &'a [Block],
     steps: usize,
     nibbles: bool,
 }
@@ -225,16 +232,15 @@ impl Pass<'_> {
                 false => words,
             };
             for (row, out) in out.chunks_exact_mut(columns).enumerate() {
-                let at = row * self.steps;
+                let Block { quads, scale, sum } = &self.inputs[row * self.steps];
                 let mut dots = [0i32; LANES];
-                for (codes, quad) in codes.iter().zip(&self.quads[at]) {
+                for (codes, quad) in codes.iter().zip(quads) {
                     for (byte, x) in quad.to_le_bytes().into_iter().enumerate() {
                         for (dot, code) in dots.iter_mut().zip(codes) {
                             *dot += (code >> (8 * byte) & 0xff) as i32 * i32::from(x as i8);
                         }
                     }
                 }
-                let (scale, sum) = (self.input_scale[at], self.input_sum[at]);
                 for (lane, &dot) in dots[..lanes].iter().enumerate() {
                     let j = first + lane;
                     out[j] += weight_scale[j] * scale * (dot as f32 - self.zero[j] * sum);
@@ -304,12 +310,12 @@ pub(super) mod x86 {
                 let zero = unsafe { transmute::<[f32; 8], __m256>(zero[v]) };
                 let scale = eight_scales(self.scale, v);
                 for row in 0..self.rows {
-                    let (at, place) = (row * self.steps, row * self.columns + v * WIDTH);
-                    let quads = &self.quads[at];
+                    let (input, place) = (&self.inputs[row * self.steps], row * self.columns + v * WIDTH);
+                    let quads = &input.quads;
                     let dots = if NIBBLES { nibbles(&codes, quads) } else { bytes(&codes, quads) };
-                    let sums = _mm256_mul_ps(zero, _mm256_set1_ps(self.input_sum[at]));
+                    let sums = _mm256_mul_ps(zero, _mm256_set1_ps(input.sum));
                     let dots = _mm256_sub_ps(_mm256_cvtepi32_ps(dots), sums);
-                    let scale = _mm256_mul_ps(scale, _mm256_set1_ps(self.input_scale[at]));
+                    let scale = _mm256_mul_ps(scale, _mm256_set1_ps(input.scale));
                     let out = out[place..].first_chunk_mut::<WIDTH>().expect("a vector of each row");
                     // SAFETY: eight values are as long as the vector, on the way there and back.
                     unsafe {
@@ -347,14 +353,14 @@ pub(super) mod x86 {
                 let zero = unsafe { transmute::<[f32; 16], __m512>(zero[v]) };
                 let scale = sixteen_scales(self.scale, v);
                 for row in 0..self.rows {
-                    let (at, place) = (row * self.steps, row * self.columns + v * WIDTH);
+                    let (input, place) = (&self.inputs[row * self.steps], row * self.columns + v * WIDTH);
                     let mut dots = [_mm512_setzero_si512(); 2];
-                    for (k, &quad) in self.quads[at].iter().enumerate() {
+                    for (k, &quad) in input.quads.iter().enumerate() {
                         dots[k % 2] = _mm512_dpbusd_epi32(dots[k % 2], codes[k], _mm512_set1_epi32(quad));
                     }
                     let dots = _mm512_cvtepi32_ps(_mm512_add_epi32(dots[0], dots[1]));
-                    let dots = _mm512_sub_ps(dots, _mm512_mul_ps(zero, _mm512_set1_ps(self.input_sum[at])));
-                    let scale = _mm512_mul_ps(scale, _mm512_set1_ps(self.input_scale[at]));
+                    let dots = _mm512_sub_ps(dots, _mm512_mul_ps(zero, _mm512_set1_ps(input.sum)));
+                    let scale = _mm512_mul_ps(scale, _mm512_set1_ps(input.scale));
                     let out = out[place..].first_chunk_mut::<WIDTH>().expect("a vector of each row");
                     // SAFETY: sixteen values are as long as the vector, on the way there and back.
                     unsafe {
