@@ -120,7 +120,7 @@ pub enum Packed {
     Off,
     /// They stay as they are, and products are those of f32 up to rounding.
     Exact,
-    /// They stay as they are, and inputs are rounded to 8 bits in blocks of 32, as in llama.cpp: fastest.
+    /// They stay as they are, and inputs are rounded to 8 bits in blocks of 32, as in llama.cpp.
     #[value(name = "8bit")]
     EightBits,
 }
