@@ -8,11 +8,12 @@ use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_m
 use firebrick_core::{Seed, Selector};
 use firebrick_models::ModelFiles;
 use firebrick_tensor::block::{DType, decode, encode};
-use firebrick_tensor::ops::{self, PackedMatrix};
+use firebrick_tensor::ops::{self, PackedInputs, PackedMatrix};
 
 const TOKENS: usize = 256;
 const D_MODEL: usize = 576;
 const D_FF: usize = 1536;
+const INPUTS: [PackedInputs; 2] = [PackedInputs::Exact, PackedInputs::EightBits];
 
 fn random<const D: usize>(name: &str, shape: [usize; D]) -> Tensor<D> {
     let values = Seed(0).normal(name, shape.iter().product(), 1.0);
@@ -44,10 +45,11 @@ fn operations(c: &mut Criterion) {
         let parameters = |name| random(name, [D_MODEL / 64, D_FF]);
         let weight =
             PackedMatrix::pack(&codes, D_MODEL, D_FF, bits, 64, parameters("scale"), parameters("zero"));
-        for rows in [1, TOKENS] {
+        for (rows, inputs) in [1, TOKENS].into_iter().flat_map(|rows| INPUTS.map(|inputs| (rows, inputs))) {
             let x = x.clone().narrow(0, 0, rows);
-            group.bench_function(BenchmarkId::new(format!("packed_matmul/{bits} bits"), rows), |b| {
-                b.iter(|| ops::packed_matmul(x.clone(), &weight));
+            let name = format!("packed_matmul/{bits} bits/{inputs:?}");
+            group.bench_function(BenchmarkId::new(name, rows), |b| {
+                b.iter(|| ops::packed_matmul(x.clone(), &weight, inputs));
             });
         }
     }

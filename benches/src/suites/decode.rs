@@ -1,9 +1,13 @@
-//! Generation: a prompt of 256 tokens in one pass, then 32 tokens one at a time.
+//! Generation: a prompt of 256 tokens in one pass, then 32 tokens one at a time; in f32, and from the blocks of a Q4_0 file.
 
-use anyhow::Result;
-use firebrick_core::Run;
+use std::path::PathBuf;
+
+use anyhow::{Error, Result};
+use firebrick_core::{Brick, Run, Site};
 use firebrick_models::{Decoder, ExportType, ModelFiles};
-use std::path::Path;
+use firebrick_quant::PackedLinear;
+use firebrick_tensor::block::DType;
+use firebrick_tensor::ops::PackedInputs;
 
 use super::{forward_flop, head_flop, linear_weights, load, tokens};
 use crate::{Bench, Bound, Case, Peer};
@@ -11,70 +15,117 @@ use crate::{Bench, Bound, Case, Peer};
 const PROMPT: usize = 256;
 const TOKENS: usize = 32;
 
+/// A model in one form.
+struct Subject<'a> {
+    /// Its name in the results.
+    name: String,
+    /// What it computes in.
+    dtype: &'static str,
+    files: &'a ModelFiles,
+    decoder: &'a Decoder,
+    bricks: &'a [&'a dyn Brick],
+    /// Bytes of the weights that a token reads.
+    weights: f64,
+    /// The type of the file that the peer reads.
+    stored: ExportType,
+}
+
 pub(super) fn run(bench: &Bench<'_>) -> Result<()> {
     for (name, files) in bench.models {
         let decoder = load(files, &bench.device)?;
-        prompt(bench, name, files, &decoder)?;
-        one_by_one(bench, name, files, &decoder)?;
+        let c = &files.config;
+        let weights = 4.0 * (linear_weights(files.sites()) + (c.d_model * c.vocab) as f64);
+        let (name, stored) = (name.to_string(), ExportType::F32);
+        let decoder = &decoder;
+        Subject { name, dtype: "f32", files, decoder, bricks: &[], weights, stored }.measure(bench)?;
+    }
+    for (name, files) in bench.models {
+        let stored: ExportType = DType::Q4_0.name().parse().map_err(Error::msg)?;
+        let packed_files = ModelFiles::open(&bench.exported(files, stored, ".gguf")?)?;
+        let weights = packed_files.weights();
+        let (decoder, packed) = Decoder::load_packed(files.config.clone(), &weights, &bench.device)?;
+        let dense = |site: Site| if packed.contains_key(&site) { None } else { files.sites().linear(site) };
+        let sites = files.sites().entries().iter();
+        let left: usize = sites.filter_map(|e| dense(e.site)).map(|(d_in, d_out)| 4 * d_in * d_out).sum();
+        let brick = PackedLinear::from_packed(packed);
+        let weights = (brick.bytes() + left) as f64;
+        for (dtype, inputs) in [("q4_0", PackedInputs::Exact), ("q4_0 x int8", PackedInputs::EightBits)] {
+            let brick = brick.clone().with_inputs(inputs);
+            let bricks: [&dyn Brick; 1] = [&brick];
+            let (name, decoder) = (name.to_string(), &decoder);
+            Subject { name, dtype, files, decoder, bricks: &bricks, weights, stored }.measure(bench)?;
+        }
     }
     Ok(())
 }
 
-fn peer(bench: &Bench<'_>, files: &ModelFiles, what: &str) -> Result<Option<Peer>> {
-    if bench.peers.is_none() {
-        return Ok(None);
+impl Subject<'_> {
+    fn measure(&self, bench: &Bench<'_>) -> Result<()> {
+        self.prompt(bench)?;
+        self.one_by_one(bench)
     }
-    let file = bench.exported(files, ExportType::F32, ".gguf")?;
-    bench.peer("decode.py", &[&file, Path::new(what)])
-}
 
-fn prompt(bench: &Bench<'_>, name: &str, files: &ModelFiles, decoder: &Decoder) -> Result<()> {
-    let ids = tokens(files.config.vocab, 1, PROMPT, &bench.device);
-    let flop = forward_flop(&files.config, files.sites(), 1, PROMPT) + head_flop(&files.config, 1);
-    let case = Case {
-        suite: "decode",
-        name: format!("{name} prompt {PROMPT}"),
-        dtype: "f32",
-        unit: "tok/s",
-        amount: PROMPT as f64,
-        bound: Bound::Compute(flop),
-    };
-    bench.measure(&case, peer(bench, files, "prompt")?, &mut || {
-        bench.timed(|| {
-            let mut run = Run::default();
-            run.insert(decoder.kv_cache(1, PROMPT + TOKENS));
-            let hidden = decoder.hidden(ids.clone(), &mut run);
-            decoder.logits(hidden.narrow(1, PROMPT - 1, 1), &mut run);
-            Ok(())
-        })
-    })?;
-    Ok(())
-}
+    fn peer(&self, bench: &Bench<'_>, what: &str) -> Result<Option<Peer>> {
+        if bench.peers.is_none() {
+            return Ok(None);
+        }
+        let file: PathBuf = bench.exported(self.files, self.stored, ".gguf")?;
+        bench.peer("decode.py", &[file.as_path(), what.as_ref()])
+    }
 
-/// Every token reads all weights, and the keys and values of the tokens before it.
-fn one_by_one(bench: &Bench<'_>, name: &str, files: &ModelFiles, decoder: &Decoder) -> Result<()> {
-    let c = &files.config;
-    let ids = tokens(c.vocab, 1, PROMPT + TOKENS, &bench.device);
-    let cached = (2 * c.layers * c.kv_heads * c.head_dim * (PROMPT + TOKENS / 2)) as f64;
-    let weights = linear_weights(files.sites()) + (c.d_model * c.vocab) as f64;
-    let case = Case {
-        suite: "decode",
-        name: format!("{name} tokens {PROMPT}+{TOKENS}"),
-        dtype: "f32",
-        unit: "tok/s",
-        amount: TOKENS as f64,
-        bound: Bound::Read(4.0 * (weights + cached) * TOKENS as f64),
-    };
-    bench.measure(&case, peer(bench, files, "tokens")?, &mut || {
-        let mut run = Run::default();
-        run.insert(decoder.kv_cache(1, PROMPT + TOKENS));
-        decoder.hidden(ids.clone().narrow(1, 0, PROMPT), &mut run);
-        bench.timed(|| {
-            for i in PROMPT..PROMPT + TOKENS {
-                decoder.forward(ids.clone().narrow(1, i, 1), &mut run);
-            }
-            Ok(())
-        })
-    })?;
-    Ok(())
+    /// A run with an empty cache.
+    fn begin(&self) -> Run<'_> {
+        let mut run = Run::new(self.bricks);
+        run.insert(self.decoder.kv_cache(1, PROMPT + TOKENS));
+        run
+    }
+
+    fn prompt(&self, bench: &Bench<'_>) -> Result<()> {
+        let config = &self.files.config;
+        let ids = tokens(config.vocab, 1, PROMPT, &bench.device);
+        let flop = forward_flop(config, self.files.sites(), 1, PROMPT) + head_flop(config, 1);
+        let case = Case {
+            suite: "decode",
+            name: format!("{} prompt {PROMPT}", self.name),
+            dtype: self.dtype,
+            unit: "tok/s",
+            amount: PROMPT as f64,
+            bound: Bound::Compute(flop),
+        };
+        bench.measure(&case, self.peer(bench, "prompt")?, &mut || {
+            bench.timed(|| {
+                let mut run = self.begin();
+                let hidden = self.decoder.hidden(ids.clone(), &mut run);
+                self.decoder.logits(hidden.narrow(1, PROMPT - 1, 1), &mut run);
+                Ok(())
+            })
+        })?;
+        Ok(())
+    }
+
+    /// Every token reads all weights, and the keys and values of the tokens before it.
+    fn one_by_one(&self, bench: &Bench<'_>) -> Result<()> {
+        let c = &self.files.config;
+        let ids = tokens(c.vocab, 1, PROMPT + TOKENS, &bench.device);
+        let cached = 4 * 2 * c.layers * c.kv_heads * c.head_dim * (PROMPT + TOKENS / 2);
+        let case = Case {
+            suite: "decode",
+            name: format!("{} tokens {PROMPT}+{TOKENS}", self.name),
+            dtype: self.dtype,
+            unit: "tok/s",
+            amount: TOKENS as f64,
+            bound: Bound::Read((self.weights + cached as f64) * TOKENS as f64),
+        };
+        bench.measure(&case, self.peer(bench, "tokens")?, &mut || {
+            let mut run = self.begin();
+            self.decoder.hidden(ids.clone().narrow(1, 0, PROMPT), &mut run);
+            bench.timed(|| {
+                for i in PROMPT..PROMPT + TOKENS {
+                    self.decoder.forward(ids.clone().narrow(1, i, 1), &mut run);
+                }
+                Ok(())
+            })
+        })?;
+        Ok(())
+    }
 }

@@ -6,13 +6,15 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use burn::tensor::Device;
-use firebrick_core::{LayerPlan, ResolvedPlan, Site, folder, write_atomic};
+use clap::ValueEnum;
+use firebrick_core::{Brick, LayerPlan, ResolvedPlan, Site, folder, write_atomic};
 use firebrick_models::hub::HubModel;
 use firebrick_models::tokenizer::Tokenizer;
 use firebrick_models::{EncodedWeight, EncoderFiles, Model, ModelError, ModelFiles};
 use firebrick_peft::LoraBank;
 use firebrick_peft::hf;
-use firebrick_quant::QuantizedMatrix;
+use firebrick_quant::{PackedLinear, QuantizedMatrix};
+use firebrick_tensor::ops::PackedInputs;
 use firebrick_tensor::stream::{Executor, StreamError, StreamPlan, StreamReport};
 use firebrick_train::TextData;
 use serde_json::json;
@@ -109,6 +111,47 @@ fn upward<'a>(starts: impl Iterator<Item = &'a PathBuf>, relative: &Path) -> Opt
 /// The device of the command line.
 pub fn device(global: &Global) -> Result<Device> {
     Ok(global.device.open()?)
+}
+
+/// What becomes of weights that a GGUF file has in blocks of `Q4_0`, `Q4_1` or `Q8_0`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Packed {
+    /// They are decoded to f32 when the model is loaded.
+    Off,
+    /// They stay as they are, and products are those of f32 up to rounding.
+    Exact,
+    /// They stay as they are, and inputs are rounded to 8 bits in blocks of 32, as in llama.cpp.
+    #[value(name = "8bit")]
+    EightBits,
+}
+
+impl Packed {
+    /// The same numbers in less memory, where there is a kernel for it.
+    pub fn default_for(device: &Device) -> Packed {
+        if *device == Device::flex() { Packed::Exact } else { Packed::Off }
+    }
+}
+
+/// Loads a model, and the brick that computes with its packed weights if any are left packed.
+pub fn load_packed(
+    files: ModelFiles,
+    packed: Packed,
+    device: &Device,
+) -> Result<(Model, Option<PackedLinear>)> {
+    let inputs = match packed {
+        Packed::Off => return Ok((files.load(device)?, None)),
+        Packed::Exact => PackedInputs::Exact,
+        Packed::EightBits => PackedInputs::EightBits,
+    };
+    let (model, weights) = files.load_packed(device)?;
+    let brick = (!weights.is_empty()).then(|| PackedLinear::from_packed(weights).with_inputs(inputs));
+    Ok((model, brick))
+}
+
+/// The bricks in force, adapters above packed weights.
+pub fn bricks<'a>(packed: &'a Option<PackedLinear>, banks: &'a [LoraBank]) -> Vec<&'a dyn Brick> {
+    let packed = packed.iter().map(|b| b as &dyn Brick);
+    packed.chain(banks.iter().map(|b| b as &dyn Brick)).collect()
 }
 
 /// Opens and loads a model.

@@ -1,18 +1,19 @@
 //! The wiring of a decoder-only transformer: written once, asking at every site whether a brick sits there.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use burn::module::{Module, ModuleMapper, Param, ParamId};
 use burn::nn::Linear;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use firebrick_core::{Part, Run, Seed, Site, SiteKind, SiteTable};
-use firebrick_tensor::ops::{self, AttentionOptions, KvCache, Segments};
+use firebrick_tensor::ops::{self, AttentionOptions, KvCache, PackedMatrix, Segments};
 
 use crate::attention_taps::AttentionTaps;
 use crate::config::{Activation, DecoderConfig};
 use crate::error::ModelError;
 use crate::rotary::{RopeScaling, Rotary};
-use crate::weights::{TensorSource, weight_shape};
+use crate::weights::{CheckpointWeights, TensorSource, weight_shape};
 
 /// A decoder-only transformer: grouped-query attention, rotary positions, a gated feed-forward network, RMSNorm; what the
 /// families differ in are settings of [`DecoderConfig`].
@@ -83,6 +84,8 @@ type Values<'a> = dyn FnMut(Site, &[usize]) -> Result<Tensor<1>, ModelError> + '
 /// Makes parameters of what `values` gives, site by site.
 struct Builder<'a> {
     sites: &'a SiteTable,
+    /// Weights that are decoded when they are asked for, and not before.
+    packed: &'a BTreeMap<Site, PackedMatrix>,
     values: &'a mut Values<'a>,
 }
 
@@ -109,13 +112,23 @@ impl Builder<'_> {
     /// The linear layer at `site`, with its bias.
     fn linear(&mut self, site: Site) -> Result<Linear, ModelError> {
         let (d_in, d_out) = self.sites.linear(site).expect("every family has this linear layer");
-        let weight = Param::from_tensor(self.matrix(site, d_out, d_in)?.transpose());
+        let weight = match self.packed.get(&site) {
+            Some(packed) => decoded_late(packed.clone()),
+            None => Param::from_tensor(self.matrix(site, d_out, d_in)?.transpose()),
+        };
         let bias = match site.part.bias() {
             Some(part) => self.vector(Site { part, ..site })?,
             None => None,
         };
         Ok(Linear { weight, bias })
     }
+}
+
+/// The parameter whose value is `packed` decoded, once something reads it.
+fn decoded_late(packed: PackedMatrix) -> Param<Tensor<2>> {
+    let (device, shape) = (packed.words.device(), [packed.d_in, packed.d_out]);
+    let decode = move |device: &Device, _| packed.unpack().to_device(device);
+    Param::uninitialized(ParamId::new(), decode, device, false, shape.into())
 }
 
 /// Rotary positions of one pass, by layer: those of one row, or with [`Segments`] in the run those of all rows.
@@ -136,18 +149,38 @@ impl Decoder {
         source: &dyn TensorSource,
         device: &Device,
     ) -> Result<Self, ModelError> {
-        possible(&config)?;
-        // Sizes that only the configuration claims are not to be allocated.
-        let sites = config.family().site_table(&config);
-        let weights = sites.entries().iter().filter_map(|e| Some((e.site, weight_shape(&sites, e.site)?)));
-        let problems: Vec<String> = weights
-            .filter_map(|(site, shape)| source.check_site(site, &shape).err())
-            .map(|e| e.to_string())
-            .collect();
-        if !problems.is_empty() {
-            return Err(ModelError::Weights { problems });
+        check(&config, source)?;
+        Self::read(config, source, &BTreeMap::new(), device)
+    }
+
+    /// [`Decoder::load`], with the weights of linear layers left packed where the checkpoint has them in blocks that
+    /// [`PackedMatrix::from_blocks`] takes: those of the head too. A brick that computes with them belongs at their sites; without one
+    /// the weight of a site is decoded when it is first read, and kept.
+    ///
+    /// # Errors
+    /// As [`Decoder::load`].
+    pub fn load_packed(
+        config: DecoderConfig,
+        source: &CheckpointWeights<'_>,
+        device: &Device,
+    ) -> Result<(Self, BTreeMap<Site, PackedMatrix>), ModelError> {
+        check(&config, source)?;
+        let mut packed = BTreeMap::new();
+        for entry in source.sites.entries() {
+            if let Some(matrix) = source.packed(entry.site, device)? {
+                packed.insert(entry.site, matrix);
+            }
         }
-        Self::build(config, &mut |site, shape| {
+        Ok((Self::read(config, source, &packed, device)?, packed))
+    }
+
+    fn read(
+        config: DecoderConfig,
+        source: &dyn TensorSource,
+        packed: &BTreeMap<Site, PackedMatrix>,
+        device: &Device,
+    ) -> Result<Self, ModelError> {
+        Self::build(config, packed, &mut |site, shape| {
             let values = source.read_site(site, shape)?;
             let n = values.len();
             Ok(Tensor::from_data(TensorData::new(values, [n]), device))
@@ -165,7 +198,7 @@ impl Decoder {
         let depth = (2.0 * config.layers as f64).sqrt();
         let sites = config.family().site_table(&config);
         let gain = if config.norm_plus_one { 0.0 } else { 1.0 };
-        Self::build(config, &mut |site, shape| {
+        Self::build(config, &BTreeMap::new(), &mut |site, shape| {
             let n: usize = shape.iter().product();
             let values: Vec<f32> = match sites.get(site).map(|e| e.kind) {
                 Some(SiteKind::Norm { .. }) => vec![gain; n],
@@ -182,10 +215,14 @@ impl Decoder {
     }
 
     /// Builds the modules; `weight` gives the flat values of a site in Hugging Face's layout (`[d_out, d_in]`).
-    fn build(config: DecoderConfig, weight: &mut Values<'_>) -> Result<Self, ModelError> {
+    fn build(
+        config: DecoderConfig,
+        packed: &BTreeMap<Site, PackedMatrix>,
+        weight: &mut Values<'_>,
+    ) -> Result<Self, ModelError> {
         let shape = Shape::new(config);
         let c = shape.config.clone();
-        let mut of = Builder { sites: &shape.sites, values: weight };
+        let mut of = Builder { sites: &shape.sites, packed, values: weight };
         let embed = Param::from_tensor(of.matrix(Site::global(Part::Embed), c.vocab, c.d_model)?);
         let head = (!c.tied_head).then(|| of.linear(Site::global(Part::Head))).transpose()?;
         let mut layers = Vec::with_capacity(c.layers);
@@ -574,6 +611,19 @@ impl Decoder {
         let mixed = mixed.swap_dims(1, 2).reshape([batch, length, c.heads * c.head_dim]);
         self.linear_at(site(Part::AttnO), &layer.o, mixed, run)
     }
+}
+
+/// Fails with every reason why there is no such decoder, or why `source` does not have its weights.
+fn check(config: &DecoderConfig, source: &dyn TensorSource) -> Result<(), ModelError> {
+    possible(config)?;
+    // Sizes that only the configuration claims are not to be allocated.
+    let sites = config.family().site_table(config);
+    let weights = sites.entries().iter().filter_map(|e| Some((e.site, weight_shape(&sites, e.site)?)));
+    let problems: Vec<String> = weights
+        .filter_map(|(site, shape)| source.check_site(site, &shape).err())
+        .map(|e| e.to_string())
+        .collect();
+    if problems.is_empty() { Ok(()) } else { Err(ModelError::Weights { problems }) }
 }
 
 /// Fails with every reason why there is no such decoder.

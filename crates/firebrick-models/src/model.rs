@@ -1,11 +1,12 @@
 //! A model on disk, and a model on a device.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
 use firebrick_core::{Part, Site, SiteTable};
 use firebrick_tensor::checkpoint::{Checkpoint, Format};
+use firebrick_tensor::ops::PackedMatrix;
 
 use crate::config::{DecoderConfig, GgufTensors};
 use crate::decoder::Decoder;
@@ -218,13 +219,30 @@ impl ModelFiles {
     /// # Errors
     /// As [`Decoder::load`], with the path of the checkpoint.
     pub fn load(self, device: &Device) -> Result<Model, ModelError> {
-        let decoder = Decoder::load(self.config.clone(), &self.weights(), device).map_err(|e| match e {
+        let decoder = Decoder::load(self.config.clone(), &self.weights(), device);
+        let decoder = decoder.map_err(|e| self.named(e))?;
+        Ok(Model { name: self.name, decoder, tokenizer: self.tokenizer })
+    }
+
+    /// Reads the weights onto `device` as [`ModelFiles::load`] does, those of linear layers in GGUF blocks of `Q4_0`, `Q4_1` and `Q8_0`
+    /// as they are, for a brick to compute with (`firebrick_quant::PackedLinear`); a file without such gives none.
+    ///
+    /// # Errors
+    /// As [`ModelFiles::load`].
+    pub fn load_packed(self, device: &Device) -> Result<(Model, BTreeMap<Site, PackedMatrix>), ModelError> {
+        let loaded = Decoder::load_packed(self.config.clone(), &self.weights(), device);
+        let (decoder, packed) = loaded.map_err(|e| self.named(e))?;
+        Ok((Model { name: self.name, decoder, tokenizer: self.tokenizer }, packed))
+    }
+
+    /// The error with the path of the checkpoint.
+    fn named(&self, error: ModelError) -> ModelError {
+        match error {
             ModelError::Weights { problems } => {
                 ModelError::Invalid { path: self.checkpoint.path().into(), problems }
             }
             other => other,
-        })?;
-        Ok(Model { name: self.name, decoder, tokenizer: self.tokenizer })
+        }
     }
 }
 

@@ -1,8 +1,10 @@
 //! Weights by site, in Hugging Face's layout, whatever file or module they come from.
 
+use burn::tensor::Device;
 use firebrick_core::{Part, Site, SiteKind, SiteTable};
 use firebrick_tensor::block::BlockError;
 use firebrick_tensor::checkpoint::{Checkpoint, CheckpointError, Format};
+use firebrick_tensor::ops::PackedMatrix;
 
 use crate::config::DecoderConfig;
 use crate::decoder::Decoder;
@@ -124,6 +126,26 @@ impl CheckpointWeights<'_> {
             return Err(CheckpointError::Block { path, tensor: name, source }.into());
         }
         Ok(name)
+    }
+}
+
+impl CheckpointWeights<'_> {
+    /// The weight of the linear layer at `site` as the codes and scales of its GGUF blocks, on `device`: `[d_in, d_out]`. That of a
+    /// tied head is the embedding. `None` for sites that have none, and for types other than those of [`PackedMatrix::from_blocks`].
+    ///
+    /// # Errors
+    /// As [`TensorSource::check_site`].
+    pub fn packed(&self, site: Site, device: &Device) -> Result<Option<PackedMatrix>, ModelError> {
+        let Some((d_in, d_out)) = self.sites.linear(site) else { return Ok(None) };
+        let tied = site.part == Part::Head && self.config.tied_head;
+        let stored = if tied { Site::global(Part::Embed) } else { site };
+        let name = self.find(stored, &[d_out, d_in])?;
+        let (form, bytes) = (self.form(stored), self.checkpoint.bytes(&name)?);
+        let dtype = self.checkpoint.tensor(&name)?.dtype;
+        let row = |row| form.stored_row(row, d_out);
+        PackedMatrix::from_blocks(dtype, bytes, [d_in, d_out], row, device).map_err(|source| {
+            CheckpointError::Block { path: self.checkpoint.path().into(), tensor: name, source }.into()
+        })
     }
 }
 

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
 use firebrick_core::{Base, Brick, Run, Site, SiteSet};
-use firebrick_tensor::ops::{PackedMatrix, packed_matmul};
+use firebrick_tensor::ops::{PackedInputs, PackedMatrix, packed_matmul};
 
 use crate::{QuantError, QuantizedMatrix};
 
@@ -15,6 +15,8 @@ use crate::{QuantError, QuantizedMatrix};
 #[derive(Module, Debug)]
 pub struct PackedLinear {
     weights: Vec<PackedMatrix>,
+    #[module(skip)]
+    inputs: PackedInputs,
     #[module(skip)]
     sites: SiteSet,
     #[module(skip)]
@@ -30,13 +32,21 @@ impl PackedLinear {
         weights: impl IntoIterator<Item = (Site, &'a QuantizedMatrix)>,
         device: &Device,
     ) -> Result<Self, QuantError> {
-        let (mut packed, mut index) = (Vec::new(), BTreeMap::new());
-        for (site, weight) in weights {
-            index.insert(site, packed.len());
-            packed.push(weight.pack(device)?);
-        }
+        let packed = weights.into_iter().map(|(site, weight)| Ok((site, weight.pack(device)?)));
+        Ok(Self::from_packed(packed.collect::<Result<BTreeMap<_, _>, QuantError>>()?))
+    }
+
+    /// The packed weight of each site, such as those that [`ModelFiles::load_packed`](firebrick_models::ModelFiles::load_packed) leaves as
+    /// they lie in a GGUF file.
+    pub fn from_packed(weights: BTreeMap<Site, PackedMatrix>) -> Self {
+        let index: BTreeMap<Site, usize> = weights.keys().enumerate().map(|(i, site)| (*site, i)).collect();
         let sites = index.keys().copied().collect();
-        Ok(PackedLinear { weights: packed, sites, index })
+        PackedLinear { weights: weights.into_values().collect(), inputs: PackedInputs::Exact, sites, index }
+    }
+
+    /// The same layers, with their inputs taken as `inputs` says.
+    pub fn with_inputs(self, inputs: PackedInputs) -> Self {
+        PackedLinear { inputs, ..self }
     }
 
     /// The packed weight at `site`.
@@ -58,7 +68,7 @@ impl Brick for PackedLinear {
     fn at(&self, site: Site, x: Tensor<3>, _base: &mut Base<'_>, _run: &mut Run<'_>) -> Tensor<3> {
         let weight = self.get(site).expect("called at its own sites");
         let [batch, tokens, d_in] = x.dims();
-        let y = packed_matmul(x.reshape([batch * tokens, d_in]), weight);
+        let y = packed_matmul(x.reshape([batch * tokens, d_in]), weight, self.inputs);
         y.reshape([batch, tokens, weight.d_out])
     }
 }

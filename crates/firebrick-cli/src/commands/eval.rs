@@ -17,7 +17,7 @@ use serde::Serialize;
 use serde_json::{Value as Json, json};
 
 use crate::args::{Global, Usage};
-use crate::models;
+use crate::models::{self, Packed};
 use crate::ui::Terminal;
 
 #[derive(Args)]
@@ -61,6 +61,9 @@ pub struct Eval {
     /// Write every item of the tasks with its log-likelihoods, one JSON object a line.
     #[arg(long, value_name = "FILE", requires = "task")]
     samples: Option<PathBuf>,
+    /// Compute with the Q4_0, Q4_1 and Q8_0 blocks of a GGUF file; the reference does not.
+    #[arg(long, default_value = "off", value_name = "HOW")]
+    packed: Packed,
     /// Type to compute in.
     #[arg(long, default_value = "f32", value_parser = ["f32"])]
     dtype: String,
@@ -107,10 +110,10 @@ impl Eval {
             return self.preview(&files, data.as_ref(), &tasks, terminal);
         }
         let device = models::device(global)?;
-        let model = files.load(&device)?;
+        let (model, packed) = models::load_packed(files, self.packed, &device)?;
         let reference = reference.map(|files| files.load(&device)).transpose()?;
         let banks = models::adapters(&self.adapter, &model, &device)?;
-        let bricks: Vec<&dyn Brick> = banks.iter().map(|b| b as &dyn Brick).collect();
+        let bricks = models::bricks(&packed, &banks);
         let report =
             data.as_ref().map(|d| self.perplexity(&model.decoder, &bricks, d, terminal)).transpose()?;
         let compared = match (&reference, &data) {

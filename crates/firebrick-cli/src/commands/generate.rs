@@ -16,7 +16,7 @@ use firebrick_peft::LoraBank;
 use serde_json::json;
 
 use crate::args::{Global, Usage};
-use crate::models;
+use crate::models::{self, Packed};
 use crate::ui::{Terminal, interrupted, print};
 
 #[derive(Args)]
@@ -58,14 +58,18 @@ pub struct Generate {
     /// Run the whole text again for every token instead of keeping keys and values.
     #[arg(long)]
     no_cache: bool,
+    /// Compute with the Q4_0, Q4_1 and Q8_0 blocks of a GGUF file; `exact` on the CPU if absent.
+    #[arg(long, value_name = "HOW")]
+    packed: Option<Packed>,
 }
 
 impl Generate {
     pub fn run(&self, global: &Global, terminal: &Terminal) -> Result<()> {
         let device = models::device(global)?;
-        let model = models::load(&self.model, &device)?;
+        let packed = self.packed.unwrap_or(Packed::default_for(&device));
+        let (model, packed) = models::load_packed(models::open(&self.model)?, packed, &device)?;
         let banks = models::adapters(&self.adapter, &model, &device)?;
-        let bricks: Vec<&dyn Brick> = banks.iter().map(|b| b as &dyn Brick).collect();
+        let bricks = models::bricks(&packed, &banks);
         let tokenizer = &model.tokenizer;
         let experts = match &self.expert_base {
             Some(base) => Some(Experts::load(base, &self.expert, &model, &device)?),

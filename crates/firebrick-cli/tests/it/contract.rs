@@ -29,6 +29,23 @@ fn eval_generate_inspect() {
         "control: seeds differ"
     );
 
+    for how in ["off", "exact", "8bit"] {
+        let ids = generate(&["--temperature", "0", "--packed", how])["ids"].clone();
+        assert!(ids.as_array().is_some_and(|ids| ids.len() == 8));
+        assert!(
+            how == "8bit" || ids == greedy["ids"],
+            "{how}: weights as they are in the file change nothing"
+        );
+    }
+    let nll_of = |how: &str| {
+        let eval = ["eval", "--model", "embedded", "--data", file, "--window", "64", "--packed", how];
+        json(dir.path(), &eval)["mean_nll"].as_f64().unwrap()
+    };
+    assert_eq!(nll_of("off"), nll);
+    assert!((nll_of("exact") - nll).abs() < 1e-5 * nll);
+    let lost = (nll_of("8bit") - nll).abs();
+    assert!(lost > 0.0 && lost < 0.01 * nll, "inputs of 8 bits: {lost}");
+
     let inspect = json(dir.path(), &["inspect", "embedded"]);
     assert_eq!(inspect["config"]["model_type"], "llama");
     assert!(inspect["parameters"].as_u64().unwrap() > 1_000_000);

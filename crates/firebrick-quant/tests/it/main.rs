@@ -2,5 +2,6 @@
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "tests say what they measured or skipped")]
 #![allow(clippy::disallowed_methods, reason = "tests are told by the environment what is there")]
 
+mod gguf;
 mod model;
 mod packed;

@@ -79,6 +79,31 @@ pub(super) fn blocks2(
     pairs.enumerate().for_each(|(i, (a, b))| f(i * rows, a, b));
 }
 
+/// `[rows, columns]` from parts of `width` columns in parallel: `f(first column, part)` fills `[rows, its columns]`, zero at first.
+pub(super) fn by_columns(
+    rows: usize,
+    columns: usize,
+    width: usize,
+    f: impl Fn(usize, &mut [f32]) + Sync,
+) -> FlexTensor {
+    let shape = Shape::new([rows, columns]);
+    let mut parts = vec![0.0; rows * columns];
+    blocks(&mut parts, rows, width, f);
+    if rows == 1 || columns <= width {
+        return tensor(parts, shape);
+    }
+    let mut out = vec![0.0; rows * columns];
+    blocks(&mut out, columns, block_rows(columns), |first, out| {
+        for (row, out) in out.chunks_exact_mut(columns).enumerate() {
+            for (part, out) in out.chunks_mut(width).enumerate() {
+                let at = part * width * rows + (first + row) * out.len();
+                out.copy_from_slice(&parts[at..][..out.len()]);
+            }
+        }
+    });
+    tensor(out, shape)
+}
+
 /// Sum over `f(i)`, in 32 lanes and a fixed order; the compiler turns the lanes into vectors.
 #[inline(always)]
 pub(super) fn sum(len: usize, f: impl Fn(usize) -> f32) -> f32 {

@@ -17,6 +17,9 @@ mod linear_cross_entropy;
 mod linear_kl;
 mod matmul_add;
 mod packed;
+mod packed_blocks;
+mod packed_dots;
+mod packed_exact;
 mod rms_norm;
 #[cfg(feature = "cubecl-backend")]
 mod rms_norm_cube;
@@ -33,7 +36,7 @@ pub use kv_cache::KvCache;
 pub use linear::linear;
 pub use linear_cross_entropy::linear_cross_entropy;
 pub use linear_kl::{Divergence, linear_kl};
-pub use packed::{PackedMatrix, packed_matmul};
+pub use packed::{PackedInputs, PackedMatrix, packed_matmul};
 pub use rms_norm::rms_norm;
 pub use rope::rope;
 pub use sparse_kl::{linear_sparse_kl, sparse_kl};

@@ -2,8 +2,8 @@
 
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use firebrick_tensor::ops::{
-    AttentionOptions, Divergence, PackedMatrix, attention, cross_entropy, grouped_matmul, linear,
-    linear_cross_entropy, linear_kl, packed_matmul, rms_norm, rope, swiglu,
+    AttentionOptions, Divergence, PackedInputs, PackedMatrix, attention, cross_entropy, grouped_matmul,
+    linear, linear_cross_entropy, linear_kl, packed_matmul, rms_norm, rope, swiglu,
 };
 
 use super::support::{below, flat, normal};
@@ -65,10 +65,12 @@ fn everything() -> Vec<(&'static str, Vec<u32>)> {
     let codes: Vec<u8> = below("codes", 640 * 700, 16).into_iter().map(|c| c as u8).collect();
     let ones = || Tensor::<2>::ones([10, 700], &Device::flex());
     let packed = PackedMatrix::pack(&codes, 640, 700, 4, 64, ones(), ones() * 8);
-    for rows in [3, 64] {
-        let x = flat(&normal("x", rows * 640), &Device::flex(), DType::F32).reshape([rows, 640]);
-        let y = packed_matmul(x, &packed).into_data().try_to_vec::<f32>().expect("f32");
-        out.push(("packed_matmul", y.into_iter().map(f32::to_bits).collect()));
+    for inputs in [PackedInputs::Exact, PackedInputs::EightBits] {
+        for rows in [1, 3, 64] {
+            let x = flat(&normal("x", rows * 640), &Device::flex(), DType::F32).reshape([rows, 640]);
+            let y = packed_matmul(x, &packed, inputs).into_data().try_to_vec::<f32>().expect("f32");
+            out.push(("packed_matmul", y.into_iter().map(f32::to_bits).collect()));
+        }
     }
     out
 }
