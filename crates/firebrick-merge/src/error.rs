@@ -39,6 +39,18 @@ pub enum MergeError {
     /// The merge could not run.
     #[error(transparent)]
     Stream(#[from] firebrick_tensor::stream::StreamError),
+    /// Models or settings with which coefficients can't be learned or searched; every problem is listed.
+    #[error("merging: {}", list(problems))]
+    Settings {
+        /// One line each, naming the setting or the site.
+        problems: Vec<String>,
+    },
+    /// A model could not be read.
+    #[error(transparent)]
+    Model(#[from] firebrick_models::ModelError),
+    /// Coefficients could not be learned.
+    #[error(transparent)]
+    Train(#[from] firebrick_train::TrainError),
 }
 
 fn list(problems: &[String]) -> String {

@@ -39,4 +39,3 @@ pub use model::{Model, ModelFiles};
 pub use rotary::RopeScaling;
 pub use tokens::token_tensor;
 pub use weights::{CheckpointWeights, TensorSource};
-

@@ -1,0 +1,243 @@
+//! Concrete subspace learning (Tang et al. 2023, arXiv 2312.06173): one relaxed binary mask over the parameters, shared by all
+//! task vectors, learned on text without labels.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use burn::module::{Module, Param};
+use burn::optim::GradientsParams;
+use burn::tensor::activation::sigmoid;
+use burn::tensor::{Device, Tensor, TensorData};
+use firebrick_core::{Progress, Seed, Site};
+use firebrick_models::Decoder;
+use firebrick_train::{Batch, Mixture, Schedule, TrainConfig, TrainReport, fit_passes};
+
+use super::adamerging::entropy;
+use super::composed::{Coefficients, Composed, Granularity};
+use crate::MergeError;
+
+/// Below this mean a mask is not scaled up any further: a tensor whose mask nearly vanishes would blow up.
+const LEAST_MEAN: f64 = 1e-3;
+
+/// How far uniform draws stay away from 0 and 1, so that their logarithms are finite in `f32`.
+const EDGE: f64 = 1.0 / 16_777_216.0;
+
+/// Settings of [`concrete_merging`].
+#[derive(Clone, Debug)]
+pub struct ConcreteConfig {
+    /// Coefficient of every masked task vector, or what the inner step starts from.
+    pub scale: f64,
+    /// Of the relaxation: the lower, the nearer to 0 and 1 a sample is.
+    pub temperature: f64,
+    /// None is concrete task arithmetic; else concrete AdaMerging, whose coefficients are fitted to the mask of each pass.
+    pub inner: Option<InnerStep>,
+    /// Steps, batches and the optimizer of the mask.
+    pub train: TrainConfig,
+}
+
+/// The step of the coefficients that comes before each step of the mask: from [`ConcreteConfig::scale`], of a fixed length against the
+/// sign of the gradient on rows of its own. That is the first step of Adam; its moments are not kept, so that a pass is a function of
+/// its seed. No gradient of the mask goes through it (first order).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct InnerStep {
+    /// Which sites share a coefficient.
+    pub granularity: Granularity,
+    /// How far each coefficient moves.
+    pub learning_rate: f64,
+    /// Rows of each source.
+    pub rows: usize,
+}
+
+impl Default for ConcreteConfig {
+    fn default() -> Self {
+        let train = TrainConfig {
+            steps: 2000,
+            batch: 16,
+            learning_rate: 1e-3,
+            schedule: Schedule::Constant,
+            warmup: 0,
+            weight_decay: 0.0,
+            clip: None,
+            ..TrainConfig::default()
+        };
+        ConcreteConfig { scale: 0.3, temperature: 0.5, inner: None, train }
+    }
+}
+
+/// Logits of a mask, one for each element of the composed weights: the one thing that is trained. Memory: a model, and twice that for
+/// an optimizer with two moments.
+#[derive(Module, Debug)]
+pub struct ConcreteMask {
+    /// Of each composed site, in their order and in Hugging Face's layout.
+    pub logits: Vec<Param<Tensor<2>>>,
+    #[module(skip)]
+    sites: Arc<Vec<Site>>,
+    #[module(skip)]
+    temperature: f64,
+}
+
+/// A relaxed sample and what its gradient needs.
+struct Sample {
+    /// In `0..1`.
+    relaxed: Tensor<2>,
+    /// `[1, 1]`, at least [`LEAST_MEAN`].
+    mean: Tensor<2>,
+    /// `[1, 1]`: 1 where the mean itself is divided by, 0 where the bound is.
+    free: Tensor<2>,
+}
+
+impl Sample {
+    /// `m = sigmoid((x + ln u - ln (1 - u)) / temperature)`.
+    fn new(logits: Tensor<2>, noise: Tensor<2>, temperature: f64) -> Self {
+        let relaxed = sigmoid((logits + noise) / temperature);
+        let mean = relaxed.clone().mean().reshape([1, 1]);
+        let free = mean.clone().greater_elem(LEAST_MEAN).float();
+        Sample { relaxed, mean: mean.clamp_min(LEAST_MEAN), free }
+    }
+
+    /// The mask: scaled to mean 1.
+    fn mask(&self) -> Tensor<2> {
+        self.relaxed.clone() / self.mean.clone()
+    }
+
+    /// The gradient of the logits from that of the mask.
+    fn backward(&self, gradient: Tensor<2>, temperature: f64) -> Tensor<2> {
+        let n = gradient.shape().num_elements() as f64;
+        // Of the mean, through which every element scales every other.
+        let through = (gradient.clone() * self.mask()).sum().reshape([1, 1]) * self.free.clone() / n;
+        let relaxed = (gradient - through) / self.mean.clone();
+        relaxed * self.relaxed.clone() * (self.relaxed.clone() * -1.0 + 1.0) / temperature
+    }
+}
+
+/// `ln u - ln (1 - u)` for uniform `u`, from the stream of `site`.
+fn logistic(site: Site, dims: [usize; 2], seed: Seed, device: &Device) -> Tensor<2> {
+    let draws = seed.uniform(&format!("concrete/{site}"), dims[0] * dims[1], 0.5);
+    let u = Tensor::<2>::from_data(TensorData::new(draws, dims), device) + 0.5;
+    let u = u.clamp(EDGE, 1.0 - EDGE);
+    u.clone().log() - (u * -1.0 + 1.0).log()
+}
+
+impl ConcreteMask {
+    /// Logits of 0: every element is kept with probability one half.
+    pub fn new(composed: &Composed, temperature: f64) -> Self {
+        let device = composed.base().device().autodiff();
+        let zeros = |site: &Site| {
+            let dims = composed.base().weight(*site).expect("composed sites have weights").dims();
+            Param::from_tensor(Tensor::zeros(dims, &device)).set_require_grad(true)
+        };
+        let logits = composed.sites().iter().map(zeros).collect();
+        ConcreteMask { logits, sites: Arc::new(composed.sites().to_vec()), temperature }
+    }
+
+    fn samples(&self, seed: Seed) -> Vec<Sample> {
+        let sample = |(site, logits): (&Site, &Param<Tensor<2>>)| {
+            let logits = logits.val().without_autodiff();
+            let noise = logistic(*site, logits.dims(), seed, &logits.device());
+            Sample::new(logits, noise, self.temperature)
+        };
+        self.sites.iter().zip(&self.logits).map(sample).collect()
+    }
+
+    /// A relaxed sample by site, each with mean 1.
+    pub fn sample(&self, seed: Seed) -> BTreeMap<Site, Tensor<2>> {
+        self.sites.iter().copied().zip(self.samples(seed).iter().map(Sample::mask)).collect()
+    }
+
+    /// The binary mask of the elements that are more likely kept than not (a logit above 0), scaled to mean 1; nothing is kept
+    /// of a site that has no such element.
+    pub fn binary(&self) -> BTreeMap<Site, Tensor<2>> {
+        let mask = |logits: &Param<Tensor<2>>| {
+            let kept = logits.val().without_autodiff().greater_elem(0.0).float();
+            let mean = kept.clone().mean().reshape([1, 1]).clamp_min(LEAST_MEAN);
+            kept / mean
+        };
+        self.sites.iter().copied().zip(self.logits.iter().map(mask)).collect()
+    }
+}
+
+/// Learns a mask on `data`, one source for each task, whose labels are not used: the loss is the mean entropy of the predictions of
+/// the model merged with the masked task vectors, one sample of the mask in each pass.
+///
+/// What is merged then is [`Composed::masked`] with [`ConcreteMask::sample`] (as in the paper) or [`ConcreteMask::binary`]: by
+/// task arithmetic with the same scale, or by AdaMerging anew.
+///
+/// # Errors
+/// As [`fit_passes`]; [`MergeError::Settings`] with everything that is wrong with the other settings.
+pub fn concrete_merging(
+    composed: &Composed,
+    config: &ConcreteConfig,
+    data: &Mixture<'_>,
+    progress: &dyn Progress,
+    resume: bool,
+) -> Result<(ConcreteMask, TrainReport), MergeError> {
+    let mut problems = Vec::new();
+    if !config.scale.is_finite() {
+        problems.push(format!("`scale` is {}", config.scale));
+    }
+    if !(config.temperature.is_finite() && config.temperature > 0.0) {
+        problems.push(format!("`temperature` is {}", config.temperature));
+    }
+    if config.inner.is_some_and(|i| i.rows == 0) {
+        problems.push("`inner.rows` is 0".into());
+    }
+    if !problems.is_empty() {
+        return Err(MergeError::Settings { problems });
+    }
+    let mask = ConcreteMask::new(composed, config.temperature);
+    let granularity = config.inner.map_or(Granularity::Task, |inner| inner.granularity);
+    let start = composed.coefficients(granularity, config.scale, 1, Seed(0));
+    let pass = &mut |mask: &ConcreteMask, batch: &Batch, seed: Seed, passes: usize| {
+        let samples = mask.samples(seed);
+        let masks: Vec<Tensor<2>> = samples.iter().map(Sample::mask).collect();
+        let coefficients = match config.inner {
+            Some(inner) => {
+                let by_site = composed.sites().iter().copied().zip(masks.iter().cloned()).collect();
+                inner_step(&composed.masked(&by_site), &start, inner, data, seed, &batch.tokens.device())?
+            }
+            None => start.clone(),
+        };
+        let deltas = composed.deltas(&coefficients);
+        let weight = |((site, delta), mask): ((&Site, &Tensor<2>), Tensor<2>)| {
+            composed.base().weight(*site).expect("composed sites have weights") + delta.clone() * mask
+        };
+        let weights = composed.sites().iter().zip(&deltas).zip(masks).map(weight).collect();
+        let places: BTreeMap<Site, usize> =
+            composed.sites().iter().enumerate().map(|(at, site)| (*site, at)).collect();
+        let mut gradients = GradientsParams::new();
+        let loss = &mut |decoder: &Decoder| entropy(decoder, batch) / passes as f64;
+        let value = composed.backward(weights, loss, &mut |site, gradient| {
+            let at = places[&site];
+            let gradient = samples[at].backward(gradient * deltas[at].clone(), mask.temperature);
+            gradients.register(mask.logits[at].id, gradient);
+        })?;
+        Some((value, gradients))
+    };
+    Ok(fit_passes(mask, &config.train, data, pass, None, progress, resume)?)
+}
+
+/// The coefficients after one step from `start`, on rows of every source that `seed` draws.
+fn inner_step(
+    masked: &Composed,
+    start: &Coefficients,
+    inner: InnerStep,
+    data: &Mixture<'_>,
+    seed: Seed,
+    device: &Device,
+) -> Option<Coefficients> {
+    let mut total: Option<Tensor<2>> = None;
+    for (name, rows) in data.sources() {
+        let draws = seed.uniform(&format!("concrete/inner/{name}"), inner.rows, 0.5);
+        let count = rows.count();
+        let drawn: Vec<usize> =
+            draws.iter().map(|u| (((u + 0.5) * count as f32) as usize).min(count - 1)).collect();
+        let batch = rows.batch(&drawn, device);
+        let (_, gradient) = masked.gradient(start, &mut |decoder| entropy(decoder, &batch))?;
+        total = Some(match total {
+            Some(sum) => sum + gradient,
+            None => gradient,
+        });
+    }
+    let step = total?.sign() * inner.learning_rate;
+    Some(start.at(start.values.val().without_autodiff() - step))
+}

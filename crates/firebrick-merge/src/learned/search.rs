@@ -1,0 +1,330 @@
+//! Search for merge coefficients by any measure of the merged model, without gradients (evolutionary merging, arXiv 2403.13187;
+//! Unconstrained Model Merging, arXiv 2410.13699, its homogeneous part).
+
+use std::path::{Path, PathBuf};
+
+use firebrick_core::{Progress, Seed, Task, read_text, write_atomic};
+use firebrick_models::Decoder;
+use serde::{Deserialize, Serialize};
+
+use super::cma_es::{CmaEs, CmaEsConfig};
+use super::composed::{Coefficients, Composed, Granularity};
+use crate::MergeError;
+
+/// Most bytes of a state: far above any search.
+const MAX_STATE: u64 = 1 << 30;
+
+/// What a merged model costs, lower is better: nats on development text, or minus a score.
+pub type Fitness<'a> = dyn FnMut(&Decoder) -> Result<f64, MergeError> + 'a;
+
+/// How points are chosen.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Method {
+    /// [`CmaEs`].
+    #[default]
+    CmaEs,
+    /// One coefficient after the other in an order drawn for each round, a step up or else down, kept where it costs less; after a
+    /// round without gain the step is halved.
+    Coordinate,
+}
+
+/// Settings of [`search`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct SearchConfig {
+    /// Which sites share a coefficient.
+    pub granularity: Granularity,
+    /// What every coefficient is at first; none for one over the number of task vectors.
+    pub start: Option<f64>,
+    /// How points are chosen.
+    pub method: Method,
+    /// The first step, or standard deviation.
+    pub sigma: f64,
+    /// Merged models to measure at most, those for comparison not counted.
+    pub evaluations: usize,
+    /// Seed of all draws.
+    pub seed: Seed,
+    /// A file with the state of the search, as JSON, written after every generation or step; none to keep nothing.
+    #[serde(skip)]
+    pub state: Option<PathBuf>,
+}
+
+impl Default for SearchConfig {
+    fn default() -> Self {
+        SearchConfig {
+            granularity: Granularity::LayerGroups(4),
+            start: None,
+            method: Method::CmaEs,
+            sigma: 1.0 / 6.0,
+            evaluations: 100,
+            seed: Seed(0),
+            state: None,
+        }
+    }
+}
+
+/// Coefficients and what they cost.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Comparison {
+    /// `found`, `start`, `uniform`, `first`, `last` or `random`.
+    pub name: String,
+    /// By vector and group.
+    pub coefficients: Vec<Vec<f64>>,
+    /// What was searched for.
+    pub cost: f64,
+    /// The cost on what was held out, if there is that.
+    pub held_out: Option<f64>,
+}
+
+/// What a search found, beside what the same coefficients cost when spread otherwise.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SearchReport {
+    /// Merged models measured by the search.
+    pub evaluations: usize,
+    /// The lowest cost so far after each of them.
+    pub lowest: Vec<f64>,
+    /// Names of the groups.
+    pub groups: Vec<String>,
+    /// The best coefficients, and beside them: those of the start; for each vector its mean coefficient in all groups (`uniform`); twice that in
+    /// the first or last half of the groups and 0 in the others (`first`, `last`); its coefficients dealt out to the groups at random
+    /// (`random`, of three deals the mean of the costs, and the coefficients of the first).
+    pub comparisons: Vec<Comparison>,
+}
+
+impl SearchReport {
+    /// The best coefficients.
+    pub fn found(&self) -> &Comparison {
+        &self.comparisons[0]
+    }
+}
+
+/// Deals whose costs are averaged.
+const DEALS: usize = 3;
+
+/// Where a search stands.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+struct State {
+    settings: SearchConfig,
+    dimensions: usize,
+    lowest: Vec<f64>,
+    best: Vec<f64>,
+    walk: Walk,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+enum Walk {
+    CmaEs(CmaEs),
+    Coordinate { step: f64, round: u64, place: usize, up: bool, gained: bool },
+}
+
+/// Searches coefficients of `composed` at which `fitness` of the merged model is low, and measures the best beside others of
+/// equal size, with `held_out` too where it is given: a search fits the text that it is led by.
+///
+/// With `resume` a search goes on from [`SearchConfig::state`], as if it had not stopped, or starts if there is none; `evaluations` may
+/// have grown meanwhile. It is not told if the models or the measure are other ones.
+///
+/// # Errors
+/// [`MergeError::Settings`] with everything that is wrong with the settings, or if the state is there already, or of another search;
+/// what `fitness` fails with; cancellation.
+pub fn search(
+    composed: &Composed,
+    config: &SearchConfig,
+    fitness: &mut Fitness<'_>,
+    mut held_out: Option<&mut Fitness<'_>>,
+    progress: &dyn Progress,
+    resume: bool,
+) -> Result<(Coefficients, SearchReport), MergeError> {
+    let vectors = composed.vectors().len();
+    let start = config.start.unwrap_or(1.0 / vectors as f64);
+    let coefficients = composed.coefficients(config.granularity, start, 1, config.seed);
+    let (groups, n) = (coefficients.groups().names().to_vec(), coefficients.count());
+    let mut state = begin(config, vec![start; n], resume)?;
+    let at = |x: &[f64]| -> Result<Decoder, MergeError> {
+        let numbers: Vec<f32> = x.iter().map(|v| *v as f32).collect();
+        composed.merge(&coefficients.with(&numbers)?)
+    };
+    let mut cost = |x: &[f64]| fitness(&at(x)?);
+
+    let mut task = Task::begin(progress, "search", Some(config.evaluations as u64), "models");
+    task.advance(state.lowest.len() as u64, "")?;
+    let note = |state: &State| format!("cost {:.4}", state.lowest.last().copied().unwrap_or(f64::NAN));
+    if state.lowest.is_empty() {
+        let first = cost(&state.best.clone())?;
+        // JSON has no infinity.
+        state.lowest.push(if first.is_finite() { first } else { f64::MAX });
+        save(config, &state)?;
+        task.advance(1, &note(&state))?;
+    }
+    while state.lowest.len() < config.evaluations {
+        let before = state.lowest.len();
+        let points = state.points()?;
+        // A generation that would go beyond what is left is not begun.
+        if before + points.len() > config.evaluations {
+            break;
+        }
+        let mut costs = Vec::with_capacity(points.len());
+        for point in &points {
+            costs.push(cost(point)?);
+            progress.check()?;
+        }
+        state.take(&points, &costs)?;
+        save(config, &state)?;
+        task.advance(points.len() as u64, &note(&state))?;
+    }
+    drop(task);
+
+    let mut comparisons = Vec::new();
+    let mut compare = |name: &str, points: &[Vec<f64>], known: Option<f64>| -> Result<(), MergeError> {
+        let (mut own, mut other) = (0.0, 0.0);
+        for x in points {
+            let merged = at(x)?;
+            own += match known {
+                Some(cost) => cost,
+                None => fitness(&merged)?,
+            };
+            if let Some(held_out) = held_out.as_deref_mut() {
+                other += held_out(&merged)?;
+            }
+            progress.check()?;
+        }
+        let count = points.len() as f64;
+        comparisons.push(Comparison {
+            name: name.into(),
+            coefficients: points[0].chunks(groups.len()).map(<[f64]>::to_vec).collect(),
+            cost: own / count,
+            held_out: held_out.is_some().then_some(other / count),
+        });
+        Ok(())
+    };
+    let best = state.best.clone();
+    let spread = |place: &dyn Fn(&[f64], usize) -> f64| -> Vec<f64> {
+        best.chunks(groups.len()).flat_map(|row| (0..groups.len()).map(move |g| place(row, g))).collect()
+    };
+    let mean = |row: &[f64]| row.iter().sum::<f64>() / row.len() as f64;
+    // As many groups as make up half, the budget of which is all.
+    let half = groups.len().div_ceil(2);
+    let share = groups.len() as f64 / half as f64;
+    let deal = |k: usize| -> Vec<f64> {
+        let draws = config.seed.uniform(&format!("search/deal/{k}"), groups.len(), 0.5);
+        let mut order: Vec<usize> = (0..groups.len()).collect();
+        order.sort_by(|a, b| draws[*a].total_cmp(&draws[*b]));
+        spread(&|row, g| row[order[g]])
+    };
+    compare("found", &[best.clone()], state.lowest.last().copied())?;
+    compare("start", &[vec![start; n]], None)?;
+    compare("uniform", &[spread(&|row, _| mean(row))], None)?;
+    compare("first", &[spread(&|row, g| if g < half { share * mean(row) } else { 0.0 })], None)?;
+    let tail = groups.len() - half;
+    compare("last", &[spread(&|row, g| if g >= tail { share * mean(row) } else { 0.0 })], None)?;
+    compare("random", &(0..DEALS).map(deal).collect::<Vec<_>>(), None)?;
+    let numbers: Vec<f32> = best.iter().map(|v| *v as f32).collect();
+    let report = SearchReport { evaluations: state.lowest.len(), lowest: state.lowest, groups, comparisons };
+    Ok((coefficients.with(&numbers)?, report))
+}
+
+/// A new state, or that of an earlier run.
+fn begin(config: &SearchConfig, start: Vec<f64>, resume: bool) -> Result<State, MergeError> {
+    let mut problems = Vec::new();
+    if config.evaluations == 0 {
+        problems.push("`evaluations` is 0".into());
+    }
+    if !(config.sigma.is_finite() && config.sigma > 0.0) {
+        problems.push(format!("`sigma` is {}", config.sigma));
+    }
+    if !start.iter().all(|v| v.is_finite()) {
+        problems.push(format!("`start` is {:?}", config.start));
+    }
+    if !problems.is_empty() {
+        return Err(MergeError::Settings { problems });
+    }
+    let n = start.len();
+    if let Some(path) = config.state.as_deref().filter(|p| p.exists()) {
+        if !resume {
+            let problems =
+                vec![format!("{}: holds a search; resume it, or choose another file", path.display())];
+            return Err(MergeError::Settings { problems });
+        }
+        return resumed(path, config, n);
+    }
+    let walk = match config.method {
+        Method::CmaEs => {
+            let settings = CmaEsConfig { sigma: config.sigma, seed: config.seed, ..CmaEsConfig::default() };
+            Walk::CmaEs(CmaEs::new(start.clone(), settings)?)
+        }
+        Method::Coordinate => {
+            Walk::Coordinate { step: config.sigma, round: 0, place: 0, up: true, gained: false }
+        }
+    };
+    Ok(State { settings: config.clone(), dimensions: n, lowest: Vec::new(), best: start, walk })
+}
+
+fn resumed(path: &Path, config: &SearchConfig, n: usize) -> Result<State, MergeError> {
+    let text = read_text(path, MAX_STATE).map_err(|source| MergeError::Io { path: path.into(), source })?;
+    let bad = |what: String| MergeError::Settings { problems: vec![format!("{}: {what}", path.display())] };
+    let state: State = serde_json::from_str(&text).map_err(|e| bad(format!("no state of a search: {e}")))?;
+    let mut same = state.settings.clone();
+    (same.evaluations, same.state) = (config.evaluations, config.state.clone());
+    let walks = matches!(
+        (&state.walk, config.method),
+        (Walk::CmaEs(_), Method::CmaEs) | (Walk::Coordinate { .. }, Method::Coordinate)
+    );
+    let fits = match &state.walk {
+        Walk::CmaEs(walk) => walk.fits(n),
+        Walk::Coordinate { place, .. } => *place < n,
+    };
+    if same != *config || state.dimensions != n || state.best.len() != n || !walks || !fits {
+        return Err(bad("the state of another search".into()));
+    }
+    Ok(state)
+}
+
+fn save(config: &SearchConfig, state: &State) -> Result<(), MergeError> {
+    let Some(path) = &config.state else { return Ok(()) };
+    let text = serde_json::to_vec(state).expect("numbers and strings are JSON");
+    write_atomic(path, &text).map_err(|source| MergeError::Io { path: path.clone(), source })
+}
+
+impl State {
+    /// The points to measure next.
+    fn points(&self) -> Result<Vec<Vec<f64>>, MergeError> {
+        match &self.walk {
+            Walk::CmaEs(walk) => walk.ask(),
+            Walk::Coordinate { step, round, place, up, .. } => {
+                let mut point = self.best.clone();
+                let order = self.settings.seed.uniform(&format!("search/round/{round}"), point.len(), 0.5);
+                let mut places: Vec<usize> = (0..point.len()).collect();
+                places.sort_by(|a, b| order[*a].total_cmp(&order[*b]));
+                point[places[*place]] += if *up { *step } else { -step };
+                Ok(vec![point])
+            }
+        }
+    }
+
+    fn take(&mut self, points: &[Vec<f64>], costs: &[f64]) -> Result<(), MergeError> {
+        let mut gain = false;
+        for (point, cost) in points.iter().zip(costs) {
+            let lowest = *self.lowest.last().expect("the start was measured");
+            if *cost < lowest {
+                (self.best, gain) = (point.clone(), true);
+            }
+            self.lowest.push(if *cost < lowest { *cost } else { lowest });
+        }
+        match &mut self.walk {
+            Walk::CmaEs(walk) => walk.tell(points, costs)?,
+            Walk::Coordinate { step, round, place, up, gained } => {
+                *gained |= gain;
+                if *up && !gain {
+                    *up = false;
+                    return Ok(());
+                }
+                (*up, *place) = (true, *place + 1);
+                if *place == self.dimensions {
+                    *step *= if *gained { 1.0 } else { 0.5 };
+                    (*round, *place, *gained) = (*round + 1, 0, false);
+                }
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,143 @@
+//! Small models and texts of several kinds, for tests.
+
+use burn::module::Module;
+use burn::tensor::{Device, Int, Tensor};
+use firebrick_core::{Run, Seed, Silent};
+use firebrick_models::{Decoder, DecoderConfig};
+use firebrick_train::{Draw, Mixture, Rows, Stage, TextData, TrainConfig, fit, held_out_loss};
+
+use super::{Composed, TaskVector};
+
+/// Symbols of one kind of text.
+pub const SYMBOLS: usize = 8;
+pub const KINDS: usize = 3;
+pub const WINDOW: usize = 16;
+
+/// A model with every sort of weight: biases, norms on heads or not, and a head of its own or the embedding.
+pub fn config(tied: bool, d_model: usize) -> DecoderConfig {
+    DecoderConfig::from_hf(&serde_json::json!({
+        "model_type": "qwen2", "vocab_size": SYMBOLS * KINDS, "hidden_size": d_model,
+        "intermediate_size": 2 * d_model, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "rms_norm_eps": 1e-5, "tie_word_embeddings": tied,
+    }))
+    .unwrap()
+}
+
+/// A model of that configuration whose weights are large enough for losses to depend on them, and whose biases are not 0.
+pub fn decoder(tied: bool, seed: u64) -> Decoder {
+    let device = Device::flex();
+    let mut decoder = Decoder::random(config(tied, 8), Seed(seed), &device).unwrap();
+    let sites = decoder.sites().all();
+    for site in sites.iter().filter(|s| s.layer.is_some()) {
+        let Some(weight) = decoder.weight(site) else { continue };
+        let [rows, cols] = weight.dims();
+        let noise = Seed(seed).normal(&format!("testing/{site}"), rows * cols, 0.2);
+        let noise = Tensor::<1>::from_floats(noise.as_slice(), &device).reshape([rows, cols]);
+        decoder = decoder.with_weight(site, weight + noise);
+    }
+    decoder
+}
+
+/// A text in which each of the symbols of its kind is followed by one other, 9 times of 10, and else by any.
+pub fn text(kind: usize, tokens: usize, seed: u64) -> TextData {
+    let order = Seed(11).uniform(&format!("order/{kind}"), SYMBOLS, 0.5);
+    let mut next: Vec<usize> = (0..SYMBOLS).collect();
+    next.sort_by(|a, b| order[*a].total_cmp(&order[*b]));
+    let draws = Seed(seed).uniform(&format!("text/{kind}"), 2 * tokens, 0.5);
+    let mut at = 0;
+    let symbols = draws.chunks(2).map(|u| {
+        at = if u[0] < 0.4 { next[at] } else { ((u[1] + 0.5) * SYMBOLS as f32) as usize % SYMBOLS };
+        (kind * SYMBOLS + at) as u32
+    });
+    TextData::new(symbols.collect(), 0)
+}
+
+/// The same kinds without any order: what the base knows.
+fn plain(tokens: usize, seed: u64) -> TextData {
+    let draws = Seed(seed).uniform("plain", tokens, 0.5);
+    let kind = |i: usize| (i / WINDOW) % KINDS;
+    let symbol = |(i, u): (usize, &f32)| {
+        (kind(i) * SYMBOLS) as u32 + ((u + 0.5) * SYMBOLS as f32) as u32 % SYMBOLS as u32
+    };
+    TextData::new(draws.iter().enumerate().map(symbol).collect(), 0)
+}
+
+fn train(decoder: Decoder, text: &TextData, steps: usize, seed: u64) -> Decoder {
+    let settings = TrainConfig {
+        steps,
+        batch: 16,
+        window: WINDOW,
+        learning_rate: 1e-2,
+        seed,
+        log_every: 0,
+        ..TrainConfig::default()
+    };
+    let loss = &mut |d: &Decoder, tokens: Tensor<2, Int>, _| d.nll(tokens, &mut Run::default()).mean();
+    let decoder = decoder.train().trainable();
+    fit(decoder, &settings, text, loss, &Silent, false).unwrap().0.valid()
+}
+
+/// A base and a specialist for each kind.
+pub struct Family {
+    pub base: Decoder,
+    pub experts: Vec<Decoder>,
+    pub texts: Vec<TextData>,
+    pub held_out: Vec<TextData>,
+}
+
+impl Family {
+    pub fn new(seed: u64) -> Self {
+        let random = Decoder::random(config(true, 24), Seed(seed), &Device::flex()).unwrap();
+        let base = train(random, &plain(12_000, seed), 60, seed);
+        let texts: Vec<TextData> = (0..KINDS).map(|k| text(k, 6_000, seed)).collect();
+        let held_out = (0..KINDS).map(|k| text(k, 2_000, seed + 1000)).collect();
+        let experts = texts.iter().map(|t| train(base.clone(), t, 60, seed)).collect();
+        Family { base, experts, texts, held_out }
+    }
+
+    pub fn composed(&self) -> Composed {
+        Composed::new(&self.base, self.vectors()).unwrap()
+    }
+
+    pub fn vectors(&self) -> Vec<TaskVector> {
+        let sites = self.base.sites().all();
+        self.experts.iter().map(|e| TaskVector::between(&self.base, e, &sites).unwrap()).collect()
+    }
+
+    /// Windows of every kind in equal parts.
+    pub fn mixture(&self) -> Mixture<'_> {
+        let sources: Vec<(String, Rows<'_>)> = self
+            .texts
+            .iter()
+            .enumerate()
+            .map(|(k, t)| (k.to_string(), Rows::windows(t, WINDOW).unwrap()))
+            .collect();
+        let draws = (0..self.texts.len()).map(|k| Draw { weight: Some(1.0), ..Draw::all(k.to_string()) });
+        let stage = Stage { length: None, temperature: 1.0, draws: draws.collect() };
+        Mixture::new(sources, vec![stage]).unwrap()
+    }
+
+    /// Nats on what is held out, by kind.
+    pub fn nats(&self, decoder: &Decoder) -> Vec<f64> {
+        let nats = |t: &TextData| {
+            let rows = Rows::windows(t, WINDOW).unwrap();
+            held_out_loss(decoder, &[], &rows, 64, &Silent).unwrap()
+        };
+        self.held_out.iter().map(nats).collect()
+    }
+
+    /// The mean share of the gap between base and specialist that `decoder` closes.
+    pub fn gap_closed(&self, decoder: &Decoder) -> f64 {
+        let (base, merged) = (self.nats(&self.base), self.nats(decoder));
+        let own = |k: usize| self.nats(&self.experts[k])[k];
+        let closed = |k: usize| (base[k] - merged[k]) / (base[k] - own(k));
+        (0..KINDS).map(closed).sum::<f64>() / KINDS as f64
+    }
+}
+
+/// The largest difference, relative to the largest value.
+pub fn far(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    let largest = a.iter().chain(b).fold(f32::MIN_POSITIVE, |m, v| m.max(v.abs()));
+    a.iter().zip(b).fold(0.0, |m: f32, (a, b)| m.max((a - b).abs())) / largest
+}
