@@ -68,3 +68,83 @@ pub fn entropy(decoder: &Decoder, batch: &Batch) -> Tensor<1> {
     let each = -(logp.clone().exp() * logp).sum_dim(2);
     batch.mean(each.reshape([rows, window - 1]))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::learned::testing::{Family, WINDOW, decoder};
+    use firebrick_core::Silent;
+    use firebrick_train::{Average, Document, Rows};
+
+    /// The entropies in nats of the rows of `logits`.
+    fn entropies(logits: Tensor<3>) -> Vec<f64> {
+        let vocab = logits.dims()[2];
+        let values = logits.into_data().try_into_vec_as::<f32>().unwrap();
+        let row = |row: &[f32]| {
+            let exp: Vec<f64> = row.iter().map(|v| f64::from(*v).exp()).collect();
+            let sum: f64 = exp.iter().sum();
+            -exp.iter().map(|e| e / sum * (e / sum).ln()).sum::<f64>()
+        };
+        values.chunks(vocab).map(row).collect()
+    }
+
+    #[test]
+    fn entropy_is_that_of_the_tokens_to_learn() {
+        let model = decoder(false, 1);
+        let document = |from: u32, learn: &[bool]| Document {
+            ids: (0..learn.len() as u32).map(|i| (from + 3 * i) % 24).collect(),
+            learn: learn.to_vec(),
+            bytes: 0,
+        };
+        let documents = [document(1, &[false, true, true, false, true]), document(2, &[true, false, true])];
+        let rows = Rows::pack(&documents, 8, 0, Average::Token).unwrap();
+        let got = entropy(&model, &rows.batch(&[0], &model.device())).into_scalar::<f32>();
+        let mut want = Vec::new();
+        for document in &documents {
+            let tokens = firebrick_models::token_tensor(&[&document.ids], &model.device());
+            let each = entropies(model.forward(tokens, &mut Run::default()));
+            want.extend((1..document.ids.len()).filter(|i| document.learn[*i]).map(|i| each[i - 1]));
+        }
+        let mean = want.iter().sum::<f64>() / want.len() as f64;
+        assert_eq!(want.len(), 4);
+        assert!((f64::from(got) - mean).abs() < 1e-5, "{got} {mean}");
+    }
+
+    #[test]
+    fn learned_coefficients_close_more_of_the_gap() {
+        for seed in 0..3 {
+            let family = Family::new(seed);
+            let (composed, data) = (family.composed(), family.mixture());
+            let fixed =
+                |scale| composed.merge(&composed.coefficients(Granularity::Task, scale, 1, Seed(0))).unwrap();
+            let (average, arithmetic) =
+                (family.gap_closed(&fixed(1.0 / 3.0)), family.gap_closed(&fixed(0.3)));
+            let learned = |granularity| {
+                let default = AdaMergingConfig::default();
+                let train = TrainConfig {
+                    steps: 60,
+                    batch: 12,
+                    window: WINDOW,
+                    learning_rate: 2e-2,
+                    ..default.train
+                };
+                let config = AdaMergingConfig { granularity, start: 0.3, train };
+                let (c, report) = adamerging(&composed, &config, &data, &Silent, false).unwrap();
+                (family.gap_closed(&composed.merge(&c).unwrap()), report)
+            };
+            let (task, _) = learned(Granularity::Task);
+            let (layer, report) = learned(Granularity::Tensor);
+            println!(
+                "{seed}: average {average:.3} arithmetic {arithmetic:.3} task {task:.3} layer {layer:.3} entropy {:?} {:?}",
+                report.first_loss(),
+                report.final_loss()
+            );
+            println!(
+                "nats base {:?} merged {:?} experts {:?}",
+                family.nats(&family.base),
+                family.nats(&fixed(0.3)),
+                family.experts.iter().map(|e| family.nats(e)).collect::<Vec<_>>()
+            );
+        }
+    }
+}

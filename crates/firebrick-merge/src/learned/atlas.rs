@@ -85,3 +85,60 @@ pub fn atlas_negation(
     };
     learn(composed, config.start(composed), &config.train, target, objective, progress, resume)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::learned::testing::{Family, KINDS, WINDOW};
+    use firebrick_core::Silent;
+
+    fn config(parts: usize, steps: usize) -> AtlasConfig {
+        let default = AtlasConfig::default();
+        let train = TrainConfig { steps, batch: 12, window: WINDOW, ..default.train };
+        AtlasConfig { parts, train, ..default }
+    }
+
+    #[test]
+    fn more_parts_fit_better_and_blocks_beat_one_scale() {
+        for seed in 0..3 {
+            let family = Family::new(seed);
+            let (composed, data) = (family.composed(), family.mixture());
+            let fit = |parts| {
+                let (c, report) = atlas(&composed, &config(parts, 60), &data, &Silent, false).unwrap();
+                (c.count(), report.final_loss().unwrap(), family.gap_closed(&composed.merge(&c).unwrap()))
+            };
+            let (few, one, closed) = fit(1);
+            let (many, eight, closed8) = fit(8);
+            let best = (0..=20).map(|i| {
+                let c = composed.coefficients(Granularity::Task, 0.05 * f64::from(i), 1, Seed(0));
+                family.gap_closed(&composed.merge(&c).unwrap())
+            });
+            let best = best.fold(f64::MIN, f64::max);
+            println!(
+                "{seed}: {few} {many} loss {one:.4} {eight:.4} closed {closed:.3} {closed8:.3} best isotropic {best:.3}"
+            );
+        }
+    }
+
+    #[test]
+    fn negation_takes_one_kind_away_and_leaves_the_others() {
+        for seed in 0..3 {
+            let family = Family::new(seed);
+            let vector = family.vectors().remove(0);
+            // The specialist is the model; its own vector is what can be taken away.
+            let composed = Composed::new(&family.experts[0], vec![vector]).unwrap();
+            let target = Mixture::text(&family.texts[0], WINDOW).unwrap();
+            let control = Rows::windows(&family.texts[1], WINDOW).unwrap();
+            let (c, _) =
+                atlas_negation(&composed, &config(1, 25), &target, &control, &Silent, false).unwrap();
+            let (before, after) =
+                (family.nats(&family.experts[0]), family.nats(&composed.merge(&c).unwrap()));
+            println!("{seed}: {before:?} {after:?}");
+            let short = Rows::windows(&family.texts[1], WINDOW - 1).unwrap();
+            let error =
+                atlas_negation(&composed, &config(1, 1), &target, &short, &Silent, false).unwrap_err();
+            assert!(error.to_string().contains("`window`"), "{error}");
+        }
+        let _ = KINDS;
+    }
+}

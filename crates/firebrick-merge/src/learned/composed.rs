@@ -562,8 +562,10 @@ mod tests {
         for (tied, parts) in [(true, 1), (false, 4)] {
             let (mut composed, tuned) = composed(tied);
             let site = Site::layer(0, Part::AttnQ);
-            let zeros = composed.base.weight(site).unwrap() * -0.0;
-            composed.base = composed.base.with_weight(site, zeros.clamp_max(-0.0));
+            let dims = composed.base.weight(site).unwrap().dims();
+            let zeros = Tensor::full(dims, -0.0, &composed.base.device());
+            composed.base = composed.base.with_weight(site, zeros);
+            assert!(bits(&composed.base, site).iter().all(|b| *b == 1 << 31));
             let c = composed.coefficients(Granularity::Tensor, 0.0, parts, Seed(0));
             let merged = composed.merge(&c).unwrap();
             for &site in composed.sites() {
@@ -592,8 +594,8 @@ mod tests {
         for &site in composed.sites() {
             let of = |d: &Decoder| host(d.weight(site).unwrap()).unwrap();
             let (base, a, b) = (of(composed.base()), of(&tuned[0]), of(&tuned[1]));
-            let mut want = vec![0.0; base.len()];
-            crate::task_arithmetic(&[&base, &a, &b], &[0.3, 0.3], false, 1.0, &mut want, |v| v);
+            let formula = |i: usize| base[i] + 0.3 * ((a[i] - base[i]) + (b[i] - base[i]));
+            let want: Vec<f32> = (0..base.len()).map(formula).collect();
             assert!(far(&of(&merged), &want) < 1e-6, "{site}");
         }
         // The same from a coefficient for each weight, all of them equal.

@@ -241,3 +241,155 @@ fn inner_step(
     let step = total?.sign() * inner.learning_rate;
     Some(start.at(start.values.val().without_autodiff() - step))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::learned::task_vector::host;
+    use crate::learned::testing::{Family, WINDOW, far};
+    use crate::learned::{AdaMergingConfig, adamerging};
+    use burn::tensor::Distribution;
+    use firebrick_core::{Part, Silent};
+
+    const SITE: Site = Site { layer: Some(0), part: Part::AttnQ, expert: None };
+
+    /// `E[m]` of a sample at temperature 1/2 and the logit `x`, with `a = e^x` and `q = 1 + a^2`.
+    fn expected(x: f64) -> f64 {
+        let a = x.exp();
+        let q = 1.0 + a * a;
+        2.0 * a * a * x / (q * q) + a * a / q + std::f64::consts::PI * a * (1.0 - a * a) / (2.0 * q * q)
+    }
+
+    #[test]
+    fn samples_and_their_slopes_have_the_expectations_of_the_closed_form() {
+        let device = Device::flex();
+        let n = 40_000;
+        for x in [-1.5, 0.0, 0.4, 2.0] {
+            let logits = Tensor::<2>::full([1, n], x, &device);
+            let noise = logistic(SITE, [1, n], Seed(3), &device);
+            let sample = Sample::new(logits, noise, 0.5);
+            let m = host(sample.relaxed.clone()).unwrap();
+            let slope: Vec<f32> = m.iter().map(|m| m * (1.0 - m) / 0.5).collect();
+            let derivative = (expected(x + 1e-4) - expected(x - 1e-4)) / 2e-4;
+            for (values, want) in [(m, expected(x)), (slope, derivative)] {
+                let mean = values.iter().map(|v| f64::from(*v)).sum::<f64>() / n as f64;
+                let variance = values.iter().map(|v| (f64::from(*v) - mean).powi(2)).sum::<f64>() / n as f64;
+                let error = (variance / n as f64).sqrt();
+                assert!((mean - want).abs() < 4.0 * error, "{x}: {mean} {want} {error}");
+                // Control: the probability of keeping, to which samples only tend at low temperatures.
+                let hard = 1.0 / (1.0 + (-x).exp());
+                assert!(x == 0.0 || (mean - hard).abs() > 4.0 * error, "{x}: {mean} {hard}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_gradient_of_the_scaled_sample_is_that_of_its_graph() {
+        let device = Device::flex();
+        let random = |seed: u64, std| {
+            let values = Seed(seed).normal("x", 35, std);
+            Tensor::<2>::from_data(TensorData::new(values, [5, 7]), &device)
+        };
+        // The second has a mean below the bound.
+        for (shift, bound) in [(0.0, false), (-9.0, true)] {
+            let (logits, noise, above) = (random(1, 1.0) + shift, random(2, 1.0), random(3, 1.0));
+            let sample = Sample::new(logits.clone(), noise.clone(), 0.5);
+            let own = host(sample.backward(above.clone(), 0.5)).unwrap();
+            let x = logits.autodiff().require_grad();
+            let m = sigmoid((x.clone() + noise.autodiff()) / 0.5);
+            let mean = m.clone().mean().reshape([1, 1]).clamp_min(LEAST_MEAN);
+            assert_eq!(mean.clone().into_scalar::<f32>() <= LEAST_MEAN as f32, bound);
+            let loss = (m / mean * above.autodiff()).sum();
+            let graph = host(x.grad(&loss.backward()).unwrap()).unwrap();
+            assert!(far(&own, &graph) < 1e-5, "{}", far(&own, &graph));
+        }
+    }
+
+    #[test]
+    fn masks_have_mean_1_and_are_drawn_by_seed_and_site() {
+        let family = Family::new(0);
+        let mask = ConcreteMask::new(&family.composed(), 0.5);
+        let (a, b, other) = (mask.sample(Seed(1)), mask.sample(Seed(1)), mask.sample(Seed(2)));
+        assert_eq!(a.len(), family.composed().sites().len());
+        for (site, m) in &a {
+            let values = host(m.clone()).unwrap();
+            let mean = values.iter().sum::<f32>() / values.len() as f32;
+            assert!((mean - 1.0).abs() < 1e-5 && values.iter().all(|v| *v > 0.0), "{site}: {mean}");
+            assert_eq!(values, host(b[site].clone()).unwrap());
+            assert_ne!(values, host(other[site].clone()).unwrap());
+        }
+        assert_ne!(host(a[&SITE].clone()).unwrap(), host(a[&Site::layer(1, Part::AttnQ)].clone()).unwrap());
+        // Nothing is more likely kept than not; with one logit raised that element alone is.
+        assert!(mask.binary().values().all(|m| host(m.clone()).unwrap().iter().all(|v| *v == 0.0)));
+        let draws = Tensor::<2>::random([64, 64], Distribution::Default, &Device::flex());
+        assert!(draws.dims() == [64, 64]);
+    }
+
+    /// The masks with their elements in another order.
+    fn shuffled(masks: &BTreeMap<Site, Tensor<2>>, seed: u64) -> BTreeMap<Site, Tensor<2>> {
+        let shuffle = |(site, mask): (&Site, &Tensor<2>)| {
+            let (dims, values) = (mask.dims(), host(mask.clone()).unwrap());
+            let draws = Seed(seed).uniform(&format!("shuffle/{site}"), values.len(), 0.5);
+            let mut order: Vec<usize> = (0..values.len()).collect();
+            order.sort_by(|a, b| draws[*a].total_cmp(&draws[*b]));
+            let moved: Vec<f32> = order.iter().map(|i| values[*i]).collect();
+            (*site, Tensor::from_data(TensorData::new(moved, dims), &mask.device()))
+        };
+        masks.iter().map(shuffle).collect()
+    }
+
+    #[test]
+    fn a_mask_of_1_is_task_arithmetic() {
+        let composed = Family::new(1).composed();
+        let ones = composed.sites().iter().map(|s| (*s, composed.base().weight(*s).unwrap().ones_like()));
+        let masked = composed.masked(&ones.collect());
+        let c = composed.coefficients(Granularity::Task, 0.3, 1, Seed(0));
+        let (a, b) = (composed.merge(&c).unwrap(), masked.merge(&c).unwrap());
+        let of = |d: &Decoder, s: Site| host(d.weight(s).unwrap()).unwrap();
+        assert!(composed.sites().iter().all(|s| of(&a, *s) == of(&b, *s)));
+        let mask = ConcreteMask::new(&composed, 0.5).sample(Seed(0));
+        let other = composed.masked(&mask).merge(&c).unwrap();
+        assert_ne!(of(&a, SITE), of(&other, SITE), "control");
+    }
+
+    #[test]
+    fn learned_masks_gain_and_shuffled_ones_do_not() {
+        for seed in 0..3 {
+            let family = Family::new(seed);
+            let (composed, data) = (family.composed(), family.mixture());
+            let c = composed.coefficients(Granularity::Task, 0.3, 1, Seed(0));
+            let closed = |composed: &Composed| family.gap_closed(&composed.merge(&c).unwrap());
+            let default = ConcreteConfig::default();
+            let train =
+                TrainConfig { steps: 100, batch: 12, window: WINDOW, learning_rate: 5e-2, ..default.train };
+            let config = ConcreteConfig { train, ..ConcreteConfig::default() };
+            let (mask, report) = concrete_merging(&composed, &config, &data, &Silent, false).unwrap();
+            let sample = mask.sample(Seed(77));
+            let untrained = ConcreteMask::new(&composed, 0.5).sample(Seed(77));
+            let inner = InnerStep { granularity: Granularity::Tensor, learning_rate: 0.1, rows: 4 };
+            let config = ConcreteConfig { inner: Some(inner), ..config };
+            let (meta, _) = concrete_merging(&composed, &config, &data, &Silent, false).unwrap();
+            let masked = composed.masked(&meta.sample(Seed(77)));
+            let ada = AdaMergingConfig::default();
+            let train =
+                TrainConfig { steps: 60, batch: 12, window: WINDOW, learning_rate: 2e-2, ..ada.train };
+            let ada = AdaMergingConfig { train, ..ada };
+            let adapted = |composed: &Composed| {
+                let (c, _) = adamerging(composed, &ada, &data, &Silent, false).unwrap();
+                family.gap_closed(&composed.merge(&c).unwrap())
+            };
+            println!(
+                "{seed}: arithmetic {:.3} concrete {:.3} binary {:.3} untrained {:.3} shuffled {:.3} entropy {:?} {:?}; ada {:.3} concrete ada {:.3}",
+                closed(&composed),
+                closed(&composed.masked(&sample)),
+                closed(&composed.masked(&mask.binary())),
+                closed(&composed.masked(&untrained)),
+                closed(&composed.masked(&shuffled(&sample, 5))),
+                report.first_loss(),
+                report.final_loss(),
+                adapted(&composed),
+                adapted(&masked)
+            );
+        }
+    }
+}

@@ -328,3 +328,159 @@ impl State {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::learned::testing::{Family, KINDS};
+    use firebrick_core::{Cancelled, Event, Silent};
+    use firebrick_models::ModelError;
+
+    fn mean(nats: &[f64]) -> f64 {
+        nats.iter().sum::<f64>() / nats.len() as f64
+    }
+
+    #[test]
+    fn a_search_beats_one_weight_for_all_and_equal_spreads() {
+        for seed in 0..3 {
+            let family = Family::new(seed);
+            let composed = family.composed();
+            for method in [Method::CmaEs, Method::Coordinate] {
+                let config = SearchConfig {
+                    granularity: Granularity::Layer,
+                    method,
+                    evaluations: 150,
+                    seed: Seed(seed),
+                    ..SearchConfig::default()
+                };
+                let fitness = &mut |d: &Decoder| Ok(mean(&family.nats(d)));
+                let (c, report) = search(&composed, &config, fitness, None, &Silent, false).unwrap();
+                let grid = (0..=20).map(|i| {
+                    let c = composed.coefficients(Granularity::Task, 0.05 * f64::from(i), 1, Seed(0));
+                    mean(&family.nats(&composed.merge(&c).unwrap()))
+                });
+                let grid = grid.fold(f64::INFINITY, f64::min);
+                println!(
+                    "{seed} {method:?} grid {grid:.4} {:?}",
+                    report.comparisons.iter().map(|c| (c.name.clone(), c.cost)).collect::<Vec<_>>()
+                );
+                let again = mean(&family.nats(&composed.merge(&c).unwrap()));
+                assert_eq!(again, report.found().cost);
+                assert!(report.lowest.is_sorted_by(|a, b| a >= b) && report.lowest.len() <= 150);
+            }
+        }
+    }
+
+    /// Costs of the coefficients alone, which need no model to pass: the distance from a point.
+    fn bowl(composed: &Composed, c: &Coefficients) -> f64 {
+        let wanted = |i: usize| 0.1 * (i % 7) as f32;
+        let numbers = c.read().unwrap().concat();
+        let _ = composed;
+        numbers.iter().enumerate().map(|(i, v)| f64::from((v - wanted(i)).powi(2))).sum()
+    }
+
+    /// Stops after so many advances.
+    struct Stop(std::sync::atomic::AtomicUsize, usize);
+
+    impl Progress for Stop {
+        fn on(&self, event: Event<'_>) {
+            if matches!(event, Event::Advance { .. }) {
+                self.0.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            }
+        }
+
+        fn cancelled(&self) -> bool {
+            self.0.load(std::sync::atomic::Ordering::Relaxed) >= self.1
+        }
+    }
+
+    #[test]
+    fn a_search_goes_on_from_its_state_and_only_from_its_own() {
+        let family = Family::new(4);
+        let composed = family.composed();
+        let fitness = |d: &Decoder| Ok(mean(&family.nats(d)));
+        let folder = tempfile::tempdir().unwrap();
+        for method in [Method::CmaEs, Method::Coordinate] {
+            let path = folder.path().join(format!("{method:?}.json"));
+            let config = |evaluations, state: Option<&Path>| SearchConfig {
+                granularity: Granularity::LayerGroups(2),
+                method,
+                evaluations,
+                seed: Seed(3),
+                state: state.map(Path::to_path_buf),
+                ..SearchConfig::default()
+            };
+            let go = |config: &SearchConfig, progress: &dyn Progress, resume| {
+                search(&composed, config, &mut { fitness }, None, progress, resume)
+            };
+            let (whole, report) = go(&config(41, None), &Silent, false).unwrap();
+            let stop = Stop(Default::default(), 4);
+            let error = go(&config(41, Some(&path)), &stop, false).unwrap_err();
+            assert!(matches!(error, MergeError::Cancelled(Cancelled)), "{error}");
+            let error = go(&config(41, Some(&path)), &Silent, false).unwrap_err();
+            assert!(error.to_string().contains("resume it"), "{error}");
+            let (resumed, same) = go(&config(41, Some(&path)), &Silent, true).unwrap();
+            assert_eq!((resumed.read().unwrap(), &same), (whole.read().unwrap(), &report));
+            let other = SearchConfig { seed: Seed(4), ..config(41, Some(&path)) };
+            assert!(go(&other, &Silent, true).unwrap_err().to_string().contains("another search"));
+            // A larger budget is the same search.
+            let (_, longer) = go(&config(61, Some(&path)), &Silent, true).unwrap();
+            assert_eq!(longer.lowest[..report.lowest.len()], report.lowest[..]);
+            assert!(longer.evaluations > report.evaluations);
+            for text in [
+                "",
+                "{}",
+                "[1, 2]",
+                &std::fs::read_to_string(&path).unwrap().replace("\"dimensions\":6", "\"dimensions\":7"),
+            ] {
+                std::fs::write(&path, text).unwrap();
+                let error = go(&config(41, Some(&path)), &Silent, true).unwrap_err();
+                assert!(error.to_string().contains("state"), "{error}");
+            }
+        }
+        let bad = SearchConfig {
+            evaluations: 0,
+            sigma: f64::NAN,
+            start: Some(f64::INFINITY),
+            ..SearchConfig::default()
+        };
+        let error = search(&composed, &bad, &mut { fitness }, None, &Silent, false).unwrap_err().to_string();
+        assert!(["`evaluations`", "`sigma`", "`start`"].iter().all(|p| error.contains(p)), "{error}");
+        let failing = &mut |_: &Decoder| Err(ModelError::Backend("no".into()).into());
+        assert!(search(&composed, &SearchConfig::default(), failing, None, &Silent, false).is_err());
+        let _ = (KINDS, bowl as fn(&Composed, &Coefficients) -> f64);
+    }
+
+    #[test]
+    fn comparisons_spend_what_was_found_otherwise() {
+        let family = Family::new(4);
+        let composed = family.composed();
+        let config =
+            SearchConfig { granularity: Granularity::Layer, evaluations: 30, ..SearchConfig::default() };
+        let fitness = &mut |d: &Decoder| Ok(mean(&family.nats(d)));
+        let held_out = &mut |_: &Decoder| Ok(2.0);
+        let (c, report) = search(&composed, &config, fitness, Some(held_out), &Silent, false).unwrap();
+        let names: Vec<&str> = report.comparisons.iter().map(|c| &*c.name).collect();
+        assert_eq!(names, ["found", "start", "uniform", "first", "last", "random"]);
+        assert!(report.comparisons.iter().all(|c| c.held_out == Some(2.0)));
+        assert_eq!(report.groups, ["embed", "layers.0", "layers.1", "end"]);
+        let found = report.found().coefficients.clone();
+        let read = c.read().unwrap();
+        assert!(found.iter().flatten().zip(read.iter().flatten()).all(|(a, b)| *a as f32 == *b));
+        for comparison in report.comparisons.iter().filter(|c| c.name != "start") {
+            for (own, row) in found.iter().zip(&comparison.coefficients) {
+                let (a, b) = (own.iter().sum::<f64>(), row.iter().sum::<f64>());
+                assert!((a - b).abs() < 1e-12, "{}: {a} {b}", comparison.name);
+            }
+        }
+        assert!(
+            report.comparisons[3].coefficients.iter().all(|row| row[2..] == [0.0, 0.0] && row[0] == row[1])
+        );
+        assert!(
+            report.comparisons[4].coefficients.iter().all(|row| row[..2] == [0.0, 0.0] && row[3] == row[2])
+        );
+        let mut sorted = [found[0].clone(), report.comparisons[5].coefficients[0].clone()];
+        sorted.iter_mut().for_each(|row| row.sort_by(f64::total_cmp));
+        assert_eq!(sorted[0], sorted[1], "the same numbers, dealt out");
+    }
+}

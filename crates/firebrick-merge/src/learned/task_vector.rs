@@ -112,3 +112,49 @@ pub(crate) fn host(tensor: Tensor<2>) -> Result<Vec<f32>, MergeError> {
     let data = tensor.try_into_data().map_err(|e| ModelError::Backend(format!("{e:?}")))?;
     data.try_into_vec_as::<f32>().map_err(|e| ModelError::Backend(format!("{e:?}")).into())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use burn::tensor::Device;
+    use firebrick_core::Part;
+
+    fn vector(parts: [&[f32]; 2]) -> TaskVector {
+        let tensor = |values: &[f32]| {
+            Tensor::from_data(TensorData::new(values.to_vec(), [1, values.len()]), &Device::flex())
+        };
+        let sites = [Site::layer(0, Part::AttnQ), Site::layer(1, Part::MlpUp)];
+        TaskVector { deltas: sites.into_iter().zip(parts.map(tensor)).collect() }
+    }
+
+    fn values(vector: &TaskVector) -> Vec<Vec<f32>> {
+        vector.deltas.values().map(|d| host(d.clone()).unwrap()).collect()
+    }
+
+    #[test]
+    fn trimming_keeps_the_largest_of_the_whole_vector() {
+        let v = vector([&[0.1, -0.9, 0.2], &[0.3, -0.05]]);
+        let kept = values(&v.clone().trimmed(0.4).unwrap());
+        assert_eq!(kept, [vec![0.0, -0.9, 0.0], vec![0.3, 0.0]], "not two of five of each site");
+        assert_eq!(values(&v.clone().trimmed(1.0).unwrap()), values(&v));
+        assert!(values(&v.clone().trimmed(0.0).unwrap()).concat().iter().all(|x| *x == 0.0));
+        for bad in [-0.1, 1.1, f64::NAN] {
+            assert!(v.clone().trimmed(bad).unwrap_err().to_string().contains("`density`"));
+        }
+    }
+
+    #[test]
+    fn election_drops_what_disagrees_with_the_sum() {
+        let (a, b) = (vector([&[1.0, -1.0, 0.5], &[2.0, 0.0]]), vector([&[-2.0, -1.0, 0.5], &[-2.0, 3.0]]));
+        let elected = elect(vec![a, b]);
+        assert_eq!(values(&elected[0]), [vec![0.0, -1.0, 0.5], vec![2.0, 0.0]], "a sum of 0 is positive");
+        assert_eq!(values(&elected[1]), [vec![-2.0, -1.0, 0.5], vec![0.0, 3.0]]);
+    }
+
+    #[test]
+    fn masks_multiply_where_there_are_any() {
+        let v = vector([&[1.0, 2.0], &[3.0]]);
+        let mask = vector([&[0.0, 2.0], &[0.0]]).deltas.into_iter().take(1).collect();
+        assert_eq!(values(&v.masked(&mask)), [vec![0.0, 4.0], vec![3.0]]);
+    }
+}
