@@ -125,7 +125,7 @@ mod tests {
                     steps: 60,
                     batch: 12,
                     window: WINDOW,
-                    learning_rate: 2e-2,
+                    learning_rate: 1e-2,
                     ..default.train
                 };
                 let config = AdaMergingConfig { granularity, start: 0.3, train };

@@ -104,7 +104,7 @@ mod tests {
             let family = Family::new(seed);
             let (composed, data) = (family.composed(), family.mixture());
             let fit = |parts| {
-                let (c, report) = atlas(&composed, &config(parts, 60), &data, &Silent, false).unwrap();
+                let (c, report) = atlas(&composed, &config(parts, 150), &data, &Silent, false).unwrap();
                 (c.count(), report.final_loss().unwrap(), family.gap_closed(&composed.merge(&c).unwrap()))
             };
             let (few, one, closed) = fit(1);

@@ -361,7 +361,7 @@ mod tests {
             let closed = |composed: &Composed| family.gap_closed(&composed.merge(&c).unwrap());
             let default = ConcreteConfig::default();
             let train =
-                TrainConfig { steps: 100, batch: 12, window: WINDOW, learning_rate: 5e-2, ..default.train };
+                TrainConfig { steps: 100, batch: 12, window: WINDOW, learning_rate: 2e-2, ..default.train };
             let config = ConcreteConfig { train, ..ConcreteConfig::default() };
             let (mask, report) = concrete_merging(&composed, &config, &data, &Silent, false).unwrap();
             let sample = mask.sample(Seed(77));
@@ -372,7 +372,7 @@ mod tests {
             let masked = composed.masked(&meta.sample(Seed(77)));
             let ada = AdaMergingConfig::default();
             let train =
-                TrainConfig { steps: 60, batch: 12, window: WINDOW, learning_rate: 2e-2, ..ada.train };
+                TrainConfig { steps: 60, batch: 12, window: WINDOW, learning_rate: 1e-2, ..ada.train };
             let ada = AdaMergingConfig { train, ..ada };
             let adapted = |composed: &Composed| {
                 let (c, _) = adamerging(composed, &ada, &data, &Silent, false).unwrap();

@@ -38,36 +38,26 @@ pub fn decoder(tied: bool, seed: u64) -> Decoder {
     decoder
 }
 
-/// A text in which each of the symbols of its kind is followed by one other, 9 times of 10, and else by any.
-pub fn text(kind: usize, tokens: usize, seed: u64) -> TextData {
-    let order = Seed(11).uniform(&format!("order/{kind}"), SYMBOLS, 0.5);
+/// A text in which each of the symbols of its kind is followed by one other, as often as `order` says, and else by any.
+pub fn text(kind: usize, tokens: usize, order: f32, seed: u64) -> TextData {
+    let places = Seed(11).uniform(&format!("order/{kind}"), SYMBOLS, 0.5);
     let mut next: Vec<usize> = (0..SYMBOLS).collect();
-    next.sort_by(|a, b| order[*a].total_cmp(&order[*b]));
+    next.sort_by(|a, b| places[*a].total_cmp(&places[*b]));
     let draws = Seed(seed).uniform(&format!("text/{kind}"), 2 * tokens, 0.5);
     let mut at = 0;
     let symbols = draws.chunks(2).map(|u| {
-        at = if u[0] < 0.4 { next[at] } else { ((u[1] + 0.5) * SYMBOLS as f32) as usize % SYMBOLS };
+        at = if u[0] + 0.5 < order { next[at] } else { ((u[1] + 0.5) * SYMBOLS as f32) as usize % SYMBOLS };
         (kind * SYMBOLS + at) as u32
     });
     TextData::new(symbols.collect(), 0)
 }
 
-/// The same kinds without any order: what the base knows.
-fn plain(tokens: usize, seed: u64) -> TextData {
-    let draws = Seed(seed).uniform("plain", tokens, 0.5);
-    let kind = |i: usize| (i / WINDOW) % KINDS;
-    let symbol = |(i, u): (usize, &f32)| {
-        (kind(i) * SYMBOLS) as u32 + ((u + 0.5) * SYMBOLS as f32) as u32 % SYMBOLS as u32
-    };
-    TextData::new(draws.iter().enumerate().map(symbol).collect(), 0)
-}
-
-fn train(decoder: Decoder, text: &TextData, steps: usize, seed: u64) -> Decoder {
+fn train(decoder: Decoder, text: &TextData, steps: usize, learning_rate: f64, seed: u64) -> Decoder {
     let settings = TrainConfig {
         steps,
         batch: 16,
         window: WINDOW,
-        learning_rate: 1e-2,
+        learning_rate,
         seed,
         log_every: 0,
         ..TrainConfig::default()
@@ -83,16 +73,20 @@ pub struct Family {
     pub experts: Vec<Decoder>,
     pub texts: Vec<TextData>,
     pub held_out: Vec<TextData>,
+    /// Short ones to lead a search.
+    pub dev: Vec<TextData>,
 }
 
 impl Family {
     pub fn new(seed: u64) -> Self {
         let random = Decoder::random(config(true, 24), Seed(seed), &Device::flex()).unwrap();
-        let base = train(random, &plain(12_000, seed), 60, seed);
-        let texts: Vec<TextData> = (0..KINDS).map(|k| text(k, 6_000, seed)).collect();
-        let held_out = (0..KINDS).map(|k| text(k, 2_000, seed + 1000)).collect();
-        let experts = texts.iter().map(|t| train(base.clone(), t, 60, seed)).collect();
-        Family { base, experts, texts, held_out }
+        let weak: Vec<TextData> = (0..KINDS).map(|k| text(k, 6_000, 0.5, seed + 2000)).collect();
+        let base = train(random, &TextData::interleave(&weak, WINDOW), 100, 1e-2, seed);
+        let texts: Vec<TextData> = (0..KINDS).map(|k| text(k, 6_000, 0.9, seed)).collect();
+        let held_out = (0..KINDS).map(|k| text(k, 2_000, 0.9, seed + 1000)).collect();
+        let dev = (0..KINDS).map(|k| text(k, 640, 0.9, seed + 3000)).collect();
+        let experts = texts.iter().map(|t| train(base.clone(), t, 60, 3e-3, seed)).collect();
+        Family { base, experts, texts, held_out, dev }
     }
 
     pub fn composed(&self) -> Composed {
@@ -119,11 +113,12 @@ impl Family {
 
     /// Nats on what is held out, by kind.
     pub fn nats(&self, decoder: &Decoder) -> Vec<f64> {
-        let nats = |t: &TextData| {
-            let rows = Rows::windows(t, WINDOW).unwrap();
-            held_out_loss(decoder, &[], &rows, 64, &Silent).unwrap()
-        };
-        self.held_out.iter().map(nats).collect()
+        nats(decoder, &self.held_out)
+    }
+
+    /// Mean nats on the short texts.
+    pub fn dev_nats(&self, decoder: &Decoder) -> f64 {
+        nats(decoder, &self.dev).iter().sum::<f64>() / KINDS as f64
     }
 
     /// The mean share of the gap between base and specialist that `decoder` closes.
@@ -133,6 +128,14 @@ impl Family {
         let closed = |k: usize| (base[k] - merged[k]) / (base[k] - own(k));
         (0..KINDS).map(closed).sum::<f64>() / KINDS as f64
     }
+}
+
+fn nats(decoder: &Decoder, texts: &[TextData]) -> Vec<f64> {
+    let nats = |t: &TextData| {
+        let rows = Rows::windows(t, WINDOW).unwrap();
+        held_out_loss(decoder, &[], &rows, 64, &Silent).unwrap()
+    };
+    texts.iter().map(nats).collect()
 }
 
 /// The largest difference, relative to the largest value.

@@ -1,5 +1,7 @@
 //! Merges of small checkpoints, from their YAML to the file that is written.
 
+mod learned;
+
 use std::path::{Path, PathBuf};
 
 use firebrick_merge::{Merge, MergeError};
