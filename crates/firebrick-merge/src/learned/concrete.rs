@@ -247,8 +247,6 @@ mod tests {
     use super::*;
     use crate::learned::task_vector::host;
     use crate::learned::testing::{Family, WINDOW, far};
-    use crate::learned::{AdaMergingConfig, adamerging};
-    use burn::tensor::Distribution;
     use firebrick_core::{Part, Silent};
 
     const SITE: Site = Site { layer: Some(0), part: Part::AttnQ, expert: None };
@@ -319,10 +317,17 @@ mod tests {
             assert_ne!(values, host(other[site].clone()).unwrap());
         }
         assert_ne!(host(a[&SITE].clone()).unwrap(), host(a[&Site::layer(1, Part::AttnQ)].clone()).unwrap());
-        // Nothing is more likely kept than not; with one logit raised that element alone is.
-        assert!(mask.binary().values().all(|m| host(m.clone()).unwrap().iter().all(|v| *v == 0.0)));
-        let draws = Tensor::<2>::random([64, 64], Distribution::Default, &Device::flex());
-        assert!(draws.dims() == [64, 64]);
+        // Nothing is more likely kept than not, until a logit is raised.
+        let binary = |mask: &ConcreteMask| host(mask.binary()[&SITE].clone()).unwrap();
+        assert!(binary(&mask).iter().all(|v| *v == 0.0));
+        let at = mask.sites.iter().position(|s| *s == SITE).unwrap();
+        let mut raised = mask;
+        let logits = raised.logits[at].val().without_autodiff();
+        let n = logits.shape().num_elements();
+        let first = Tensor::ones([1, 1], &logits.device());
+        raised.logits[at] = Param::from_tensor(logits.slice_assign([0..1, 0..1], first));
+        let kept = binary(&raised);
+        assert!((kept[0] - n as f32).abs() < 1e-2 && kept[1..].iter().all(|v| *v == 0.0), "{}", kept[0]);
     }
 
     /// The masks with their elements in another order.
@@ -359,37 +364,58 @@ mod tests {
             let (composed, data) = (family.composed(), family.mixture());
             let c = composed.coefficients(Granularity::Task, 0.3, 1, Seed(0));
             let closed = |composed: &Composed| family.gap_closed(&composed.merge(&c).unwrap());
-            let default = ConcreteConfig::default();
-            let train =
-                TrainConfig { steps: 100, batch: 12, window: WINDOW, learning_rate: 2e-2, ..default.train };
-            let config = ConcreteConfig { train, ..ConcreteConfig::default() };
-            let (mask, report) = concrete_merging(&composed, &config, &data, &Silent, false).unwrap();
+            let (mask, report) =
+                concrete_merging(&composed, &config(100, None), &data, &Silent, false).unwrap();
+            let (first, last) = (report.first_loss().unwrap(), report.final_loss().unwrap());
+            assert!(last < 0.95 * first, "seed {seed}: entropy {first} {last}");
             let sample = mask.sample(Seed(77));
-            let untrained = ConcreteMask::new(&composed, 0.5).sample(Seed(77));
-            let inner = InnerStep { granularity: Granularity::Tensor, learning_rate: 0.1, rows: 4 };
-            let config = ConcreteConfig { inner: Some(inner), ..config };
-            let (meta, _) = concrete_merging(&composed, &config, &data, &Silent, false).unwrap();
-            let masked = composed.masked(&meta.sample(Seed(77)));
-            let ada = AdaMergingConfig::default();
-            let train =
-                TrainConfig { steps: 60, batch: 12, window: WINDOW, learning_rate: 1e-2, ..ada.train };
-            let ada = AdaMergingConfig { train, ..ada };
-            let adapted = |composed: &Composed| {
-                let (c, _) = adamerging(composed, &ada, &data, &Silent, false).unwrap();
-                family.gap_closed(&composed.merge(&c).unwrap())
-            };
-            println!(
-                "{seed}: arithmetic {:.3} concrete {:.3} binary {:.3} untrained {:.3} shuffled {:.3} entropy {:?} {:?}; ada {:.3} concrete ada {:.3}",
-                closed(&composed),
-                closed(&composed.masked(&sample)),
-                closed(&composed.masked(&mask.binary())),
-                closed(&composed.masked(&untrained)),
-                closed(&composed.masked(&shuffled(&sample, 5))),
-                report.first_loss(),
-                report.final_loss(),
-                adapted(&composed),
-                adapted(&masked)
-            );
+            let (plain, masked) = (closed(&composed), closed(&composed.masked(&sample)));
+            assert!(masked > plain + 0.03, "seed {seed}: {plain} {masked}");
+            let control = closed(&composed.masked(&shuffled(&sample, 5)));
+            assert!(control < plain, "seed {seed}: {plain} {control}");
         }
+    }
+
+    fn config(steps: usize, inner: Option<InnerStep>) -> ConcreteConfig {
+        let default = ConcreteConfig::default();
+        // Steps times rate as in the paper.
+        let train = TrainConfig { steps, batch: 12, window: WINDOW, learning_rate: 2e-2, ..default.train };
+        ConcreteConfig { inner, train, ..default }
+    }
+
+    #[test]
+    fn the_inner_step_fits_the_coefficients_to_the_mask() {
+        let family = Family::new(2);
+        let (composed, data) = (family.composed(), family.mixture());
+        let masked = composed.masked(&ConcreteMask::new(&composed, 0.5).sample(Seed(1)));
+        let start = masked.coefficients(Granularity::Tensor, 0.3, 1, Seed(0));
+        let inner = |learning_rate| InnerStep { granularity: Granularity::Tensor, learning_rate, rows: 4 };
+        let device = composed.base().device();
+        let stepped = inner_step(&masked, &start, inner(0.1), &data, Seed(3), &device).unwrap();
+        let moved = stepped.read().unwrap().concat();
+        assert!(moved.iter().all(|c| (c - 0.2).abs() < 1e-6 || (c - 0.4).abs() < 1e-6), "{moved:?}");
+        let rows: Vec<usize> = (0..40).collect();
+        let batch = data.sources()[0].1.batch(&rows, &device);
+        let at = |c: &Coefficients| entropy(&masked.merge(c).unwrap(), &batch).into_scalar::<f32>();
+        assert!(at(&stepped) < at(&start), "{} {}", at(&stepped), at(&start));
+        // A step of length 0 is concrete task arithmetic; another length is not.
+        let learned = |inner| {
+            let (mask, _) = concrete_merging(&composed, &config(3, inner), &data, &Silent, false).unwrap();
+            mask.logits.iter().flat_map(|l| host(l.val().without_autodiff()).unwrap()).collect::<Vec<f32>>()
+        };
+        let plain = learned(None);
+        assert_eq!(learned(Some(inner(0.0))), plain);
+        assert_ne!(learned(Some(inner(0.1))), plain, "control");
+    }
+
+    #[test]
+    fn settings_are_checked() {
+        let family = Family::new(2);
+        let inner = InnerStep { granularity: Granularity::Task, learning_rate: 0.1, rows: 0 };
+        let bad = ConcreteConfig { scale: f64::NAN, temperature: 0.0, ..config(1, Some(inner)) };
+        let error =
+            concrete_merging(&family.composed(), &bad, &family.mixture(), &Silent, false).unwrap_err();
+        let error = error.to_string();
+        assert!(["`scale`", "`temperature`", "`inner.rows`"].iter().all(|p| error.contains(p)), "{error}");
     }
 }

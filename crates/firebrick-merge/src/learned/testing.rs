@@ -73,8 +73,8 @@ pub struct Family {
     pub experts: Vec<Decoder>,
     pub texts: Vec<TextData>,
     pub held_out: Vec<TextData>,
-    /// Short ones to lead a search.
-    pub dev: Vec<TextData>,
+    /// A short one of all kinds, to lead a search.
+    pub dev: TextData,
 }
 
 impl Family {
@@ -84,7 +84,8 @@ impl Family {
         let base = train(random, &TextData::interleave(&weak, WINDOW), 100, 1e-2, seed);
         let texts: Vec<TextData> = (0..KINDS).map(|k| text(k, 6_000, 0.9, seed)).collect();
         let held_out = (0..KINDS).map(|k| text(k, 2_000, 0.9, seed + 1000)).collect();
-        let dev = (0..KINDS).map(|k| text(k, 640, 0.9, seed + 3000)).collect();
+        let dev: Vec<TextData> = (0..KINDS).map(|k| text(k, 640, 0.9, seed + 3000)).collect();
+        let dev = TextData::interleave(&dev, WINDOW);
         let experts = texts.iter().map(|t| train(base.clone(), t, 60, 3e-3, seed)).collect();
         Family { base, experts, texts, held_out, dev }
     }
@@ -113,12 +114,12 @@ impl Family {
 
     /// Nats on what is held out, by kind.
     pub fn nats(&self, decoder: &Decoder) -> Vec<f64> {
-        nats(decoder, &self.held_out)
+        self.held_out.iter().map(|t| nats(decoder, t)).collect()
     }
 
-    /// Mean nats on the short texts.
+    /// Mean nats on the short text.
     pub fn dev_nats(&self, decoder: &Decoder) -> f64 {
-        nats(decoder, &self.dev).iter().sum::<f64>() / KINDS as f64
+        nats(decoder, &self.dev)
     }
 
     /// The mean share of the gap between base and specialist that `decoder` closes.
@@ -130,12 +131,8 @@ impl Family {
     }
 }
 
-fn nats(decoder: &Decoder, texts: &[TextData]) -> Vec<f64> {
-    let nats = |t: &TextData| {
-        let rows = Rows::windows(t, WINDOW).unwrap();
-        held_out_loss(decoder, &[], &rows, 64, &Silent).unwrap()
-    };
-    texts.iter().map(nats).collect()
+fn nats(decoder: &Decoder, text: &TextData) -> f64 {
+    held_out_loss(decoder, &[], &Rows::windows(text, WINDOW).unwrap(), 128, &Silent).unwrap()
 }
 
 /// The largest difference, relative to the largest value.

@@ -1,4 +1,5 @@
-//! Learned and searched merges of specialists of the embedded model.
+//! Learned and searched merges of specialists of the embedded model: measurements, of which `docs/methods.md` has the figures.
+#![allow(clippy::print_stderr, reason = "tests say what they measured or skipped")]
 
 use burn::module::Module;
 use burn::tensor::Device;
@@ -46,7 +47,7 @@ impl Suite {
         };
         let train: Vec<TextData> =
             domains().iter().map(|d: &Domain| cut(d.train_documents(), 40_000)).collect();
-        let held_out: Vec<TextData> = domains().iter().map(|d| cut(d.held_out_documents(), 4096)).collect();
+        let held_out: Vec<TextData> = domains().iter().map(|d| cut(d.held_out_documents(), 2048)).collect();
         let experts: Vec<Decoder> =
             train.iter().map(|t| lora(&base, t, &settings(40, 8, 1e-2, seed))).collect();
         let mut suite = Suite { base, experts, train, held_out, ends: Vec::new(), seed };
@@ -64,11 +65,11 @@ impl Suite {
         (0..self.held_out.len()).map(|k| self.nats_of(decoder, k)).collect()
     }
 
-    /// The share of the gap between base and specialist that is closed, on average over the domains.
+    /// The share of the gap between base and specialists that is closed, summed over the domains: the mean of the shares would be
+    /// led by domains whose gap is next to nothing.
     fn closed(&self, decoder: &Decoder) -> f64 {
-        let each =
-            self.nats(decoder).into_iter().zip(&self.ends).map(|(n, (base, own))| (base - n) / (base - own));
-        each.sum::<f64>() / self.ends.len() as f64
+        let gained: f64 = self.nats(decoder).iter().zip(&self.ends).map(|(n, (base, _))| base - n).sum();
+        gained / self.ends.iter().map(|(base, own)| base - own).sum::<f64>()
     }
 
     fn vectors(&self) -> Vec<TaskVector> {
@@ -101,13 +102,15 @@ impl Suite {
             warmup: 0,
             weight_decay: 0.0,
             clip: None,
-            ..settings(100, 10, 1e-2, self.seed)
+            ..settings(50, 10, 2e-2, self.seed)
         };
         AdaMergingConfig { granularity, train, ..default }
     }
 
     fn adapted(&self, composed: &Composed, granularity: Granularity) -> f64 {
-        let (c, _) = adamerging(composed, &self.ada(granularity), &self.mixture(), &Silent, false).unwrap();
+        let (c, report) =
+            adamerging(composed, &self.ada(granularity), &self.mixture(), &Silent, false).unwrap();
+        eprintln!("entropy {:.3?} to {:.3?}", report.first_loss(), report.final_loss());
         self.merged(composed, &c)
     }
 
@@ -115,7 +118,7 @@ impl Suite {
         let train = self.ada(Granularity::Tensor).train;
         let config = ConcreteConfig {
             inner,
-            train: TrainConfig { learning_rate: 2e-2, ..train },
+            train: TrainConfig { learning_rate: 4e-2, ..train },
             ..ConcreteConfig::default()
         };
         let (mask, _) = concrete_merging(composed, &config, &self.mixture(), &Silent, false).unwrap();
@@ -140,11 +143,10 @@ fn specialists_of_the_embedded_model_are_merged() {
         let composed = Composed::new(&suite.base, suite.vectors()).unwrap();
         add("average", suite.isotropic(&composed, 0.2));
         add("task arithmetic 0.3", suite.isotropic(&composed, 0.3));
-        let grid = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0].map(|s| suite.isotropic(&composed, s));
+        let grid = [0.1, 0.2, 0.3, 0.4, 0.6].map(|s| suite.isotropic(&composed, s));
         eprintln!("grid {grid:.3?}");
-        add("task arithmetic, best of 8 scales", grid.into_iter().fold(f64::MIN, f64::max));
+        add("task arithmetic, best of 5 scales", grid.into_iter().fold(f64::MIN, f64::max));
         add("AdaMerging task-wise", suite.adapted(&composed, Granularity::Task));
-        add("AdaMerging by layer", suite.adapted(&composed, Granularity::Layer));
         add("AdaMerging layer-wise", suite.adapted(&composed, Granularity::Tensor));
         let trimmed = suite.vectors().into_iter().map(|v| v.trimmed(0.2).unwrap()).collect();
         let plus = Composed::new(&suite.base, elect(trimmed)).unwrap();
@@ -153,14 +155,14 @@ fn specialists_of_the_embedded_model_are_merged() {
         let inner = InnerStep { granularity: Granularity::Tensor, learning_rate: 0.1, rows: 2 };
         add("Concrete AdaMerging", suite.adapted(&suite.masked(&composed, Some(inner)), Granularity::Tensor));
         for parts in [1, 8] {
-            let train = TrainConfig { warmup: 0, weight_decay: 0.1, ..settings(100, 10, 0.05, suite.seed) };
+            let train = TrainConfig { warmup: 0, weight_decay: 0.1, ..settings(50, 10, 0.05, suite.seed) };
             let config = AtlasConfig { parts, train, ..AtlasConfig::default() };
             let (c, _) = atlas(&composed, &config, &suite.mixture(), &Silent, false).unwrap();
             add(&format!("aTLAS x {parts}, with labels"), suite.merged(&composed, &c));
         }
         let dev: Vec<TextData> =
-            suite.train.iter().map(|t| TextData::new(t.ids[..1024].to_vec(), 0)).collect();
-        let config = SearchConfig { evaluations: 120, seed: Seed(seed), ..SearchConfig::default() };
+            suite.train.iter().map(|t| TextData::new(t.ids[..512].to_vec(), 0)).collect();
+        let config = SearchConfig { evaluations: 60, seed: Seed(seed), ..SearchConfig::default() };
         let fitness = &mut |d: &Decoder| {
             let nats = |t: &TextData| held_out_loss(d, &[], &Rows::windows(t, WINDOW).unwrap(), 16, &Silent);
             dev.iter().map(nats).sum::<Result<f64, _>>().map(|s| s / 5.0).map_err(Into::into)
@@ -189,31 +191,30 @@ fn few_examples_of_a_new_domain() {
             let composed = Composed::new(&suite.base, others).unwrap();
             let from = 16 * WINDOW * (seed as usize + 1);
             let shots = TextData::new(suite.train[k].ids[from..from + 16 * WINDOW].to_vec(), 0);
-            let (base, own) = suite.ends[k];
+            let (base, _) = suite.ends[k];
+            let gap: f64 = suite.ends.iter().map(|(base, own)| base - own).sum();
             let mut add = |name: String, decoder: &Decoder| {
-                let share = (base - suite.nats_of(decoder, k)) / (base - own);
+                // Shares of the whole gap, which add up over the domains.
+                let share = (base - suite.nats_of(decoder, k)) / gap;
                 match means.iter_mut().find(|(n, _)| *n == name) {
                     Some((_, values)) => values.push(share),
                     None => means.push((name, vec![share])),
                 }
             };
-            for rate in [0.1, 0.02] {
-                for parts in [1, 8] {
-                    let train = TrainConfig { warmup: 0, weight_decay: 0.1, ..settings(40, 4, rate, seed) };
-                    let config = AtlasConfig { parts, train, ..AtlasConfig::default() };
-                    let (c, _) =
-                        atlas(&composed, &config, &Mixture::text(&shots, WINDOW).unwrap(), &Silent, false)
-                            .unwrap();
-                    add(format!("aTLAS x {parts}, rate {rate}"), &composed.merge(&c).unwrap());
-                }
+            for (parts, rate) in [(1, 0.1), (1, 0.02), (8, 0.02)] {
+                let train = TrainConfig { warmup: 0, weight_decay: 0.1, ..settings(40, 4, rate, seed) };
+                let config = AtlasConfig { parts, train, ..AtlasConfig::default() };
+                let data = Mixture::text(&shots, WINDOW).unwrap();
+                let (c, _) = atlas(&composed, &config, &data, &Silent, false).unwrap();
+                add(format!("aTLAS x {parts}, rate {rate}"), &composed.merge(&c).unwrap());
             }
-            for rate in [1e-2, 3e-3, 1e-3] {
+            for rate in [1e-2, 2e-3] {
                 add(format!("LoRA, rate {rate}"), &lora(&suite.base, &shots, &settings(40, 4, rate, seed)));
             }
         }
         eprintln!("seed {seed}: {means:.3?}");
     }
     for (name, values) in &means {
-        eprintln!("{name}: mean {:.3} of {}", values.iter().sum::<f64>() / values.len() as f64, values.len());
+        eprintln!("{name}: {:.3} of the gap", values.iter().sum::<f64>() / 3.0);
     }
 }
