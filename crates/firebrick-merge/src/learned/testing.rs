@@ -75,6 +75,8 @@ pub struct Family {
     pub held_out: Vec<TextData>,
     /// A short one of all kinds, to lead a search.
     pub dev: TextData,
+    /// Nats held out of the base, and of each specialist on its own kind.
+    ends: Vec<(f64, f64)>,
 }
 
 impl Family {
@@ -83,11 +85,12 @@ impl Family {
         let weak: Vec<TextData> = (0..KINDS).map(|k| text(k, 6_000, 0.5, seed + 2000)).collect();
         let base = train(random, &TextData::interleave(&weak, WINDOW), 100, 1e-2, seed);
         let texts: Vec<TextData> = (0..KINDS).map(|k| text(k, 6_000, 0.9, seed)).collect();
-        let held_out = (0..KINDS).map(|k| text(k, 2_000, 0.9, seed + 1000)).collect();
+        let held_out: Vec<TextData> = (0..KINDS).map(|k| text(k, 2_000, 0.9, seed + 1000)).collect();
         let dev: Vec<TextData> = (0..KINDS).map(|k| text(k, 640, 0.9, seed + 3000)).collect();
         let dev = TextData::interleave(&dev, WINDOW);
-        let experts = texts.iter().map(|t| train(base.clone(), t, 60, 3e-3, seed)).collect();
-        Family { base, experts, texts, held_out, dev }
+        let experts: Vec<Decoder> = texts.iter().map(|t| train(base.clone(), t, 60, 3e-3, seed)).collect();
+        let ends = held_out.iter().zip(&experts).map(|(t, own)| (nats(&base, t), nats(own, t))).collect();
+        Family { base, experts, texts, held_out, dev, ends }
     }
 
     pub fn composed(&self) -> Composed {
@@ -124,10 +127,8 @@ impl Family {
 
     /// The mean share of the gap between base and specialist that `decoder` closes.
     pub fn gap_closed(&self, decoder: &Decoder) -> f64 {
-        let (base, merged) = (self.nats(&self.base), self.nats(decoder));
-        let own = |k: usize| self.nats(&self.experts[k])[k];
-        let closed = |k: usize| (base[k] - merged[k]) / (base[k] - own(k));
-        (0..KINDS).map(closed).sum::<f64>() / KINDS as f64
+        let each = self.nats(decoder).into_iter().zip(&self.ends);
+        each.map(|(merged, (base, own))| (base - merged) / (base - own)).sum::<f64>() / KINDS as f64
     }
 }
 
