@@ -56,6 +56,15 @@ pub enum MergeError {
     /// The merge could not run.
     #[error(transparent)]
     Stream(#[from] firebrick_tensor::stream::StreamError),
+    /// Models or settings with which coefficients can't be learned or searched; every problem is listed.
+    #[error("merging: {}", list(problems))]
+    Settings {
+        /// One line each, naming the setting or the site.
+        problems: Vec<String>,
+    },
+    /// Coefficients could not be learned.
+    #[error(transparent)]
+    Train(#[from] firebrick_train::TrainError),
 }
 
 fn list(problems: &[String]) -> String {

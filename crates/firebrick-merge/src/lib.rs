@@ -4,6 +4,7 @@
 //! [`Executor`](firebrick_tensor::stream::Executor) runs tensor by tensor, in bounded memory;
 //! [`Merge::analyze`] says beforehand what will interfere. [`task_vectors`] merges weights in memory, [`permutation`] and [`ot_fusion`]
 //! align models whose units stand in another order, [`twin`] keeps beside a merge what each expert has to itself.
+//! [`learned`] fits coefficients by gradient or search.
 #![forbid(unsafe_code)]
 
 mod adapter;
@@ -15,6 +16,7 @@ mod error;
 mod folder;
 pub mod ibcl;
 mod input;
+pub mod learned;
 pub mod logits_fusion;
 mod merge;
 mod methods;

@@ -3,6 +3,7 @@
 mod distribution_fusion;
 mod golden;
 mod inputs;
+mod learned;
 mod logits_fusion;
 mod mergekit;
 mod merges;
