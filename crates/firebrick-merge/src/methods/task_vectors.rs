@@ -2,7 +2,8 @@
 //! added to the base. One routine for task arithmetic (arXiv 2212.04089), TIES (2306.01708), DARE (2311.03099), model breadcrumbs
 //! (2312.06795) and DELLA (2406.11617).
 
-use super::sparsify::{Sparsifier, sparsify};
+use super::rounding::Rounding;
+use super::sparsify::{Sparse, Sparsifier, sparsify};
 use super::{Kernel, MergeMethod, TensorMerge};
 
 /// Elements computed at once, small enough for the first-level cache.
@@ -33,41 +34,63 @@ pub(super) fn task_vectors(tensor: &TensorMerge<'_>, method: MergeMethod) -> Res
     let total: f32 = weights.iter().sum();
     // Weights that cancel do not divide.
     let divisor = if total.abs() < 1e-8 { 1.0 } else { round.round(total) };
-    Ok(Box::new(move |start, inputs, out| {
-        let r = |v: f32| round.round(v);
-        let mut terms = vec![0.0; of.len() * BLOCK];
+    let merge = Merge { base, of, sparse, weights, divisor, vote, normalize, lambda, round };
+    // The loops over elements are compiled without rounding and with it: a choice inside them costs more than they do.
+    Ok(match round {
+        Rounding::Exact => Box::new(move |start, inputs, out| merge.run(start, inputs, out, |v| v)),
+        _ => Box::new(move |start, inputs, out| merge.run(start, inputs, out, |v| round.round(v))),
+    })
+}
+
+struct Merge {
+    base: usize,
+    of: Vec<usize>,
+    sparse: Vec<Sparse>,
+    weights: Vec<f32>,
+    divisor: f32,
+    vote: bool,
+    normalize: bool,
+    lambda: f32,
+    round: Rounding,
+}
+
+impl Merge {
+    #[inline(always)]
+    fn run(&self, start: usize, inputs: &[&[f32]], out: &mut [f32], r: impl Fn(f32) -> f32 + Copy) {
+        let mut terms = vec![0.0; self.of.len() * BLOCK];
         for (block, y) in out.chunks_mut(BLOCK).enumerate() {
             let (at, len) = (block * BLOCK, y.len());
-            let b = &inputs[base][at..][..len];
+            let b = &inputs[self.base][at..][..len];
             // The weighed task vectors, and their sum.
             y.fill(0.0);
             for ((m, sparse), (w, d)) in
-                of.iter().zip(&sparse).zip(weights.iter().zip(terms.chunks_mut(BLOCK)))
+                self.of.iter().zip(&self.sparse).zip(self.weights.iter().zip(terms.chunks_mut(BLOCK)))
             {
-                let d = &mut d[..len];
-                for ((d, x), b) in d.iter_mut().zip(&inputs[*m][at..]).zip(b) {
+                let (d, x) = (&mut d[..len], &inputs[*m][at..][..len]);
+                for ((d, x), b) in d.iter_mut().zip(x).zip(b) {
                     *d = r(x - b);
                 }
-                sparse.apply(start + at, d, round);
+                sparse.apply(start + at, d, self.round);
                 for (y, d) in y.iter_mut().zip(d) {
                     *d = r(w * *d);
                     *y += *d;
                 }
             }
-            if vote {
-                elect(y, &terms, &weights, normalize, r);
+            if self.vote {
+                elect(y, &terms, &self.weights, self.normalize, r);
             } else {
                 y.iter_mut().for_each(|y| *y = r(*y));
-                if normalize {
-                    y.iter_mut().for_each(|y| *y = r(*y / divisor));
+                if self.normalize {
+                    y.iter_mut().for_each(|y| *y = r(*y / self.divisor));
                 }
             }
-            for (y, b) in y.iter_mut().zip(b) {
-                let mix = if lambda == 1.0 { *y } else { r(*y * lambda) };
-                *y = r(b + mix);
+            if self.lambda == 1.0 {
+                y.iter_mut().zip(b).for_each(|(y, b)| *y = r(b + *y));
+            } else {
+                y.iter_mut().zip(b).for_each(|(y, b)| *y = r(b + r(*y * self.lambda)));
             }
         }
-    }))
+    }
 }
 
 /// Sums the terms whose sign is that of the sum `y` of all (0 counts as positive), divided by the sum of their weights if `normalize`.
