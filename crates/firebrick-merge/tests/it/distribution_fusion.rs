@@ -116,7 +116,7 @@ fn most_steps_of_other_tokenizers_come_over() {
     let smollm2 = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(smollm2);
     match smollm2.exists() {
         true => pairs.push(("SmolLM2", ModelFiles::open(&smollm2).unwrap().tokenizer, 0.5)),
-        false => println!("without SmolLM2: `cargo xtask model smollm2` fetches it"),
+        false => eprintln!("without SmolLM2: `cargo xtask model smollm2` fetches it"),
     }
     let text = ["prose", "scripture"].map(|name| domain(name).unwrap().held_out_text()).concat();
     let sentences: Vec<&str> =
@@ -141,7 +141,7 @@ fn most_steps_of_other_tokenizers_come_over() {
             assert!(found.steps.iter().flatten().all(|(id, _)| valid(*id)), "{name}");
         }
         let share = |n: usize| n as f64 / steps as f64;
-        println!("{name}: {:.3} aligned, {:.3} come over", share(aligned), share(over));
+        eprintln!("{name}: {:.3} aligned, {:.3} come over", share(aligned), share(over));
         assert!(share(aligned) > least && share(over) > 0.5 * share(aligned), "{name}");
         assert!(share(aligned) < 1.0, "control: {name}");
     }
@@ -320,7 +320,7 @@ fn a_student_learns_more_from_fused_teachers_than_from_labels() {
         let alone = nll(&trained(student.clone(), &tenth, 150, seed, labels));
         let fused = &mut |d: &Decoder, tokens: Tensor<2, Int>| targets.loss(d, &mut Run::default(), tokens);
         let taught = nll(&trained(student, &tenth, 150, seed, fused));
-        println!("seed {seed}: labels {alone:.3}, fused {taught:.3}");
+        eprintln!("seed {seed}: labels {alone:.3}, fused {taught:.3}");
         assert!(taught < alone - 0.05, "seed {seed}: {taught} against {alone}");
     }
 }

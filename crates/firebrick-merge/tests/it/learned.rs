@@ -1,5 +1,4 @@
 //! Learned and searched merges of specialists of the embedded model: measurements, of which `docs/methods.md` has the figures.
-#![allow(clippy::print_stderr, reason = "tests say what they measured or skipped")]
 
 use burn::module::Module;
 use burn::tensor::Device;

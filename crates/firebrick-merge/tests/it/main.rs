@@ -1,4 +1,5 @@
 //! Merges of small checkpoints, from their YAML to the file that is written; fusion of what models predict.
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "tests say what they measured or skipped")]
 
 mod distribution_fusion;
 mod golden;

@@ -136,7 +136,7 @@ fn closed(seed: u64, strength: f64) -> Closed {
         (start - far(&rows)) / (start - end)
     };
     let kl = || LogitsFusionConfig::default().weight;
-    println!("seed {seed}: small {:.3}, expert {:.3}, large {start:.3}, tuned {end:.3}", far(&b), far(&e));
+    eprintln!("seed {seed}: small {:.3}, expert {:.3}, large {start:.3}, tuned {end:.3}", far(&b), far(&e));
     Closed {
         matched: fused(kl(), &b, &e),
         fixed: [0.5, 0.75, 1.0, 1.25].map(|a| fused(FusionWeight::Fixed(vec![a]), &b, &e)),
@@ -150,7 +150,7 @@ fn a_small_expert_closes_half_of_the_gap_of_the_large_model() {
     let mean = |f: &dyn Fn(&Closed) -> f64| found.iter().map(f).sum::<f64>() / 3.0;
     let matched = mean(&|c| c.matched);
     let fixed: Vec<f64> = (0..4).map(|i| mean(&|c| c.fixed[i])).collect();
-    println!("closed: matched {matched:.3}, fixed {fixed:.3?}, backwards {:.3}", mean(&|c| c.backwards));
+    eprintln!("closed: matched {matched:.3}, fixed {fixed:.3?}, backwards {:.3}", mean(&|c| c.backwards));
     assert!(matched > 0.5, "{matched}");
     assert!(found.iter().all(|c| c.matched > 0.4), "at every seed");
     assert!(found.iter().all(|c| c.backwards < 0.0), "control: away from the expert it only grows");
