@@ -10,7 +10,7 @@ use firebrick_tensor::linalg::{LinalgError, Matrix, randomized_svd};
 use rayon::prelude::*;
 use serde::Serialize;
 
-use crate::{Merge, MergeError, PlannedTensor};
+use crate::{Merge, MergeError, PlannedSource, PlannedTensor};
 
 /// Elements read at a time: the largest piece of every model in memory.
 const CHUNK: usize = 1 << 16;
@@ -164,16 +164,7 @@ impl Merge {
         for tensor in planned {
             let n = tensor.shape.iter().product();
             let chunk = |range: Range<usize>| -> Result<Sums, MergeError> {
-                let read = |i: &usize| {
-                    let mut values = vec![0.0; range.len()];
-                    let source = &tensor.sources[*i];
-                    let model = &self.models[source.model];
-                    model.checkpoint.read_f32_into(&source.stored, range.clone(), &mut values)?;
-                    if let Some(update) = model.update(&source.tensor) {
-                        update.add(range.start, &mut values);
-                    }
-                    Ok(values)
-                };
+                let read = |i: &usize| self.elements(&tensor.sources[*i], range.clone());
                 Ok(Sums::over(&order.iter().map(read).collect::<Result<Vec<_>, MergeError>>()?))
             };
             let starts: Vec<usize> = (0..n).step_by(CHUNK).collect();
@@ -206,6 +197,17 @@ impl Merge {
 }
 
 impl Merge {
+    /// Elements of an input, with what an adapter adds to them.
+    fn elements(&self, source: &PlannedSource, range: Range<usize>) -> Result<Vec<f32>, MergeError> {
+        let model = &self.models[source.model];
+        let (start, mut values) = (range.start, vec![0.0; range.len()]);
+        model.checkpoint.read_f32_into(&source.stored, range, &mut values)?;
+        if let Some(update) = model.update(&source.tensor) {
+            update.add(start, &mut values);
+        }
+        Ok(values)
+    }
+
     /// How much the leading subspaces of each pair of task vectors overlap. `order`: the reference and then the models.
     fn overlaps(
         &self,
@@ -215,15 +217,7 @@ impl Merge {
     ) -> Result<Vec<f64>, MergeError> {
         let name = tensor.name.as_str();
         let fail = |e: LinalgError| MergeError::Numerics { tensor: name.into(), what: e.to_string() };
-        let read = |i: usize| {
-            let source = &tensor.sources[i];
-            let model = &self.models[source.model];
-            let mut values = model.checkpoint.read_f32(&source.stored)?;
-            if let Some(update) = model.update(&source.tensor) {
-                update.add(0, &mut values);
-            }
-            Ok::<_, MergeError>(values)
-        };
+        let read = |i: usize| self.elements(&tensor.sources[i], 0..rows * cols);
         let reference = read(order[0])?;
         let mut leading = Vec::new();
         for &i in &order[1..] {

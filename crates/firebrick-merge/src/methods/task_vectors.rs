@@ -34,15 +34,16 @@ pub(super) fn task_vectors(tensor: &TensorMerge<'_>, method: MergeMethod) -> Res
     let total: f32 = weights.iter().sum();
     // Weights that cancel do not divide.
     let divisor = if total.abs() < 1e-8 { 1.0 } else { round.round(total) };
-    let merge = Merge { base, of, sparse, weights, divisor, vote, normalize, lambda, round };
+    let sum = WeighedSum { base, of, sparse, weights, divisor, vote, normalize, lambda, round };
     // The loops over elements are compiled without rounding and with it: a choice inside them costs more than they do.
     Ok(match round {
-        Rounding::Exact => Box::new(move |start, inputs, out| merge.run(start, inputs, out, |v| v)),
-        _ => Box::new(move |start, inputs, out| merge.run(start, inputs, out, |v| round.round(v))),
+        Rounding::Exact => Box::new(move |start, inputs, out| sum.run(start, inputs, out, |v| v)),
+        _ => Box::new(move |start, inputs, out| sum.run(start, inputs, out, |v| round.round(v))),
     })
 }
 
-struct Merge {
+/// What the loops over elements need.
+struct WeighedSum {
     base: usize,
     of: Vec<usize>,
     sparse: Vec<Sparse>,
@@ -54,7 +55,7 @@ struct Merge {
     round: Rounding,
 }
 
-impl Merge {
+impl WeighedSum {
     #[inline(always)]
     fn run(&self, start: usize, inputs: &[&[f32]], out: &mut [f32], r: impl Fn(f32) -> f32 + Copy) {
         let mut terms = vec![0.0; self.of.len() * BLOCK];
