@@ -33,7 +33,7 @@ fn operations(c: &mut Criterion) {
     let targets: Vec<i32> = (0..TOKENS).map(|i| (i * 7919 % 8192) as i32).collect();
     let targets = Tensor::<1, Int>::from_data(TensorData::new(targets, [TOKENS]), &Device::flex());
     group.bench_function("linear_cross_entropy", |b| {
-        b.iter(|| ops::linear_cross_entropy(x.clone(), head.clone(), targets.clone()));
+        b.iter(|| ops::linear_cross_entropy(x.clone(), head.clone(), targets.clone(), ops::Precision::F32));
     });
     let experts = random("experts", [8, D_MODEL, 384]);
     let offsets: Vec<usize> = (0..=8).map(|e| e * TOKENS / 8).collect();

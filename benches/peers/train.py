@@ -1,4 +1,4 @@
-"""torch, or torch and peft, on a training step with AdamW: `train.py FOLDER full|lora THREADS`"""
+"""torch, or torch and peft, on a training step with AdamW: `train.py FOLDER full|lora f32|bf16 THREADS`"""
 
 import sys
 
@@ -14,10 +14,10 @@ try:
 except ImportError as error:
     missing(error)
 
-torch.set_num_threads(int(sys.argv[3]))
+torch.set_num_threads(int(sys.argv[4]))
 torch.manual_seed(0)
 name = f"torch {torch.__version__}"
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16 if sys.argv[3] == "bf16" else torch.float32)
 if lora:
     config = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     model = peft.get_peft_model(model, config)

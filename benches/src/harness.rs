@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use burn::tensor::Device;
 use firebrick_models::{Export, ExportType, ModelFiles};
+use firebrick_tensor::ops::Precision;
 use firebrick_tensor::stream::Executor;
 
 use crate::{Case, Measured, Peer, Started, memory};
@@ -23,6 +24,8 @@ const PAUSE: Duration = Duration::from_millis(200);
 pub struct Roofline {
     /// f32 matrix product, in 1e9 floating-point operations per second.
     pub gflops: f64,
+    /// bf16 matrix product, likewise; that of f32 where the device does not tell them apart.
+    pub gflops_bf16: f64,
     /// Reading a buffer that no cache holds, in 1e9 bytes per second.
     pub read: f64,
     /// Copying such a buffer, in 1e9 bytes per second, read and written ones counted.
@@ -165,6 +168,12 @@ impl Bench<'_> {
         let folder = self.exported(files, ExportType::F32, "")?;
         let arguments = arguments.iter().map(Path::new);
         self.peer(script, &[folder.as_path()].into_iter().chain(arguments).collect::<Vec<_>>())
+    }
+
+    /// The precisions in which products differ on this device.
+    pub fn precisions(&self) -> Vec<Precision> {
+        let bf16 = self.device == Device::flex() && Precision::Bf16.available();
+        if bf16 { vec![Precision::F32, Precision::Bf16] } else { vec![Precision::F32] }
     }
 
     /// The model written in type `dtype` to the cache, unless it is there: as a folder, or as a file with the `ending`

@@ -11,6 +11,8 @@ pub enum Bound {
     Unknown,
     /// Floating-point operations, a multiply-add as two.
     Compute(f64),
+    /// The same where the products are of bf16 numbers.
+    ComputeBf16(f64),
     /// Bytes that have to be read.
     Read(f64),
     /// Bytes that have to be read and written, taken together.
@@ -135,6 +137,9 @@ impl Measured {
             Bound::Compute(flop) => {
                 (measured.gflops, measured.share_of_peak) = rate(flop, |r| r.gflops);
             }
+            Bound::ComputeBf16(flop) => {
+                (measured.gflops, measured.share_of_peak) = rate(flop, |r| r.gflops_bf16);
+            }
             Bound::Read(bytes) => {
                 (measured.gbytes_per_s, measured.share_of_bandwidth) = rate(bytes, |r| r.read);
             }
@@ -212,7 +217,7 @@ mod tests {
 
     #[test]
     fn shares_are_of_the_limit_that_bounds_the_case() {
-        let roofline = Roofline { gflops: 100.0, read: 20.0, copy: 10.0 };
+        let roofline = Roofline { gflops: 100.0, gflops_bf16: 100.0, read: 20.0, copy: 10.0 };
         let of = |bound| Measured::new(&case("tok/s", bound), "flex", &[0.5], Some(&roofline));
         let compute = of(Bound::Compute(25e9));
         assert_eq!((compute.gflops, compute.share_of_peak), (Some(50.0), Some(0.5)));

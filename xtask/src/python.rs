@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
 const REQUIREMENTS: &str = ".ci/python.txt";
+const UV: &str = "uv==0.11.3";
 
 /// The interpreter of the test environment: `FIREBRICK_PYTHON`, or the one in `target/py` once it is complete.
 pub fn existing() -> Option<PathBuf> {
@@ -35,8 +36,11 @@ pub fn environment() -> Result<PathBuf> {
         cmd::run(cmd::command(&base).args(["-m", "venv"]).arg(&dir))
             .context("`python3 -m venv` failed; on Debian and Ubuntu install python3-venv")?;
     }
-    let install = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--requirement"];
-    cmd::run(cmd::command(&python).args(install).arg(&requirements))?;
+    let pip = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", UV];
+    cmd::run(cmd::command(&python).args(pip))?;
+    // Twice as fast as pip, which unpacks one file at a time.
+    let install = ["-m", "uv", "pip", "install", "--quiet", "--no-cache", "--python"];
+    cmd::run(cmd::command(&python).args(install).arg(&python).arg("--requirement").arg(&requirements))?;
     // Written last: an interrupted installation is taken up again.
     std::fs::write(dir.join("requirements.txt"), wanted)?;
     eprintln!("xtask: FIREBRICK_PYTHON={} runs the interchange tests", python.display());

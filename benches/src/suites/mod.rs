@@ -4,8 +4,9 @@ use anyhow::Result;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use firebrick_core::SiteTable;
 use firebrick_models::{Decoder, DecoderConfig, ModelFiles};
+use firebrick_tensor::ops::Precision;
 
-use crate::Bench;
+use crate::{Bench, Bound};
 
 mod checkpoint;
 mod choices;
@@ -59,6 +60,22 @@ pub const SUITES: &[Suite] = &[
 ];
 
 pub use roofline::measure as roofline;
+
+/// The name of the type that products take.
+fn dtype(precision: Precision) -> &'static str {
+    match precision {
+        Precision::F32 => "f32",
+        Precision::Bf16 => "bf16",
+    }
+}
+
+/// What bounds so many floating-point operations in such products.
+fn compute(flop: f64, precision: Precision) -> Bound {
+    match precision {
+        Precision::F32 => Bound::Compute(flop),
+        Precision::Bf16 => Bound::ComputeBf16(flop),
+    }
+}
 
 /// `[batch, tokens]` ids that are the same in every run and for every peer.
 fn tokens(vocab: usize, batch: usize, length: usize, device: &Device) -> Tensor<2, Int> {
@@ -128,7 +145,7 @@ mod tests {
             repeats: 1,
             peers: None,
             cache: folder.path().into(),
-            roofline: Some(Roofline { gflops: 100.0, read: 10.0, copy: 10.0 }),
+            roofline: Some(Roofline { gflops: 100.0, gflops_bf16: 200.0, read: 10.0, copy: 10.0 }),
             measured: &|_| {},
             note: &|_| {},
             results: Default::default(),

@@ -5,8 +5,10 @@ use std::hint::black_box;
 use anyhow::Result;
 use burn::tensor::{Device, Tensor, TensorData};
 use firebrick_core::Seed;
+use firebrick_tensor::ops::{self, Precision};
 use rayon::prelude::*;
 
+use super::dtype;
 use crate::{Bench, Bound, Case, Measured, Roofline};
 
 /// Rows and columns of the matrices.
@@ -23,7 +25,13 @@ const CALLS: usize = 32;
 /// # Errors
 /// If the device fails.
 pub fn measure(bench: &Bench<'_>) -> Result<Roofline> {
-    Ok(Roofline { gflops: product(bench)?.median, read: read(bench)?.median, copy: copy(bench)?.median })
+    let products: Vec<f64> = bench
+        .precisions()
+        .into_iter()
+        .map(|precision| Ok(product(bench, precision)?.median))
+        .collect::<Result<_>>()?;
+    let (first, last) = (products[0], products[products.len() - 1]);
+    Ok(Roofline { gflops: first, gflops_bf16: last, read: read(bench)?.median, copy: copy(bench)?.median })
 }
 
 fn case(name: &str, dtype: &'static str, unit: &'static str, amount: f64) -> Case {
@@ -34,17 +42,17 @@ fn calls(bench: &Bench<'_>) -> usize {
     if bench.device == Device::flex() { 1 } else { CALLS }
 }
 
-fn product(bench: &Bench<'_>) -> Result<Measured> {
+fn product(bench: &Bench<'_>, precision: Precision) -> Result<Measured> {
     let matrix = |name: &str| {
         let values = Seed(0).normal(name, SIZE * SIZE, 1.0);
         Tensor::<2>::from_data(TensorData::new(values, [SIZE, SIZE]), &bench.device)
     };
     let (a, b, calls) = (matrix("a"), matrix("b"), calls(bench));
     let flop = 2.0 * (SIZE * SIZE * SIZE * calls) as f64;
-    let case = case(&format!("matmul {SIZE}"), "f32", "GFLOP/s", flop);
+    let case = case(&format!("matmul {SIZE}"), dtype(precision), "GFLOP/s", flop);
     bench.measure(&case, None, &mut || {
         bench.timed(|| {
-            (0..calls).for_each(|_| drop(black_box(a.clone().matmul(b.clone()))));
+            (0..calls).for_each(|_| drop(black_box(ops::linear(a.clone(), b.clone(), precision))));
             Ok(())
         })
     })

@@ -5,10 +5,11 @@ use burn::optim::GradientsParams;
 use firebrick_core::{Brick, Run, Seed};
 use firebrick_models::ModelFiles;
 use firebrick_peft::LoraConfig;
+use firebrick_tensor::ops::Precision;
 use firebrick_train::AdamW;
 
-use super::{forward_flop, head_flop, load, tokens};
-use crate::{Bench, Bound, Case};
+use super::{compute, dtype, forward_flop, head_flop, load, tokens};
+use crate::{Bench, Case};
 
 const BATCH: usize = 2;
 const LENGTH: usize = 256;
@@ -17,20 +18,22 @@ const LEARNING_RATE: f64 = 1e-4;
 
 pub(super) fn run(bench: &Bench<'_>) -> Result<()> {
     for (name, files) in bench.models {
-        full(bench, name, files)?;
-        lora(bench, name, files)?;
+        for precision in bench.precisions() {
+            full(bench, name, files, precision)?;
+            lora(bench, name, files, precision)?;
+        }
     }
     Ok(())
 }
 
-fn case(name: &str, what: &str, flop: f64) -> Case {
+fn case(name: &str, what: &str, flop: f64, precision: Precision) -> Case {
     Case {
         suite: "train",
         name: format!("{name} {what} {BATCH}x{LENGTH}"),
-        dtype: "f32",
+        dtype: dtype(precision),
         unit: "tok/s",
         amount: (BATCH * LENGTH) as f64,
-        bound: Bound::Compute(flop),
+        bound: compute(flop, precision),
     }
 }
 
@@ -41,13 +44,13 @@ fn pass_flop(files: &ModelFiles) -> f64 {
 }
 
 /// Backwards there is a product for the gradient of each input and one for that of each weight.
-fn full(bench: &Bench<'_>, name: &str, files: &ModelFiles) -> Result<()> {
+fn full(bench: &Bench<'_>, name: &str, files: &ModelFiles, precision: Precision) -> Result<()> {
     let device = bench.device.clone().autodiff();
-    let mut decoder = Some(load(files, &device)?.trainable());
+    let mut decoder = Some(load(files, &device)?.trainable().with_precision(precision));
     let ids = tokens(files.config.vocab, BATCH, LENGTH, &device);
     let mut optimizer = AdamW::default();
-    let peer = bench.model_peer("train.py", files, &["full"])?;
-    bench.measure(&case(name, "full", 3.0 * pass_flop(files)), peer, &mut || {
+    let peer = bench.model_peer("train.py", files, &["full", dtype(precision)])?;
+    bench.measure(&case(name, "full", 3.0 * pass_flop(files), precision), peer, &mut || {
         bench.timed(|| {
             let current = decoder.take().expect("put back below");
             let loss = current.nll(ids.clone(), &mut Run::default()).mean();
@@ -60,9 +63,9 @@ fn full(bench: &Bench<'_>, name: &str, files: &ModelFiles) -> Result<()> {
 }
 
 /// The weights are frozen: backwards there is only the product for the gradient of the input, but for the adapters'.
-fn lora(bench: &Bench<'_>, name: &str, files: &ModelFiles) -> Result<()> {
+fn lora(bench: &Bench<'_>, name: &str, files: &ModelFiles, precision: Precision) -> Result<()> {
     let device = bench.device.clone().autodiff();
-    let decoder = load(files, &device)?;
+    let decoder = load(files, &device)?.with_precision(precision);
     let targets = decoder.sites().block_linears();
     let widths: usize =
         targets.iter().filter_map(|s| decoder.sites().linear(s)).map(|(d_in, d_out)| d_in + d_out).sum();
@@ -71,16 +74,20 @@ fn lora(bench: &Bench<'_>, name: &str, files: &ModelFiles) -> Result<()> {
     let mut bank = Some(config.init(decoder.sites(), &targets, Seed(0), &device)?);
     let ids = tokens(files.config.vocab, BATCH, LENGTH, &device);
     let mut optimizer = AdamW::default();
-    let peer = bench.model_peer("train.py", files, &["lora"])?;
-    bench.measure(&case(name, "lora", 2.0 * pass_flop(files) + 3.0 * adapters), peer, &mut || {
-        bench.timed(|| {
-            let current = bank.take().expect("put back below");
-            let bricks: [&dyn Brick; 1] = [&current];
-            let loss = decoder.nll(ids.clone(), &mut Run::new(&bricks)).mean();
-            let gradients = GradientsParams::from_grads(loss.backward(), &current);
-            bank = Some(optimizer.step(LEARNING_RATE, current, gradients));
-            Ok(())
-        })
-    })?;
+    let peer = bench.model_peer("train.py", files, &["lora", dtype(precision)])?;
+    bench.measure(
+        &case(name, "lora", 2.0 * pass_flop(files) + 3.0 * adapters, precision),
+        peer,
+        &mut || {
+            bench.timed(|| {
+                let current = bank.take().expect("put back below");
+                let bricks: [&dyn Brick; 1] = [&current];
+                let loss = decoder.nll(ids.clone(), &mut Run::new(&bricks)).mean();
+                let gradients = GradientsParams::from_grads(loss.backward(), &current);
+                bank = Some(optimizer.step(LEARNING_RATE, current, gradients));
+                Ok(())
+            })
+        },
+    )?;
     Ok(())
 }

@@ -95,7 +95,8 @@ impl LogitKd {
         let KdConfig { temperature, soft, reverse } = self.config;
         let hard = |learned| {
             let targets = tokens.clone().narrow(1, 1, length - 1).reshape([rows]);
-            linear_cross_entropy(learned, student.head_weight(), targets).mean() * (1.0 - soft)
+            linear_cross_entropy(learned, student.head_weight(), targets, student.precision()).mean()
+                * (1.0 - soft)
         };
         if soft == 0.0 {
             return hard(learned);

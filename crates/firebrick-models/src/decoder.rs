@@ -7,7 +7,7 @@ use burn::module::{Module, ModuleMapper, Param, ParamId};
 use burn::nn::Linear;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use firebrick_core::{Part, Run, Seed, Site, SiteKind, SiteTable};
-use firebrick_tensor::ops::{self, AttentionOptions, KvCache, PackedMatrix, Segments};
+use firebrick_tensor::ops::{self, AttentionOptions, KvCache, PackedMatrix, Precision, Segments};
 
 use crate::attention_taps::AttentionTaps;
 use crate::config::{Activation, DecoderConfig};
@@ -52,12 +52,13 @@ pub struct Decoder {
 struct Shape {
     config: Arc<DecoderConfig>,
     sites: Arc<SiteTable>,
+    precision: Precision,
 }
 
 impl Shape {
     fn new(config: DecoderConfig) -> Self {
         let sites = config.family().site_table(&config);
-        Shape { config: Arc::new(config), sites: Arc::new(sites) }
+        Shape { config: Arc::new(config), sites: Arc::new(sites), precision: Precision::F32 }
     }
 }
 
@@ -253,6 +254,17 @@ impl Decoder {
         self.set_require_grad(true)
     }
 
+    /// The same decoder with the products of its linear layers and its head computed like this. Weights stay what they are.
+    pub fn with_precision(mut self, precision: Precision) -> Self {
+        self.shape.precision = precision;
+        self
+    }
+
+    /// How the products of linear layers and of the head are computed; f32 unless set otherwise.
+    pub fn precision(&self) -> Precision {
+        self.shape.precision
+    }
+
     /// The shape of the model.
     pub fn config(&self) -> &DecoderConfig {
         &self.shape.config
@@ -418,7 +430,9 @@ impl Decoder {
 
     /// The head: logits `[batch, tokens, vocab]` of `hidden: [batch, tokens, d_model]`.
     pub fn logits(&self, hidden: Tensor<3>, run: &mut Run<'_>) -> Tensor<3> {
-        let logits = run.at(Site::global(Part::Head), hidden, &mut |x, _| ops::linear(x, self.head_weight()));
+        let logits = run.at(Site::global(Part::Head), hidden, &mut |x, _| {
+            ops::linear(x, self.head_weight(), self.precision())
+        });
         match self.config().final_softcap {
             Some(cap) => (logits / cap).tanh() * cap,
             None => logits,
@@ -456,7 +470,12 @@ impl Decoder {
         let rows = targets.dims()[0];
         if run.is_bare(Site::global(Part::Head)) && self.config().final_softcap.is_none() {
             let d = hidden.dims()[2];
-            return ops::linear_cross_entropy(hidden.reshape([rows, d]), self.head_weight(), targets);
+            return ops::linear_cross_entropy(
+                hidden.reshape([rows, d]),
+                self.head_weight(),
+                targets,
+                self.precision(),
+            );
         }
         let logits = self.logits(hidden, run);
         let vocab = logits.dims()[2];
@@ -495,7 +514,7 @@ impl Decoder {
 
     /// The linear layer at `site` and the bias behind it.
     fn linear_at(&self, site: Site, linear: &Linear, x: Tensor<3>, run: &mut Run<'_>) -> Tensor<3> {
-        let y = run.at(site, x, &mut |x, _| ops::linear(x, linear.weight.val()));
+        let y = run.at(site, x, &mut |x, _| ops::linear(x, linear.weight.val(), self.precision()));
         match (&linear.bias, site.part.bias()) {
             (Some(bias), Some(part)) => {
                 run.at(Site { part, ..site }, y, &mut |y, _| y + bias.val().unsqueeze::<3>())

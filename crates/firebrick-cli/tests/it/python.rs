@@ -3,8 +3,10 @@
 //! Runs when FIREBRICK_PYTHON names a Python that has them (`cargo xtask python` makes one); fails without one when
 //! FIREBRICK_REQUIRE names `python`.
 
+use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, ChildStdout, Command, Stdio};
+use std::sync::{Mutex, PoisonError};
 
 use serde_json::{Value, json};
 
@@ -22,22 +24,51 @@ pub fn python() -> Option<PathBuf> {
     path
 }
 
+/// A Python that runs one script after another, as `tests/python/serve.py` says.
+struct Server {
+    process: Child,
+    answers: BufReader<ChildStdout>,
+}
+
+impl Server {
+    fn start(python: &Path) -> Self {
+        let scripts = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/python");
+        let mut process = Command::new(python)
+            .arg(scripts.join("serve.py"))
+            .env("PYTHONPATH", scripts)
+            .env("HF_HUB_OFFLINE", "1")
+            .env("OMP_NUM_THREADS", "2")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let answers = BufReader::new(process.stdout.take().unwrap());
+        Self { process, answers }
+    }
+
+    fn ask(&mut self, question: &Value) -> Value {
+        writeln!(self.process.stdin.as_mut().unwrap(), "{question}").unwrap();
+        let mut answer = String::new();
+        self.answers.read_line(&mut answer).unwrap();
+        serde_json::from_str(&answer)
+            .unwrap_or_else(|e| panic!("{question}: Python ended or wrote {answer:?}: {e}"))
+    }
+}
+
+static SERVER: Mutex<Option<Server>> = Mutex::new(None);
+
 /// Runs one of `tests/python/*.py` in `dir` and gives the JSON it prints.
 pub fn script(python: &Path, dir: &Path, name: &str, arguments: &[&str]) -> Value {
-    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/python").join(name);
-    let output = Command::new(python)
-        .arg(file)
-        .args(arguments)
-        .current_dir(dir)
-        .env("HF_HUB_OFFLINE", "1")
-        .env("OMP_NUM_THREADS", "2")
-        .output()
-        .unwrap();
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{name}: {stderr}");
-    let stdout = String::from_utf8_lossy(&output.stdout);
-    let line = stdout.lines().last().unwrap_or_default();
-    serde_json::from_str(line).unwrap_or_else(|e| panic!("{name}: {e} in {stdout}"))
+    let question = [&[dir.to_str().unwrap(), name], arguments].concat();
+    // A test that failed meanwhile leaves a server that can still answer.
+    let mut server = SERVER.lock().unwrap_or_else(PoisonError::into_inner);
+    let answer = server.get_or_insert_with(|| Server::start(python)).ask(&json!(question));
+    drop(server);
+    let out =
+        answer["out"].as_str().unwrap_or_else(|| panic!("{name}: {}", answer["error"].as_str().unwrap()));
+    let line = out.lines().last().unwrap_or_default();
+    serde_json::from_str(line).unwrap_or_else(|e| panic!("{name}: {e} in {out}"))
 }
 
 /// Evaluates in windows of 64, and leaves the last logits in `ours.safetensors`.

@@ -1,11 +1,16 @@
 """Runs mergekit on a YAML and compares bit for bit with our output. Usage: mergekit_equal.py CONFIG.yml OURS"""
-import json, subprocess, sys, os
+import json, sys
 import torch
+import yaml
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
 from safetensors.torch import load_file
 
 out = sys.argv[2] + "-mergekit"
-tool = os.path.join(os.path.dirname(sys.executable), "mergekit-yaml")
-subprocess.run([tool, sys.argv[1], out, "--quiet"], check=True, stdout=sys.stderr)
+with open(sys.argv[1]) as file:
+    config = MergeConfiguration.model_validate(yaml.safe_load(file))
+run_merge(config, out, MergeOptions(quiet=True))
 theirs, ours = load_file(f"{out}/model.safetensors"), load_file(f"{sys.argv[2]}/model.safetensors")
 different, worst, values, ulps = [], 0.0, 0, 0
 for name, t in theirs.items():

@@ -14,7 +14,7 @@ use burn::nn::Linear;
 use burn::tensor::module::layer_norm;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use firebrick_core::{Part, Run, Seed, Site, SiteTable};
-use firebrick_tensor::ops::{self, AttentionOptions};
+use firebrick_tensor::ops::{self, AttentionOptions, Precision};
 
 use crate::error::ModelError;
 use crate::family::bert::{self, EncoderTensor};
@@ -401,7 +401,7 @@ impl Encoder {
 
 /// A linear layer with its bias, on `x: [batch, tokens, d_in]`.
 fn linear(layer: &Linear, x: Tensor<3>) -> Tensor<3> {
-    let y = ops::linear(x, layer.weight.val());
+    let y = ops::linear(x, layer.weight.val(), Precision::F32);
     match &layer.bias {
         Some(bias) => y + bias.val().unsqueeze(),
         None => y,

@@ -19,6 +19,7 @@ use burn_flex::{Flex, FlexTensor};
 use pulp::{Arch, Simd, WithSimd};
 
 use super::cpu;
+use super::matmul_bf16::{MatmulBf16Ops, Precision};
 
 /// Rows from which a matrix product that packs its operands is faster.
 const FEW_ROWS: usize = 8;
@@ -26,7 +27,7 @@ const FEW_ROWS: usize = 8;
 /// Weights that one task reads.
 const TASK: usize = 1 << 16;
 
-/// `x weight` over the last dimension of `x`; no copy of `weight` is made, transposed view or not.
+/// `x weight` over the last dimension of `x`; no f32 copy of `weight` is made, transposed view or not.
 ///
 /// - x: `[.., d_in]`
 /// - weight: `[d_in, d_out]`
@@ -34,7 +35,7 @@ const TASK: usize = 1 << 16;
 ///
 /// # Panics
 /// If the last dimension of `x` is not `d_in`.
-pub fn linear<const D: usize>(x: Tensor<D>, weight: Tensor<2>) -> Tensor<D> {
+pub fn linear<const D: usize>(x: Tensor<D>, weight: Tensor<2>, precision: Precision) -> Tensor<D> {
     let mut shape = x.dims();
     let [d_in, d_out] = weight.dims();
     assert_eq!(shape[D - 1], d_in, "linear: last dimension of x against rows of weight");
@@ -43,6 +44,9 @@ pub fn linear<const D: usize>(x: Tensor<D>, weight: Tensor<2>) -> Tensor<D> {
     let y = if rows < FEW_ROWS {
         let (x, weight) = (x.into_dispatch(), weight.into_dispatch());
         Tensor::<2>::from_dispatch(<burn::backend::Dispatch as LinearOps>::few_rows_matmul(x, weight))
+    } else if precision.is_bf16(rows) {
+        let (x, weight) = (x.into_dispatch(), weight.into_dispatch());
+        Tensor::<2>::from_dispatch(<burn::backend::Dispatch as MatmulBf16Ops>::matmul_bf16(x, weight))
     } else {
         module::linear(x, weight, None)
     };

@@ -21,13 +21,14 @@ use burn_flex::Flex;
 
 use super::cross_entropy::CrossEntropyOps;
 use super::matmul_add::MatmulAddOps;
+use super::matmul_bf16::{MatmulBf16Ops, Precision};
 
 /// Logits held at a time.
 const CHUNK: usize = 1 << 22;
 
 /// Negative log-likelihood of each target under `softmax(hidden weight)`, in nats.
 ///
-/// About 4 million logits exist at a time, whatever `n` is, in the forward and in the backward pass. The gradient
+/// About 4 million logits (16 million in bf16) exist at a time, whatever `n` is, in the forward and in the backward pass. The gradient
 /// of the weight is computed only if the weight is tracked.
 ///
 /// - hidden: `[n, d]`
@@ -37,7 +38,12 @@ const CHUNK: usize = 1 << 22;
 ///
 /// # Panics
 /// If a shape disagrees; on the CPU also if a target is out of range.
-pub fn linear_cross_entropy(hidden: Tensor<2>, weight: Tensor<2>, targets: Tensor<1, Int>) -> Tensor<1> {
+pub fn linear_cross_entropy(
+    hidden: Tensor<2>,
+    weight: Tensor<2>,
+    targets: Tensor<1, Int>,
+    precision: Precision,
+) -> Tensor<1> {
     assert_eq!(
         hidden.dims()[1],
         weight.dims()[0],
@@ -46,21 +52,22 @@ pub fn linear_cross_entropy(hidden: Tensor<2>, weight: Tensor<2>, targets: Tenso
     assert_eq!(hidden.dims()[0], targets.dims()[0], "linear_cross_entropy: rows of hidden against targets");
     let (hidden, weight, targets) = (hidden.into_dispatch(), weight.into_dispatch(), targets.into_dispatch());
     Tensor::from_dispatch(<burn::backend::Dispatch as LinearCrossEntropyOps>::linear_cross_entropy(
-        hidden, weight, targets,
+        hidden, weight, targets, precision,
     ))
 }
 
 /// Cross-entropy of a linear head on a backend's own tensors.
 #[backend_extension(Flex, Cube: cfg(feature = "cubecl-backend"), Autodiff, Fusion: cfg(feature = "cubecl-backend"))]
-pub trait LinearCrossEntropyOps: Backend + CrossEntropyOps + MatmulAddOps {
+pub trait LinearCrossEntropyOps: Backend + CrossEntropyOps + MatmulAddOps + MatmulBf16Ops {
     /// Loss of each row, see [`linear_cross_entropy`].
     #[fusion(default)]
     fn linear_cross_entropy(
         hidden: FloatTensor<Self>,
         weight: FloatTensor<Self>,
         targets: IntTensor<Self>,
+        precision: Precision,
     ) -> FloatTensor<Self> {
-        forward::<Self>(&hidden, &weight, &targets).0
+        forward::<Self>(&hidden, &weight, &targets, precision).0
     }
 }
 
@@ -70,8 +77,11 @@ impl LinearCrossEntropyOps for Flex {}
 impl LinearCrossEntropyOps for CubeBackend {}
 
 /// Row ranges of the chunks for `rows` rows of `width` values; at least one, possibly empty.
-pub(super) fn chunks(rows: usize, width: usize) -> Vec<std::ops::Range<usize>> {
-    let step = (CHUNK / width.max(1)).max(1);
+///
+/// Chunks of bf16 products are longer: the weights are rounded anew for each.
+pub(super) fn chunks(rows: usize, width: usize, precision: Precision) -> Vec<std::ops::Range<usize>> {
+    let values = if precision.is_bf16(rows) { 4 * CHUNK } else { CHUNK };
+    let step = (values / width.max(1)).max(1);
     (0..rows.max(1)).step_by(step).map(|first| first..rows.min(first + step)).collect()
 }
 
@@ -82,14 +92,15 @@ pub(super) fn rows<B: Backend>(x: &FloatTensor<B>, rows: &std::ops::Range<usize>
     B::float_slice(x.clone(), &slices)
 }
 
-fn forward<B: CrossEntropyOps>(
+fn forward<B: LinearCrossEntropyOps>(
     hidden: &FloatTensor<B>,
     weight: &FloatTensor<B>,
     targets: &IntTensor<B>,
+    precision: Precision,
 ) -> (FloatTensor<B>, FloatTensor<B>) {
     let (mut loss, mut log_sum) = (Vec::new(), Vec::new());
-    for chunk in chunks(hidden.shape()[0], weight.shape()[1]) {
-        let logits = B::float_matmul(rows::<B>(hidden, &chunk), weight.clone());
+    for chunk in chunks(hidden.shape()[0], weight.shape()[1], precision) {
+        let logits = precision.matmul::<B>(rows::<B>(hidden, &chunk), weight.clone());
         let targets = B::int_slice(targets.clone(), &[Slice::from(chunk)]);
         let (l, s) = B::cross_entropy(logits, targets);
         loss.push(l);
@@ -104,16 +115,17 @@ struct State<B: Backend> {
     weight: FloatTensor<B>,
     targets: IntTensor<B>,
     log_sum: FloatTensor<B>,
+    precision: Precision,
 }
 
 /// Gradients for the hidden states and for the weight, each only if asked for.
-fn backward<B: CrossEntropyOps + MatmulAddOps>(
+fn backward<B: LinearCrossEntropyOps>(
     state: State<B>,
     grad: FloatTensor<B>,
     wants: [bool; 2],
 ) -> [Option<FloatTensor<B>>; 2] {
-    let State { hidden, weight, targets, log_sum } = state;
-    head_backward::<B>(&hidden, &weight, wants, |chunk, logits| {
+    let State { hidden, weight, targets, log_sum, precision } = state;
+    head_backward::<B>(&hidden, &weight, wants, precision, |chunk, logits| {
         let (log_sum, grad) = (rows::<B>(&log_sum, chunk), rows::<B>(&grad, chunk));
         let targets = B::int_slice(targets.clone(), &[Slice::from(chunk.clone())]);
         B::cross_entropy_backward(logits, targets, log_sum, grad)
@@ -122,22 +134,26 @@ fn backward<B: CrossEntropyOps + MatmulAddOps>(
 
 /// Gradients for the hidden states and the weight of a linear head, each only if asked for; `dlogits` makes that of the
 /// logits of a chunk of rows from the rows and the logits.
-pub(super) fn head_backward<B: MatmulAddOps>(
+pub(super) fn head_backward<B: MatmulAddOps + MatmulBf16Ops>(
     hidden: &FloatTensor<B>,
     weight: &FloatTensor<B>,
     wants: [bool; 2],
+    precision: Precision,
     dlogits: impl Fn(&std::ops::Range<usize>, FloatTensor<B>) -> FloatTensor<B>,
 ) -> [Option<FloatTensor<B>>; 2] {
     let mut dhidden = Vec::new();
     let mut dweight =
         wants[1].then(|| B::float_zeros(weight.shape(), &weight.device(), weight.dtype().into()));
-    for chunk in chunks(hidden.shape()[0], weight.shape()[1]) {
+    for chunk in chunks(hidden.shape()[0], weight.shape()[1], precision) {
         let h = rows::<B>(hidden, &chunk);
-        let dlogits = dlogits(&chunk, B::float_matmul(h.clone(), weight.clone()));
+        let dlogits = dlogits(&chunk, precision.matmul::<B>(h.clone(), weight.clone()));
         if wants[0] {
-            dhidden.push(B::float_matmul(dlogits.clone(), B::float_swap_dims(weight.clone(), 0, 1)));
+            dhidden.push(precision.matmul::<B>(dlogits.clone(), B::float_swap_dims(weight.clone(), 0, 1)));
         }
-        dweight = dweight.map(|sum| B::transposed_matmul_add(sum, h, dlogits));
+        dweight = dweight.map(|sum| match precision.is_bf16(chunk.len()) {
+            true => B::matmul_bf16_add(sum, B::float_swap_dims(h, 0, 1), dlogits),
+            false => B::transposed_matmul_add(sum, h, dlogits),
+        });
     }
     [wants[0].then(|| B::float_cat(dhidden, 0)), dweight]
 }
@@ -147,6 +163,7 @@ impl<B: Backend + LinearCrossEntropyOps, C: CheckpointStrategy> LinearCrossEntro
         hidden: FloatTensor<Self>,
         weight: FloatTensor<Self>,
         targets: IntTensor<Self>,
+        precision: Precision,
     ) -> FloatTensor<Self> {
         #[derive(Debug)]
         struct LinearCrossEntropy;
@@ -168,9 +185,11 @@ impl<B: Backend + LinearCrossEntropyOps, C: CheckpointStrategy> LinearCrossEntro
 
         let (hidden, hidden_node) = hidden.into_parts();
         let (weight, weight_node) = weight.into_parts();
-        let (loss, log_sum) = forward::<B>(&hidden, &weight, &targets);
+        let (loss, log_sum) = forward::<B>(&hidden, &weight, &targets, precision);
         match LinearCrossEntropy.prepare::<C>([hidden_node, weight_node]).compute_bound().stateful() {
-            OpsKind::Tracked(prep) => prep.finish(State { hidden, weight, targets, log_sum }, loss),
+            OpsKind::Tracked(prep) => {
+                prep.finish(State { hidden, weight, targets, log_sum, precision }, loss)
+            }
             OpsKind::UnTracked(prep) => prep.finish(loss),
         }
     }

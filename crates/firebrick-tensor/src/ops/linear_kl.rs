@@ -18,6 +18,7 @@ use super::cpu;
 use super::cross_entropy::{column, flat, log_sum_exp, log_sum_exp_of};
 use super::linear_cross_entropy::{chunks, head_backward, rows};
 use super::matmul_add::MatmulAddOps;
+use super::matmul_bf16::{MatmulBf16Ops, Precision};
 
 /// Direction of a Kullback-Leibler divergence.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -74,7 +75,7 @@ pub fn linear_kl(
 
 /// Divergence of linear heads on a backend's own tensors.
 #[backend_extension(Flex, Cube: cfg(feature = "cubecl-backend"), Autodiff, Fusion: cfg(feature = "cubecl-backend"))]
-pub trait LinearKlOps: Backend + MatmulAddOps {
+pub trait LinearKlOps: Backend + MatmulAddOps + MatmulBf16Ops {
     /// Divergence of each row `[n]` from logits `[n, vocab]`.
     // As one op, not op by op: burn-cubecl-fusion 0.22.1 fuses long rows into wrong sums.
     #[fusion(dtype = student, shape = Shape::new([student[0]]))]
@@ -175,11 +176,13 @@ struct TwoHeads<B: Backend> {
 }
 
 fn forward<B: LinearKlOps>(heads: &TwoHeads<B>) -> FloatTensor<B> {
-    let parts = chunks(heads.student.shape()[0], heads.student_weight.shape()[1]).into_iter().map(|chunk| {
-        let s = B::float_matmul(rows::<B>(&heads.student, &chunk), heads.student_weight.clone());
-        let t = B::float_matmul(rows::<B>(&heads.teacher, &chunk), heads.teacher_weight.clone());
-        B::kl(s, t, heads.temperature, heads.divergence)
-    });
+    let parts = chunks(heads.student.shape()[0], heads.student_weight.shape()[1], Precision::F32)
+        .into_iter()
+        .map(|chunk| {
+            let s = B::float_matmul(rows::<B>(&heads.student, &chunk), heads.student_weight.clone());
+            let t = B::float_matmul(rows::<B>(&heads.teacher, &chunk), heads.teacher_weight.clone());
+            B::kl(s, t, heads.temperature, heads.divergence)
+        });
     B::float_cat(parts.collect(), 0)
 }
 
@@ -189,7 +192,7 @@ fn backward<B: LinearKlOps>(
     grad: &FloatTensor<B>,
     wants: [bool; 2],
 ) -> [Option<FloatTensor<B>>; 2] {
-    head_backward::<B>(&heads.student, &heads.student_weight, wants, |chunk, s| {
+    head_backward::<B>(&heads.student, &heads.student_weight, wants, Precision::F32, |chunk, s| {
         let t = B::float_matmul(rows::<B>(&heads.teacher, chunk), heads.teacher_weight.clone());
         B::kl_backward(s, t, rows::<B>(grad, chunk), heads.temperature, heads.divergence)
     })

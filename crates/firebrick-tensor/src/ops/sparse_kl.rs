@@ -4,6 +4,7 @@ use burn::tensor::{Int, Tensor};
 
 use super::cross_entropy::cross_entropy;
 use super::linear_cross_entropy::linear_cross_entropy;
+use super::matmul_bf16::Precision;
 
 /// `KL(target || softmax(hidden weight))` of each row, in nats, where a target puts `probabilities` on `ids` and nothing on all
 /// other tokens; neither the targets nor the logits of all rows are ever held as `[n, vocab]`.
@@ -29,7 +30,7 @@ pub fn linear_sparse_kl(
     assert_eq!(rows, n, "linear_sparse_kl: rows of hidden against ids");
     // Checks the other shapes, and that the first ids are in range.
     let first = first(&ids, &probabilities);
-    let nll = linear_cross_entropy(hidden.clone(), weight.clone(), first);
+    let nll = linear_cross_entropy(hidden.clone(), weight.clone(), first, Precision::F32);
     let columns = weight.transpose().select(0, ids.reshape([n * k])).reshape([n, k, d]);
     let named: Tensor<2> = (columns * hidden.unsqueeze_dim(1)).sum_dim(2).squeeze_dim(2);
     divergence(nll, named, probabilities)

@@ -54,7 +54,7 @@ pub(super) fn nats_at(
         x.reshape([rows * tokens, width]).select(0, places.clone())
     };
     let nats = if run.is_bare(Site::global(Part::Head)) {
-        ops::linear_cross_entropy(pick(hidden), decoder.head_weight(), targets)
+        ops::linear_cross_entropy(pick(hidden), decoder.head_weight(), targets, decoder.precision())
     } else {
         // A brick at the head may look at the shape of the batch: it gets all of it.
         ops::cross_entropy(pick(decoder.logits(hidden, run)), targets)

@@ -1,7 +1,7 @@
 use burn::tensor::{DType, Device, Tensor};
-use firebrick_tensor::ops::linear;
+use firebrick_tensor::ops::{Precision, linear};
 
-use super::support::{Case, devices, flat, host, normal};
+use super::support::{Case, devices, error, flat, host, normal};
 
 /// `x: [rows, d_in]` times `weight: [d_in, d_out]`, or `[d_out, d_in]` where it lies transposed.
 fn reference(x: &[f64], weight: &[f64], d_in: usize, d_out: usize, transposed: bool) -> Vec<f64> {
@@ -25,7 +25,11 @@ fn agrees_with_the_reference_on_ragged_shapes() {
                 inputs: vec![normal("x", rows * d_in), normal("weight", d_in * d_out)],
                 op: &|t| {
                     let [x, w] = t.try_into().expect("two inputs");
-                    let y = linear(x.reshape([rows, 1, d_in]), weight(w, d_in, d_out, transposed));
+                    let y = linear(
+                        x.reshape([rows, 1, d_in]),
+                        weight(w, d_in, d_out, transposed),
+                        Precision::F32,
+                    );
                     assert_eq!(y.dims(), [rows, 1, d_out]);
                     y.reshape([rows * d_out])
                 },
@@ -52,11 +56,61 @@ fn few_rows_of_any_layout_are_what_many_rows_say() {
     let turned = all.reshape([2 * d_out, d_in]).narrow(0, 7, d_out).transpose();
     for (name, weight) in [("cut", cut), ("offset", offset), ("turned", turned)] {
         let x = flat(&normal("x", 16 * d_in), &device, DType::F32).reshape([16, d_in]);
-        let many = host(linear(x.clone(), weight.clone()).narrow(0, 9, 3).reshape([3 * d_out]));
-        let few = host(linear(x.clone().narrow(0, 9, 3), weight.clone()).reshape([3 * d_out]));
-        let other = host(linear(x.narrow(0, 8, 3), weight).reshape([3 * d_out]));
+        let many =
+            host(linear(x.clone(), weight.clone(), Precision::F32).narrow(0, 9, 3).reshape([3 * d_out]));
+        let few =
+            host(linear(x.clone().narrow(0, 9, 3), weight.clone(), Precision::F32).reshape([3 * d_out]));
+        let other = host(linear(x.narrow(0, 8, 3), weight, Precision::F32).reshape([3 * d_out]));
         let worst = |a: &[f64]| a.iter().zip(&many).fold(0.0, |m: f64, (a, b)| m.max((a - b).abs()));
         assert!(worst(&few) < 1e-4, "{name}: off by {:e}", worst(&few));
         assert!(worst(&other) > 1.0, "{name}: control");
     }
+}
+
+/// What rounding both operands of a sum of products to bf16 may cost, relative to the largest result.
+const BF16: f64 = 8e-3;
+
+#[test]
+fn bf16_products_are_those_of_rounded_numbers_backwards_too() {
+    for (rows, d_in, d_out) in [(8, 16, 16), (9, 101, 33), (70, 31, 131)] {
+        for transposed in [false, true] {
+            let case = Case {
+                name: format!("linear in bf16 [{rows}, {d_in}] [{d_in}, {d_out}], transposed: {transposed}"),
+                inputs: vec![normal("x", rows * d_in), normal("weight", d_in * d_out)],
+                op: &|t| {
+                    let [x, w] = t.try_into().expect("two inputs");
+                    let weight = weight(w, d_in, d_out, transposed);
+                    linear(x.reshape([rows, 1, d_in]), weight, Precision::Bf16).reshape([rows * d_out])
+                },
+                reference: &|t| reference(&t[0], &t[1], d_in, d_out, transposed),
+            };
+            for device in devices() {
+                case.check(&device, BF16, None);
+                case.refutes(&device, &|t| reference(&t[0], &t[1], d_in, d_out, !transposed));
+            }
+            // Numbers that bf16 holds lose nothing but the order of sums.
+            let held = |name: &str, n: usize| -> Vec<f32> {
+                normal(name, n).iter().map(|&x| half::bf16::from_f32(x).to_f32()).collect()
+            };
+            let (x, w) = (held("x", rows * d_in), held("weight", d_in * d_out));
+            let device = Device::flex();
+            let product = |precision| {
+                let weight = weight(flat(&w, &device, DType::F32), d_in, d_out, transposed);
+                let x = flat(&x, &device, DType::F32).reshape([rows, d_in]);
+                host(linear(x, weight, precision).reshape([rows * d_out]))
+            };
+            let e = error(&product(Precision::Bf16), &product(Precision::F32));
+            assert!(e < 1e-6, "[{rows}, {d_in}, {d_out}]: off by {e:e}");
+        }
+    }
+}
+
+#[test]
+fn f32_is_not_rounded() {
+    let device = Device::flex();
+    let x = flat(&[1.0 + 1.0 / 4096.0; 8], &device, DType::F32).reshape([8, 1]);
+    let one = flat(&[1.0], &device, DType::F32).reshape([1, 1]);
+    let y = |precision| host(linear(x.clone(), one.clone(), precision).reshape([8]))[0];
+    assert_eq!(y(Precision::F32), 1.0 + 1.0 / 4096.0);
+    assert_eq!(y(Precision::Bf16) == 1.0, Precision::Bf16.available(), "rounded where the processor can");
 }

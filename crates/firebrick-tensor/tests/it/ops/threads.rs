@@ -2,8 +2,8 @@
 
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use firebrick_tensor::ops::{
-    AttentionOptions, Divergence, PackedInputs, PackedMatrix, attention, cross_entropy, grouped_matmul,
-    linear, linear_cross_entropy, linear_kl, packed_matmul, rms_norm, rope, swiglu,
+    AttentionOptions, Divergence, PackedInputs, PackedMatrix, Precision, attention, cross_entropy,
+    grouped_matmul, linear, linear_cross_entropy, linear_kl, packed_matmul, rms_norm, rope, swiglu,
 };
 
 use super::support::{below, flat, normal};
@@ -52,10 +52,15 @@ fn everything() -> Vec<(&'static str, Vec<u32>)> {
         } else {
             leaf("weight", [101, 3001])
         };
-        out.push(("linear", bits(linear(a, weight), &[x, w])));
+        out.push(("linear", bits(linear(a, weight, Precision::F32), &[x, w])));
     }
-    let ((h, hidden), (w, weight)) = (leaf("hidden", [131, 65]), leaf("weight", [65, 1009]));
-    out.push(("linear_cross_entropy", bits(linear_cross_entropy(hidden, weight, targets()), &[h, w])));
+    let ((x, a), (w, weight)) = (leaf("x", [331, 101]), leaf("weight", [101, 301]));
+    out.push(("linear in bf16", bits(linear(a, weight, Precision::Bf16), &[x, w])));
+    for precision in [Precision::F32, Precision::Bf16] {
+        let ((h, hidden), (w, weight)) = (leaf("hidden", [131, 65]), leaf("weight", [65, 1009]));
+        let loss = linear_cross_entropy(hidden, weight, targets(), precision);
+        out.push(("linear_cross_entropy", bits(loss, &[h, w])));
+    }
     let ((h, hidden), (w, weight)) = (leaf("hidden", [131, 65]), leaf("weight", [65, 1009]));
     let (teacher, head) = (leaf("teacher", [131, 63]).1.detach(), leaf("head", [63, 1009]).1.detach());
     let kl = linear_kl(hidden, weight, teacher, head, 2.0, Divergence::ReverseKl);
