@@ -14,7 +14,7 @@ use firebrick_models::{EncodedWeight, EncoderFiles, Model, ModelError, ModelFile
 use firebrick_peft::LoraBank;
 use firebrick_peft::hf;
 use firebrick_quant::{PackedLinear, QuantizedMatrix};
-use firebrick_tensor::ops::PackedInputs;
+use firebrick_tensor::ops::{PackedInputs, Precision};
 use firebrick_tensor::stream::{Executor, StreamError, StreamPlan, StreamReport};
 use firebrick_train::TextData;
 use serde_json::json;
@@ -111,6 +111,36 @@ fn upward<'a>(starts: impl Iterator<Item = &'a PathBuf>, relative: &Path) -> Opt
 /// The device of the command line.
 pub fn device(global: &Global) -> Result<Device> {
     Ok(global.device.open()?)
+}
+
+/// The type that the products of linear layers and of the head take; weights, sums and all else are f32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Dtype {
+    /// As they are.
+    F32,
+    /// Rounded to bf16.
+    Bf16,
+}
+
+impl Dtype {
+    pub fn name(self) -> &'static str {
+        match self {
+            Dtype::F32 => "f32",
+            Dtype::Bf16 => "bf16",
+        }
+    }
+
+    /// The precision to compute in on `device`; says so where that is f32 all the same.
+    pub fn precision(self, device: &Device, terminal: &Terminal) -> Precision {
+        let precision = match self {
+            Dtype::F32 => Precision::F32,
+            Dtype::Bf16 => Precision::Bf16,
+        };
+        if precision == Precision::Bf16 && (*device != Device::flex() || !precision.available()) {
+            terminal.say("no bf16 products here (they need a CPU with AMX or AVX512-BF16): computing in f32");
+        }
+        precision
+    }
 }
 
 /// What becomes of weights that a GGUF file has in blocks of `Q4_0`, `Q4_1` or `Q8_0`.

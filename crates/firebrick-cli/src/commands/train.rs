@@ -15,7 +15,7 @@ use firebrick_train::{
 use serde_json::json;
 
 use crate::args::{Global, Usage};
-use crate::models;
+use crate::models::{self, Dtype};
 use crate::ui::Terminal;
 
 #[derive(Args)]
@@ -83,6 +83,9 @@ pub struct Train {
     /// Factor on the learning rate from each layer to the one before it.
     #[arg(long, value_name = "X")]
     layer_decay: Option<f64>,
+    /// Type that products take; bf16 is faster on CPUs with AMX or AVX512-BF16.
+    #[arg(long, default_value = "f32", value_name = "TYPE")]
+    dtype: Dtype,
     /// Compute each block again in the backward pass: less memory, more time.
     #[arg(long)]
     recompute: bool,
@@ -285,8 +288,9 @@ impl Train {
             .filter_map(|site| Some(format!(", {site} {}", plan.as_ref()?.get(site)?.alpha?)))
             .collect();
         config.identity = Some(format!(
-            "model {}, rank {}, alpha {}, dropout {}{}{}",
+            "model {}, products in {}, rank {}, alpha {}, dropout {}{}{}",
             files.digest()?,
+            self.dtype.name(),
             lora.rank,
             lora.alpha,
             lora.dropout,
@@ -298,8 +302,11 @@ impl Train {
         } else if global.overwrite {
             models::discard(&work)?;
         }
-        let device = models::device(global)?.autodiff();
-        let model = files.load(&device)?;
+        let device = models::device(global)?;
+        let precision = self.dtype.precision(&device, terminal);
+        let device = device.autodiff();
+        let mut model = files.load(&device)?;
+        model.decoder = model.decoder.with_precision(precision);
         let seed = Seed(global.seed);
         let bank = match &plan {
             Some(plan) => lora.init_plan(model.decoder.sites(), plan, seed, &device)?,

@@ -138,3 +138,23 @@ fn blocks_computed_again_give_the_same_adapter() {
     let (whole, again) = (losses("whole", &[]), losses("again", &["--recompute"]));
     assert!((whole - again).abs() < 1e-5, "{whole} {again}");
 }
+
+#[test]
+fn products_in_bf16_are_near_those_in_f32() {
+    let dir = tempfile::tempdir().unwrap();
+    answers(dir.path(), "t.jsonl", false, 40);
+    let mut found = Vec::new();
+    for dtype in ["f32", "bf16"] {
+        let base = ["train", "--model", "embedded", "--data", "t.jsonl", "--steps", "3", "--batch", "1"];
+        json(dir.path(), &[&base[..], &["--window", "32", "--dtype", dtype, "--out", dtype]].concat());
+        let base = ["eval", "--model", "embedded", "--data", "t.jsonl", "--window", "32"];
+        let eval = json(dir.path(), &[&base[..], &["--adapter", "f32", "--dtype", dtype]].concat());
+        assert_eq!(eval["dtype"], dtype);
+        found.push((adapter(dir.path(), dtype), eval["mean_nll"].as_f64().unwrap()));
+    }
+    let apart = (found[0].1 - found[1].1).abs();
+    assert!(apart < 0.02, "{apart} nats apart");
+    // Without such products both are computed in f32.
+    let rounds = firebrick_tensor::ops::Precision::Bf16.available();
+    assert_eq!((found[0].0 != found[1].0, apart > 0.0), (rounds, rounds));
+}

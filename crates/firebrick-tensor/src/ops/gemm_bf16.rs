@@ -20,7 +20,7 @@ const DEPTH: usize = 32;
 const BLOCK: usize = LINES * DEPTH / 2;
 
 /// Rows of the result that one task computes, at most: what the left operand's part of them leaves in the second-level cache.
-const ROWS: usize = 128;
+const ROWS: usize = 256;
 
 /// Blocks of a panel that are read before the next panel is: the same ones of a task's rows stay in the second-level cache meanwhile.
 const BLOCKS: usize = 64;
