@@ -1,7 +1,7 @@
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use firebrick_tensor::ops::{Precision, cross_entropy, linear_cross_entropy};
 
-use super::support::{Case, below, devices, error, flat, host, is_flex, normal};
+use super::support::{Case, below, devices, devices_and, error, flat, host, is_flex, normal};
 
 fn targets(values: &[usize], device: &Device) -> Tensor<1, Int> {
     let values: Vec<i32> = values.iter().map(|&v| v as i32).collect();
@@ -47,7 +47,7 @@ fn cross_entropy_agrees_with_the_reference() {
             reference: &|t| reference(&t[0], &chosen),
         };
         // burn-cubecl-fusion 0.22.1 panics when it reduces a single element.
-        for device in devices().into_iter().filter(|d| vocab > 1 || is_flex(d)) {
+        for device in devices_and(n == 3 || n == 40) {
             case.check(&device, 3e-6, Some(1e-9));
             if vocab > 1 {
                 let other: Vec<usize> = chosen.iter().map(|&t| (t + 1) % vocab).collect();
@@ -85,7 +85,7 @@ fn linear_cross_entropy_agrees_with_the_reference() {
             },
             reference: &|t| reference(&product(&t[0], &t[1], d), &chosen),
         };
-        for device in devices() {
+        for device in devices_and(n == 33) {
             case.check(&device, 5e-6, Some(1e-9));
             let other: Vec<usize> = chosen.iter().map(|&t| (t + 1) % vocab).collect();
             case.refutes(&device, &|t| reference(&product(&t[0], &t[1], d), &other));

@@ -2,7 +2,7 @@ use burn::tensor::{DType, Device, Tensor};
 use firebrick_tensor::block::{DType as Block, decode, encode};
 use firebrick_tensor::ops::{PackedInputs, PackedMatrix, packed_matmul};
 
-use super::support::{Case, below, devices, error, flat, host, is_flex, normal, wide};
+use super::support::{Case, below, devices, devices_and, error, flat, host, is_flex, normal, wide};
 
 struct Matrix {
     bits: u8,
@@ -66,9 +66,9 @@ const SHAPES: [(u8, usize, usize, usize); 13] = [
 
 #[test]
 fn unpacks_what_was_packed() {
-    for (bits, group, d_in, d_out) in SHAPES {
+    for (i, (bits, group, d_in, d_out)) in SHAPES.into_iter().enumerate() {
         let matrix = Matrix::new(bits, group, d_in, d_out);
-        for device in devices() {
+        for device in devices_and(i % 2 == 1 && i < 8) {
             let packed = matrix.pack(&device, DType::F32);
             let got = host(packed.unpack().reshape([d_in * d_out]));
             let e = error(&got, &matrix.dense(group));
@@ -110,7 +110,7 @@ fn unpacks_what_was_packed() {
 
 #[test]
 fn products_agree_with_the_reference() {
-    for (bits, group, d_in, d_out) in SHAPES {
+    for (i, (bits, group, d_in, d_out)) in SHAPES.into_iter().enumerate() {
         let matrix = Matrix::new(bits, group, d_in, d_out);
         let dense = matrix.dense(group);
         for rows in [1, 3, 7, 8, 20] {
@@ -126,7 +126,7 @@ fn products_agree_with_the_reference() {
                 reference: &|t| matrix.product(&t[0], &dense),
             };
             // Only the CPU has another path for few rows.
-            for device in devices().into_iter().filter(|d| is_flex(d) || rows == 3) {
+            for device in devices_and(rows == 3 && i % 2 == 1 && i < 8) {
                 case.check(&device, 5e-6, (rows < 8).then_some(1e-9));
                 if group > 1 && d_in > group {
                     let other = matrix.dense(group + 1);
@@ -179,16 +179,15 @@ fn rounded(x: &[f64], d_in: usize) -> Vec<f64> {
 
 #[test]
 fn inputs_of_eight_bits_agree_with_the_same_arithmetic_in_f64() {
-    for (bits, group, d_in, d_out) in SHAPES {
+    for (i, (bits, group, d_in, d_out)) in SHAPES.into_iter().enumerate() {
         let matrix = Matrix::new(bits, group, d_in, d_out);
         let dense = matrix.dense(group);
-        for (rows, device) in
-            [1, 3, 20].into_iter().flat_map(|rows| devices().into_iter().map(move |d| (rows, d)))
+        // A GPU has one path for all shapes.
+        let gpus = |rows| rows == 3 && (i == 3 || i == 7);
+        for (rows, device) in [1, 3, 20]
+            .into_iter()
+            .flat_map(|rows| devices_and(gpus(rows)).into_iter().map(move |d| (rows, d)))
         {
-            // A GPU has one path for all shapes, and compiles its kernels anew for each.
-            if !is_flex(&device) && (rows != 3 || group < 64) {
-                continue;
-            }
             let x = normal("x", rows * d_in);
             let want = matrix.product(&rounded(&wide(&x), d_in), &dense);
             let of = |dtype, inputs| {

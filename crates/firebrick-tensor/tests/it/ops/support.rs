@@ -26,6 +26,12 @@ pub fn devices() -> Vec<Device> {
     devices
 }
 
+/// The CPU, and the other devices if `gpus`: their drivers compile kernels anew for every shape, which takes a software rasterizer
+/// seconds, so that they take some shapes of a test and not all.
+pub fn devices_and(gpus: bool) -> Vec<Device> {
+    if gpus { devices() } else { vec![Device::flex()] }
+}
+
 pub fn is_flex(device: &Device) -> bool {
     *device == Device::flex()
 }
