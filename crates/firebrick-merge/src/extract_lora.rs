@@ -207,15 +207,24 @@ impl ExtractLora {
             return Err(mismatch(tuned, problems));
         }
         // A tied head repeats the embedding.
-        let own = |s: &&ExtractedSite| !(s.site.part == Part::Head && base.config.tied_head && tuned.config.tied_head);
+        let own = |s: &&ExtractedSite| {
+            !(s.site.part == Part::Head && base.config.tied_head && tuned.config.tied_head)
+        };
         let squared: f64 = sites.iter().filter(own).map(|s| s.norm * s.norm).sum();
         let part: f64 = sites.iter().filter(own).map(|s| s.kept * s.norm * s.norm).sum();
         let numbers = |w: &WholeWeight<'_>| w.shape.iter().product::<usize>();
         let parameters = factors.iter().map(|f| f.a.len() + f.b.len()).sum::<usize>()
             + whole.iter().map(numbers).sum::<usize>();
-        let report =
-            ExtractReport { sites, norm: squared.sqrt(), kept: share(part, squared), parameters };
+        let report = ExtractReport { sites, norm: squared.sqrt(), kept: share(part, squared), parameters };
         Ok(Extraction { report, factors, whole })
+    }
+
+    /// Whether [`ExtractLora::extract`] would find two models that fit one another and the settings, without reading their weights.
+    ///
+    /// # Errors
+    /// As there, but for what the weights themselves say.
+    pub fn check(&self, base: &ModelFiles, tuned: &ModelFiles) -> Result<(), MergeError> {
+        self.items(base, tuned).map(drop)
     }
 
     /// Every weight and what it is to get.
@@ -227,14 +236,15 @@ impl ExtractLora {
         if !(self.epsilon >= 0.0 && self.epsilon.is_finite()) {
             problems.push(format!("epsilon {}: a number from 0 on is needed", self.epsilon));
         }
-        let mut chosen = |selector: &Option<Selector>| match selector.as_ref().map(|s| s.resolve(base.sites())) {
-            Some(Ok(sites)) => sites,
-            Some(Err(e)) => {
-                problems.push(e.to_string());
-                SiteSet::default()
-            }
-            None => SiteSet::default(),
-        };
+        let mut chosen =
+            |selector: &Option<Selector>| match selector.as_ref().map(|s| s.resolve(base.sites())) {
+                Some(Ok(sites)) => sites,
+                Some(Err(e)) => {
+                    problems.push(e.to_string());
+                    SiteSet::default()
+                }
+                None => SiteSet::default(),
+            };
         let (leave_out, save_whole) = (chosen(&self.leave_out), chosen(&self.save_whole));
         let (embed, head) = (Site::global(Part::Embed), Site::global(Part::Head));
         let (tied, both_tied) = (base.config.tied_head, base.config.tied_head && tuned.config.tied_head);
@@ -257,7 +267,9 @@ impl ExtractLora {
         for entry in base.sites().entries() {
             let is_head = entry.site == head;
             // A tied head has no tensor, but a name under which peft knows it.
-            let Some(tensor) = entry.tensor.clone().or_else(|| (is_head && tied).then(|| hf::TIED_HEAD.into())) else {
+            let Some(tensor) =
+                entry.tensor.clone().or_else(|| (is_head && tied).then(|| hf::TIED_HEAD.into()))
+            else {
                 continue;
             };
             let Some(shape) = shape(entry.kind) else { continue };
@@ -294,7 +306,12 @@ impl ExtractLora {
         }
     }
 
-    fn item<'a>(&self, item: &Item, base: &ModelFiles, tuned: &'a ModelFiles) -> Result<Kept<'a>, MergeError> {
+    fn item<'a>(
+        &self,
+        item: &Item,
+        base: &ModelFiles,
+        tuned: &'a ModelFiles,
+    ) -> Result<Kept<'a>, MergeError> {
         let fail = |e: LinalgError| MergeError::Numerics { tensor: item.tensor.clone(), what: e.to_string() };
         let before = base.weights().read_site(item.base, &item.shape)?;
         let after = tuned.weights().read_site(item.tuned, &item.shape)?;
@@ -395,7 +412,12 @@ fn factors(top: &Svd, distribute: bool) -> (Vec<f32>, Vec<f32>) {
         let k = i / columns;
         (v * if distribute { root(k) } else { top.sigma[k] }) as f32
     });
-    let b = top.u.data().iter().enumerate().map(|(i, u)| (u * if distribute { root(i % rank) } else { 1.0 }) as f32);
+    let b = top
+        .u
+        .data()
+        .iter()
+        .enumerate()
+        .map(|(i, u)| (u * if distribute { root(i % rank) } else { 1.0 }) as f32);
     (a.collect(), b.collect())
 }
 
@@ -457,7 +479,9 @@ fn settings_that_differ(base: &ModelFiles, tuned: &ModelFiles) -> Vec<String> {
     let keys = base.keys().chain(tuned.keys().filter(|k| !base.contains_key(*k)));
     let differ = keys.filter(|k| !["max_tokens", "tied_head"].contains(&k.as_str())).filter_map(|key| {
         let (a, b) = (base.get(key).unwrap_or(&none), tuned.get(key).unwrap_or(&none));
-        (!near(a, b)).then(|| format!("`{key}` is {a} in the base and {b} in the fine-tune; an adapter does not carry that"))
+        (!near(a, b)).then(|| {
+            format!("`{key}` is {a} in the base and {b} in the fine-tune; an adapter does not carry that")
+        })
     });
     differ.collect()
 }

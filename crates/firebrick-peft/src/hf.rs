@@ -115,7 +115,8 @@ pub fn write(
     dir: &Path,
 ) -> Result<(), PeftError> {
     let rslora = factors.iter().all(|f| f.settings.rslora);
-    let largest = factors.iter().map(|f| f.settings).rev().max_by_key(|s| s.rank).ok_or(PeftError::Nothing)?;
+    let largest =
+        factors.iter().map(|f| f.settings).rev().max_by_key(|s| s.rank).ok_or(PeftError::Nothing)?;
     let default = LoraSettings { alpha: alpha_of(&largest, rslora), rslora, ..largest };
     write_files(factors, whole, default, 0.0, sites, base, dir)
 }
@@ -336,7 +337,12 @@ pub fn read(dir: &Path, sites: &SiteTable) -> Result<(Vec<SiteFactors>, AdapterC
     let AdapterFiles { config, factors, whole } = read_all(dir, sites)?;
     let embeddings = factors.iter().filter(|f| is_embedding(sites, f.site));
     let mut problems: Vec<String> = embeddings
-        .map(|f| format!("`{}` is an embedding; such an adapter can be merged, not used beside the weights", f.site))
+        .map(|f| {
+            format!(
+                "`{}` is an embedding; such an adapter can be merged, not used beside the weights",
+                f.site
+            )
+        })
         .collect();
     if !whole.is_empty() {
         let names: Vec<&str> = whole.iter().map(|w| w.tensor.as_str()).collect();
@@ -495,12 +501,9 @@ fn unsupported(config: &AdapterConfig) -> Vec<String> {
         problems
             .push(format!("`init_lora_weights: {name}` may change the base model, which is not supported"));
     }
-    for key in [
-        "layer_replication",
-        "trainable_token_indices",
-        "target_parameters",
-        "alora_invocation_tokens",
-    ] {
+    for key in
+        ["layer_replication", "trainable_token_indices", "target_parameters", "alora_invocation_tokens"]
+    {
         let empty = |v: &Value| {
             v.is_null() || v.as_array().is_some_and(Vec::is_empty) || v.as_object().is_some_and(Map::is_empty)
         };
