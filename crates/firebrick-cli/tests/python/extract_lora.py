@@ -9,7 +9,9 @@ from transformers import AutoModelForCausalLM
 base, tuned, ours, full, rank = sys.argv[1:6]
 theirs = f"{ours}-mergekit"
 tool = os.path.join(os.path.dirname(sys.executable), "mergekit-extract-lora")
-line = [tool, "--model", tuned, "--base-model", base, "--out-path", theirs, "--max-rank", rank, "--quiet", "--no-write-model-card"]
+# Absolute paths, which are not looked for at the Hub.
+models = ["--model", os.path.abspath(tuned), "--base-model", os.path.abspath(base)]
+line = [tool, *models, "--out-path", theirs, "--max-rank", rank, "--quiet"]
 subprocess.run(line, check=True, stdout=sys.stderr)
 
 
