@@ -9,8 +9,8 @@ use firebrick_analysis::Metric;
 use firebrick_core::DeviceSpec;
 
 use crate::commands::{
-    completions, convert, devices, diff, embed, eval, fetch, generate, imatrix, inspect, man, merge, profile,
-    prune, quantize, train,
+    completions, convert, devices, diff, embed, eval, extract_lora, fetch, generate, imatrix, inspect, man,
+    merge, profile, prune, quantize, train,
 };
 use crate::specialize;
 
@@ -78,6 +78,8 @@ pub enum Verb {
     Profile(profile::Profile),
     /// Merge checkpoints as a mergekit YAML says.
     Merge(merge::Merge),
+    /// Make an adapter of what a fine-tune has beyond its base.
+    ExtractLora(extract_lora::ExtractLora),
     /// Quantize a model, by round-to-nearest or GPTQ.
     Quantize(quantize::Quantize),
     /// Leave out the layers that matter least.

@@ -3,8 +3,9 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use firebrick_core::{SiteTable, read_file};
+use firebrick_core::{Part, Site, SiteTable, read_file};
 use firebrick_peft::hf;
+use firebrick_tensor::block;
 use sha2::{Digest, Sha256};
 
 /// Most bytes of an adapter's file.
@@ -18,9 +19,18 @@ pub(crate) struct Adapter {
     updates: HashMap<String, Update>,
 }
 
-/// What an adapter adds to a weight `[d_out, d_in]`: `scale * B A`.
+/// What an adapter does to a weight.
 #[derive(Debug)]
-pub(crate) struct Update {
+pub(crate) enum Update {
+    /// Adds to a weight `[d_out, d_in]`.
+    LowRank(LowRank),
+    /// Stands in its place.
+    Whole(Vec<f32>),
+}
+
+/// `scale * B A`.
+#[derive(Debug)]
+pub(crate) struct LowRank {
     d_in: usize,
     rank: usize,
     scale: f64,
@@ -31,30 +41,65 @@ pub(crate) struct Update {
 impl Adapter {
     /// Reads a PEFT folder for a model with these sites.
     pub fn open(folder: &Path, sites: &SiteTable) -> Result<Self, String> {
-        let (factors, _) = hf::read(folder, sites).map_err(|e| e.to_string())?;
+        let files = hf::read_all(folder, sites).map_err(|e| e.to_string())?;
         let mut hash = Sha256::new();
         for file in [hf::CONFIG_FILE, hf::WEIGHTS_FILE] {
             let path = folder.join(file);
             hash.update(read_file(&path, MAX_FILE).map_err(|e| format!("{}: {e}", path.display()))?);
         }
-        let update = |f: hf::SiteFactors| {
+        let low_rank = |f: hf::SiteFactors| {
             let tensor = sites.get(f.site).and_then(|e| e.tensor.clone());
             let (rank, scale) = (f.settings.rank, f.settings.scale());
-            (tensor.unwrap_or_default(), Update { d_in: f.a.len() / rank, rank, scale, a: f.a, b: f.b })
+            let update = LowRank { d_in: f.a.len() / rank, rank, scale, a: f.a, b: f.b };
+            (tensor.unwrap_or_default(), Update::LowRank(update))
         };
+        let mut updates: HashMap<String, Update> = files.factors.into_iter().map(low_rank).collect();
+        for w in files.whole {
+            let mut values = vec![0.0; w.shape.iter().product()];
+            let decoded = block::decode(w.dtype, &w.bytes, &mut values);
+            decoded.map_err(|e| format!("{}: `{}`: {e}", folder.display(), w.tensor))?;
+            updates.insert(w.tensor, Update::Whole(values));
+        }
+        untie(&mut updates, sites).map_err(|what| format!("{}: {what}", folder.display()))?;
         let sha256 = hash.finalize().iter().map(|b| format!("{b:02x}")).collect();
-        Ok(Adapter { sha256, updates: factors.into_iter().map(update).collect() })
+        Ok(Adapter { sha256, updates })
     }
 
-    /// What is added to a tensor, by Hugging Face's name.
+    /// What is done to a tensor, by Hugging Face's name.
     pub fn update(&self, tensor: &str) -> Option<&Update> {
         self.updates.get(tensor)
     }
 }
 
+/// A head that the model ties to its embedding has no weight of its own: a copy of the embedding goes, another head can't be merged.
+fn untie(updates: &mut HashMap<String, Update>, sites: &SiteTable) -> Result<(), String> {
+    let tensor = |part| sites.get(Site::global(part)).and_then(|e| e.tensor.as_deref());
+    if tensor(Part::Head).is_some() || !updates.contains_key(hf::TIED_HEAD) {
+        return Ok(());
+    }
+    let embedding = tensor(Part::Embed).and_then(|name| updates.get(name));
+    match (updates.get(hf::TIED_HEAD), embedding) {
+        (Some(Update::Whole(head)), Some(Update::Whole(embedding))) if head == embedding => {
+            updates.remove(hf::TIED_HEAD);
+            Ok(())
+        }
+        _ => Err(format!("`{}` is not the embedding, to which this model ties its head", hf::TIED_HEAD)),
+    }
+}
+
 impl Update {
+    /// Changes elements of the weight from `start` on.
+    pub fn apply(&self, start: usize, out: &mut [f32]) {
+        match self {
+            Update::LowRank(update) => update.add(start, out),
+            Update::Whole(values) => out.copy_from_slice(&values[start..start + out.len()]),
+        }
+    }
+}
+
+impl LowRank {
     /// Adds to elements of the weight from `start` on, each sum in f64.
-    pub fn add(&self, start: usize, out: &mut [f32]) {
+    fn add(&self, start: usize, out: &mut [f32]) {
         let mut sums = vec![0f64; self.d_in];
         let (mut at, mut rest) = (start, out);
         while !rest.is_empty() {
@@ -84,7 +129,7 @@ mod tests {
         let (d_out, d_in, rank) = (5, 7, 2);
         let values = |n: usize, step: f32| (0..n).map(|i| (i as f32 * step).sin()).collect::<Vec<_>>();
         let update =
-            Update { d_in, rank, scale: 0.5, a: values(rank * d_in, 0.7), b: values(d_out * rank, 1.3) };
+            LowRank { d_in, rank, scale: 0.5, a: values(rank * d_in, 0.7), b: values(d_out * rank, 1.3) };
         let base = values(d_out * d_in, 0.1);
         let mut whole = base.clone();
         update.add(0, &mut whole);

@@ -203,7 +203,7 @@ impl Merge {
         let (start, mut values) = (range.start, vec![0.0; range.len()]);
         model.checkpoint.read_f32_into(&source.stored, range, &mut values)?;
         if let Some(update) = model.update(&source.tensor) {
-            update.add(start, &mut values);
+            update.apply(start, &mut values);
         }
         Ok(values)
     }

@@ -3,7 +3,7 @@
 //! A [`MergeConfig`] (mergekit's format) names checkpoints and a method; [`Merge`] is the transformation that the
 //! [`Executor`](firebrick_tensor::stream::Executor) runs tensor by tensor, in bounded memory;
 //! [`Merge::analyze`] says beforehand what will interfere. [`task_vectors`] merges weights in memory, [`permutation`] and [`ot_fusion`]
-//! align models whose units stand in another order, [`twin`] keeps beside a merge what each expert has to itself.
+//! align models whose units stand in another order, [`extract_lora`] makes an adapter of a fine-tune, [`twin`] keeps beside a merge what each expert has to itself.
 //! [`learned`] fits coefficients by gradient or search.
 #![forbid(unsafe_code)]
 
@@ -13,6 +13,7 @@ mod chat_templates;
 mod config;
 pub mod distribution_fusion;
 mod error;
+pub mod extract_lora;
 mod folder;
 pub mod ibcl;
 mod input;

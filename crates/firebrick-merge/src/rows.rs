@@ -65,7 +65,7 @@ impl<'a> Rows<'a> {
         let start = rows.start * self.columns;
         self.read_base(rows, out)?;
         if let Some(update) = self.update {
-            update.add(start, out);
+            update.apply(start, out);
         }
         Ok(())
     }

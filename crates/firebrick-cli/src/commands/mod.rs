@@ -6,6 +6,7 @@ pub mod devices;
 pub mod diff;
 pub mod embed;
 pub mod eval;
+pub mod extract_lora;
 pub mod fetch;
 pub mod generate;
 pub mod imatrix;
@@ -53,6 +54,7 @@ pub fn run(cli: &Cli, terminal: &Terminal) -> Result<()> {
         Verb::Train(v) => v.run(global, terminal),
         Verb::Profile(v) => v.run(global, terminal),
         Verb::Merge(v) => v.run(global, terminal),
+        Verb::ExtractLora(v) => v.run(global, terminal),
         Verb::Quantize(v) => v.run(global, terminal),
         Verb::Prune(v) => v.run(global, terminal),
         Verb::Convert(v) => v.run(global, terminal),

@@ -323,3 +323,40 @@ fn evaluation_equals_transformers() {
     }
     println!("{theirs}");
 }
+
+#[test]
+fn extracted_adapters_equal_mergekit_and_load_in_peft() {
+    let Some(python) = python() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    // A head of its own, and one that is tied to the embedding.
+    for (name, tied) in [("mistral", false), ("llama", true)] {
+        family(dir.path(), name, |_| ());
+        let [base, tuned, ours, full] =
+            ["base", "tuned", "ours", "full"].map(|what| format!("{name}-{what}"));
+        json(dir.path(), &["convert", name, &base, "--type", "f32"]);
+        script(&python, dir.path(), "perturb.py", &[&base, &tuned]);
+        let extract = |out: &str, rank: &str, more: &[&str]| {
+            let line = ["extract-lora", &base, &tuned, "--out", out, "--rank", rank];
+            json(dir.path(), &[&line[..], more].concat())["kept"].as_f64().unwrap()
+        };
+        // mergekit saves the head whole.
+        assert!(extract(&ours, "8", &["--save-whole", "head"]) < 0.99, "control: a rank that is cut");
+        let embedding: &[&str] = if tied { &[] } else { &["--embedding"] };
+        assert!((extract(&full, "999", embedding) - 1.0).abs() < 1e-9);
+        let found = script(&python, dir.path(), "extract_lora.py", &[&base, &tuned, &ours, &full, "8"]);
+        eprintln!("{name}: {found}");
+        assert_eq!(found["modules"].as_u64(), Some(14), "{name}: {found}");
+        assert!(found["largest_relative"].as_f64().unwrap() < 1e-4, "{name}: {found}");
+        assert!(found["control"].as_f64().unwrap() > 0.5, "{name}: {found}");
+        assert_eq!(found["largest_whole"].as_f64(), Some(0.0), "{name}: {found}");
+        assert_eq!(found["r"], json!([8, 8]), "{name}: {found}");
+        for list in ["only_ours", "only_mergekit"] {
+            assert_eq!(found[list], json!([]), "{name}: {found}");
+        }
+        // As a module and merged: where the head is tied, that must not count the embedding's change twice.
+        for how in ["peft_difference", "merged_difference"] {
+            assert!(found[how].as_f64().unwrap() < 1e-4, "{name}: {found}");
+        }
+        assert!(found["peft_control"].as_f64().unwrap() > 0.01, "{name}: {found}");
+    }
+}

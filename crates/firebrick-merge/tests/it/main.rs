@@ -2,6 +2,7 @@
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "tests say what they measured or skipped")]
 
 mod distribution_fusion;
+mod extract_lora;
 mod golden;
 mod inputs;
 mod learned;
