@@ -38,10 +38,16 @@ def largest(a, b):
 
 (mine, mine_whole), (other, other_whole) = products(ours), products(theirs)
 both = [n for n in other if n in mine]
+
+
+def apart(n, m):
+    return ((mine[n] - other[m]).norm() / other[m].norm()).item()
+
+
 found = {
     "modules": len(both), "only_mergekit": [n for n in other if n not in mine], "only_ours": [n for n in mine if n not in other],
-    "largest_relative": max((mine[n] - other[n]).norm().item() / other[n].norm().item() for n in both),
-    "control": max((mine[n] - other[m]).norm().item() / other[m].norm().item() for n in both for m in both if n != m and mine[n].shape == other[m].shape),
+    "largest_relative": max(apart(n, n) for n in both),
+    "control": max((apart(n, m) for n in both for m in both if n != m and mine[n].shape == other[m].shape)),
     "whole": sorted(mine_whole), "whole_mergekit": sorted(other_whole),
     "largest_whole": max((largest(mine_whole[n], other_whole[n]) for n in mine_whole if n in other_whole), default=0.0),
 }
