@@ -16,6 +16,7 @@ pub mod profile;
 pub mod prune;
 pub mod quantize;
 pub mod train;
+pub mod transplant;
 
 use anyhow::Result;
 
@@ -53,6 +54,7 @@ pub fn run(cli: &Cli, terminal: &Terminal) -> Result<()> {
         Verb::Train(v) => v.run(global, terminal),
         Verb::Profile(v) => v.run(global, terminal),
         Verb::Merge(v) => v.run(global, terminal),
+        Verb::Transplant(v) => v.run(global, terminal),
         Verb::Quantize(v) => v.run(global, terminal),
         Verb::Prune(v) => v.run(global, terminal),
         Verb::Convert(v) => v.run(global, terminal),
