@@ -11,7 +11,6 @@ use firebrick_core::Seed;
 use firebrick_models::tokenizer::train_bpe;
 use firebrick_models::{Decoder, DecoderConfig, Export, ExportType};
 use firebrick_tensor::stream::Executor;
-use firebrick_train::domain;
 use serde_json::{Value, json};
 
 use crate::{family, json, text};
@@ -94,7 +93,7 @@ fn transformers_loads_a_transplanted_vocabulary() {
     let Some(python) = python() else { return };
     let dir = tempfile::tempdir().unwrap();
     text(dir.path(), "t.txt", "copper", 6);
-    let prose = domain("prose").unwrap().train_text();
+    let prose = firebrick_train::domain("prose").unwrap().train_text();
     let tokenizer = train_bpe([prose.as_str()], 1200).unwrap();
     let donor = Decoder::random(DecoderConfig::tiny(1200), Seed(1), &Device::flex()).unwrap();
     let export = Export::decoder("donor", &donor, &tokenizer, ExportType::F32);

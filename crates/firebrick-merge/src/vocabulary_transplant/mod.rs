@@ -241,51 +241,49 @@ impl<'a> VocabularyTransplant<'a> {
     /// Writes the rows of a matrix of tokens.
     fn transplant(&self, job: &mut Job<'_>, planned: &Planned) -> Result<(), StreamError> {
         let (own, width) = (job.input(0)?, planned.spec.shape[1]);
-        let read =
-            |input: &Input<'_>, id: u32, width: usize| row(input, id, width).map_err(StreamError::transform);
+        let theirs = job.input(1)?;
         let whole = match self.rows.contains(&Row::Mean) {
             true => mean(own, &self.tokens, width).map_err(StreamError::transform)?,
             false => Vec::new(),
         };
-        let fitter = match self.rows.contains(&Row::Fit) {
-            true => Some(Fitter::new(self, own, job.input(1)?, width).map_err(StreamError::transform)?),
-            false => None,
+        let fits = (0u32..).zip(&self.rows).filter(|(_, row)| **row == Row::Fit);
+        let fitted: Vec<u32> = fits.map(|(id, _)| id).collect();
+        let fitter = match fitted.is_empty() {
+            false => Some(Fitter::new(self, own, theirs, width).map_err(StreamError::transform)?),
+            true => None,
         };
-        let fitted: Vec<u32> =
-            (0u32..).zip(&self.rows).filter(|(_, row)| **row == Row::Fit).map(|(id, _)| id).collect();
         let mut batches = fitted.chunks(BATCH);
         let mut ready: VecDeque<Vec<f32>> = VecDeque::new();
         for source in &self.rows {
-            match source {
-                // Bit for bit where nothing has to be decoded.
+            let values = match source {
                 Row::Own(id) if own.info.dtype == planned.spec.dtype => {
-                    let start = *id as usize * width;
-                    let bytes = own.bytes_of(&(start..start + width));
-                    job.write_bytes(
-                        bytes.ok_or_else(|| StreamError::transform("rows are not whole blocks"))?,
-                    )?;
+                    // Bit for bit, as nothing has to be decoded.
+                    let bytes = own.bytes_of(&(*id as usize * width..(*id as usize + 1) * width));
+                    job.write_bytes(bytes.unwrap_or_default())?;
+                    continue;
                 }
-                Row::Own(id) => job.write_f32(&read(own, *id, width)?)?,
-                Row::Pieces(ids) => job.write_f32(&mean(own, ids, width).map_err(StreamError::transform)?)?,
-                Row::Mean => job.write_f32(&whole)?,
-                Row::Zero => job.write_f32(&vec![0.0; width])?,
+                Row::Own(id) => row(own, *id, width),
+                Row::Pieces(ids) => mean(own, ids, width),
+                Row::Mean => Ok(whole.clone()),
+                Row::Zero => Ok(vec![0.0; width]),
                 Row::Fit => {
                     if ready.is_empty()
                         && let (Some(fitter), Some(batch)) = (&fitter, batches.next())
                     {
                         ready = fitter.rows(batch).map_err(StreamError::transform)?.into();
                     }
-                    let values = ready.pop_front();
-                    job.write_f32(&values.ok_or_else(|| StreamError::transform("a row that nothing made"))?)?;
+                    ready.pop_front().ok_or_else(|| "a row that nothing made".to_owned())
                 }
-            }
+            };
+            job.write_f32(&values.map_err(StreamError::transform)?)?;
         }
         Ok(())
     }
 
     /// Most bytes that [`VocabularyTransplant::transplant`] holds, of rows of this many elements in the donor and the output.
     fn scratch(&self, theirs: usize, width: usize) -> u64 {
-        let (shared, k) = (self.shared(), self.settings.k.min(self.shared()));
+        let shared = self.shared();
+        let k = self.settings.k.min(shared).min(theirs);
         let fits = if self.rows.contains(&Row::Fit) {
             8 * (shared * (theirs + 3 * BATCH) + BATCH * theirs * (k + 6) + BATCH * k * k)
         } else {
