@@ -10,7 +10,7 @@ use firebrick_core::DeviceSpec;
 
 use crate::commands::{
     completions, convert, devices, diff, embed, eval, extract_lora, fetch, generate, imatrix, inspect, man,
-    merge, profile, prune, quantize, train,
+    merge, profile, prune, quantize, train, transplant,
 };
 use crate::specialize;
 
@@ -80,6 +80,8 @@ pub enum Verb {
     Merge(merge::Merge),
     /// Make an adapter of what a fine-tune has beyond its base.
     ExtractLora(extract_lora::ExtractLora),
+    /// Give a model another model's tokenizer, without training.
+    Transplant(transplant::Transplant),
     /// Quantize a model, by round-to-nearest or GPTQ.
     Quantize(quantize::Quantize),
     /// Leave out the layers that matter least.
@@ -105,7 +107,10 @@ pub enum Verb {
 impl Verb {
     /// Whether an interrupted run of the verb can go on where it stopped.
     pub fn resumes(&self) -> bool {
-        matches!(self, Verb::Specialize(_) | Verb::Train(_) | Verb::Merge(_) | Verb::Convert(_))
+        matches!(
+            self,
+            Verb::Specialize(_) | Verb::Train(_) | Verb::Merge(_) | Verb::Transplant(_) | Verb::Convert(_)
+        )
     }
 }
 

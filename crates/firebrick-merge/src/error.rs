@@ -28,6 +28,12 @@ pub enum MergeError {
         /// One line each.
         problems: Vec<String>,
     },
+    /// Models or settings with which no vocabulary can be transplanted; every problem is listed.
+    #[error("vocabulary transplant: {}", list(problems))]
+    Transplant {
+        /// One line each.
+        problems: Vec<String>,
+    },
     /// A file could not be read.
     #[error("{}: {source}", path.display())]
     Io {

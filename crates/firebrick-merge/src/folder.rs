@@ -83,7 +83,7 @@ fn copies(folder: &Path) -> Result<Files, MergeError> {
     Ok(files)
 }
 
-fn pretty(json: &Json) -> Vec<u8> {
+pub(crate) fn pretty(json: &Json) -> Vec<u8> {
     let mut bytes = serde_json::to_vec_pretty(json).unwrap_or_default();
     bytes.push(b'\n');
     bytes
@@ -98,7 +98,7 @@ pub(crate) fn config_model<'m>(config: &MergeConfig, models: &'m [InputModel]) -
 /// Makes a configuration say what the output is.
 fn change_config(merge: &Merge, json: &mut Json) {
     let plan = &merge.plan;
-    if let Some(name) = dtype_name(merge) {
+    if let Some(name) = dtype_name(plan.tensors.iter().map(|t| (t.dtype, t.shape.iter().product()))) {
         for key in ["dtype", "torch_dtype"] {
             if let Some(value) = json.get_mut(key) {
                 *value = name.into();
@@ -174,12 +174,9 @@ fn change_layers(merge: &Merge, json: &mut Json, layers: usize, only: bool) {
     }
 }
 
-/// What most elements are stored as.
-fn dtype_name(merge: &Merge) -> Option<&'static str> {
-    let elements = |dtype: DType| -> usize {
-        let tensors = merge.plan.tensors.iter().filter(|t| t.dtype == dtype);
-        tensors.map(|t| t.shape.iter().product::<usize>()).sum()
-    };
+/// What most elements are stored as; of each tensor the type and the number of elements.
+pub(crate) fn dtype_name(tensors: impl Iterator<Item = (DType, usize)> + Clone) -> Option<&'static str> {
+    let elements = |dtype: DType| -> usize { tensors.clone().filter(|t| t.0 == dtype).map(|t| t.1).sum() };
     let types = [(DType::F32, "float32"), (DType::F16, "float16"), (DType::BF16, "bfloat16")];
     types
         .into_iter()

@@ -3,8 +3,9 @@
 //! A [`MergeConfig`] (mergekit's format) names checkpoints and a method; [`Merge`] is the transformation that the
 //! [`Executor`](firebrick_tensor::stream::Executor) runs tensor by tensor, in bounded memory;
 //! [`Merge::analyze`] says beforehand what will interfere. [`task_vectors`] merges weights in memory, [`permutation`] and [`ot_fusion`]
-//! align models whose units stand in another order, [`extract_lora`] makes an adapter of a fine-tune, [`twin`] keeps beside a merge what each expert has to itself.
-//! [`learned`] fits coefficients by gradient or search.
+//! align models whose units stand in another order, [`extract_lora`] makes an adapter of a fine-tune, [`twin`] keeps beside a merge
+//! what each expert has to itself. [`learned`] fits coefficients by gradient or search. [`vocabulary_transplant`] gives a model
+//! another one's tokenizer.
 #![forbid(unsafe_code)]
 
 mod adapter;
@@ -31,6 +32,7 @@ pub mod task_vectors;
 pub mod transport;
 pub mod twin;
 mod vocabulary;
+pub mod vocabulary_transplant;
 mod yaml;
 
 pub use analyze::{MergeAnalysis, TaskVectors};

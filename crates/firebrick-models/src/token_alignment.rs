@@ -15,6 +15,8 @@ pub type SparseDistribution = Vec<(u32, f32)>;
 /// Which token of the target stands for one of the source that has no equal there.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum VocabRule {
+    /// None, and the mark at the beginning of words has to be the same, too.
+    Exact,
     /// None: its probability is dropped, and the rest scaled up.
     Equal,
     /// The one with the least edit distance in bytes, without the mark at the beginning of words; of equals one with the same
@@ -26,7 +28,7 @@ pub enum VocabRule {
 /// Finds for tokens of a source vocabulary those of a target vocabulary, one by one, and keeps what it found.
 ///
 /// A token's partner is the one spelled the same (where both vocabularies spell bytes alike), else the one with the same role
-/// (begin, end, padding, unknown), else the one of the same text, else of the same text without the mark at the beginning of
+/// (end, begin, padding, unknown; of several the first), else the one of the same text, else of the same text without the mark at the beginning of
 /// words, else as [`VocabRule`] says.
 ///
 /// ```
@@ -63,12 +65,13 @@ impl VocabMap {
     pub fn new(source: &Tokenizer, target: &Tokenizer, rule: VocabRule) -> Self {
         let (from, to) = (Texts::of(source), Texts::of(target));
         let mut known = HashMap::new();
-        let roles = |t: &Tokenizer| [t.bos_id(), t.pad_id(), t.unk_id()];
+        // Of a token with several roles the later ones here count.
+        let roles = |t: &Tokenizer| [t.unk_id(), t.pad_id(), t.bos_id()];
+        known
+            .extend(roles(source).into_iter().zip(roles(target)).filter_map(|(from, to)| Some((from?, to?))));
         let ends = target.eos_ids();
         let ends = source.eos_ids().iter().enumerate().map(|(i, &id)| (id, ends.get(i).or(ends.first())));
         known.extend(ends.filter_map(|(from, to)| Some((from, *to?))));
-        known
-            .extend(roles(source).into_iter().zip(roles(target)).filter_map(|(from, to)| Some((from?, to?))));
         if from.byte_level == to.byte_level {
             let same = |id: u32| Some((id, target.id(&source.token(id)?)?));
             known.extend((0..from.texts.len() as u32).filter_map(same));
@@ -108,8 +111,10 @@ impl VocabMap {
         }
         let text = self.source.texts.get(id as usize).filter(|text| !text.is_empty())?;
         let bare = strip(text);
-        let same = self.equal.get(text).or_else(|| self.bare.get(bare)).copied();
+        let exact = self.equal.get(text).copied();
+        let same = exact.or_else(|| self.bare.get(bare).copied());
         match self.rule {
+            VocabRule::Exact => exact,
             VocabRule::Equal => same,
             VocabRule::Nearest => same.or_else(|| self.nearest(text, bare)),
         }
@@ -252,6 +257,11 @@ fn edit_distance(a: &[u8], b: &[u8], limit: usize, rows: &mut Vec<usize>) -> Opt
         }
     }
     Some(rows[b.len()]).filter(|distance| *distance <= limit)
+}
+
+/// The bytes that each token stands for, by id; none where there is no token.
+pub fn token_bytes(tokenizer: &Tokenizer) -> Vec<Vec<u8>> {
+    Texts::of(tokenizer).texts
 }
 
 /// Without the mark at the beginning of a word, unless nothing would be left.
@@ -440,12 +450,16 @@ mod tests {
         let mut equal = VocabMap::new(&source, &target, VocabRule::Equal);
         // `train_bpe` has them under the names of the roles: they are no candidates for words.
         let apart: Vec<u32> = target.eos_ids().iter().copied().chain(target.pad_id()).collect();
-        let mut only = 0;
+        let mut exact = VocabMap::new(&source, &target, VocabRule::Exact);
+        let (mut only, mut marked) = (0, 0);
         for id in (0..source.vocab_size() as u32).step_by(37) {
             let text = from.text(id);
             let found = nearest.get(id).unwrap();
             let by_equality = equal.get(id);
             only += usize::from(by_equality.is_none());
+            let whole = by_equality.filter(|partner| to.text(*partner) == text);
+            assert_eq!(exact.get(id), whole);
+            marked += usize::from(whole != by_equality);
             if let Some(partner) = by_equality {
                 assert_eq!(partner, found);
                 assert_eq!(strip(to.text(partner)), strip(text));
@@ -458,6 +472,7 @@ mod tests {
             assert_eq!(Some(distance(found)), least, "{}", String::from_utf8_lossy(text));
         }
         assert!(only > 5, "control: {only} tokens have no equal");
+        assert!(marked > 0, "control: some differ in the mark alone");
     }
 
     #[test]

@@ -17,6 +17,7 @@ pub mod profile;
 pub mod prune;
 pub mod quantize;
 pub mod train;
+pub mod transplant;
 
 use anyhow::Result;
 
@@ -55,6 +56,7 @@ pub fn run(cli: &Cli, terminal: &Terminal) -> Result<()> {
         Verb::Profile(v) => v.run(global, terminal),
         Verb::Merge(v) => v.run(global, terminal),
         Verb::ExtractLora(v) => v.run(global, terminal),
+        Verb::Transplant(v) => v.run(global, terminal),
         Verb::Quantize(v) => v.run(global, terminal),
         Verb::Prune(v) => v.run(global, terminal),
         Verb::Convert(v) => v.run(global, terminal),

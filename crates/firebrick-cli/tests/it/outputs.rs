@@ -33,6 +33,7 @@ pub fn writers(out: &str) -> Vec<Vec<&str>> {
         of(&["prune"], &["--windows", "2", "--drop", "mlp", "--count", "1"]),
         vec!["specialize", "--data", "a=t.txt", "--window", "32", "--steps", "1", "--out", out],
         vec!["extract-lora", "embedded", "b.gguf", "--rank", "2", "--out", out],
+        vec!["transplant", "embedded", "a", "--out", out],
     ]
 }
 

@@ -8,6 +8,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::{Mutex, PoisonError};
 
+use burn::tensor::Device;
+use firebrick_core::Seed;
+use firebrick_models::tokenizer::train_bpe;
+use firebrick_models::{Decoder, DecoderConfig, Export, ExportType};
+use firebrick_tensor::stream::Executor;
 use serde_json::{Value, json};
 
 use crate::{family, json, text};
@@ -112,6 +117,21 @@ fn transformers_and_gguf_load_what_we_write() {
         let blocks = script(&python, dir.path(), "gguf_equal.py", &[&name, &back]);
         assert_eq!(blocks["largest_difference"].as_f64(), Some(0.0), "{name}: {blocks}");
     }
+}
+
+#[test]
+fn transformers_loads_a_transplanted_vocabulary() {
+    let Some(python) = python() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    text(dir.path(), "t.txt", "copper", 6);
+    let prose = firebrick_train::domain("prose").unwrap().train_text();
+    let tokenizer = train_bpe([prose.as_str()], 1200).unwrap();
+    let donor = Decoder::random(DecoderConfig::tiny(1200), Seed(1), &Device::flex()).unwrap();
+    let export = Export::decoder("donor", &donor, &tokenizer, ExportType::F32);
+    export.write(&dir.path().join("donor"), &Executor::default()).unwrap();
+    json(dir.path(), &["transplant", "embedded", "donor", "--out", "out", "--k", "8"]);
+    let ours = nll(dir.path(), "out", "t.txt", None);
+    agree(&script(&python, dir.path(), "logits.py", &["out", "t.txt", "64", "ours.safetensors"]), ours);
 }
 
 #[test]

@@ -14,4 +14,5 @@ mod mistakes;
 mod ot_fusion;
 mod plans;
 mod twin;
+mod vocabulary_transplant;
 mod weak_to_strong;

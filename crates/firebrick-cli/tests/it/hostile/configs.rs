@@ -328,6 +328,8 @@ fn settings(files: &Files, cases: &mut Vec<Case>) {
         ("profile --model m --data t.txt --window 8 --mean-bits nan --out out", "bits"),
         ("profile --model m --data t.txt --window 8 --mean-rank=-5 --out out", "rank"),
         ("convert m out --type q9", "q9"),
+        ("transplant m m --out out --method melt", "`melt`"),
+        ("transplant m m --out out --k 0", "--k 0"),
         ("convert m out --max-memory 1", "memory"),
         ("inspect m --device quantum", "quantum"),
     ] {
