@@ -12,9 +12,11 @@ mod analyze;
 mod chat_templates;
 mod config;
 pub mod distribution_fusion;
+mod drift;
 mod error;
 mod folder;
 pub mod ibcl;
+mod in_memory;
 mod input;
 pub mod learned;
 pub mod logits_fusion;
@@ -30,6 +32,7 @@ pub mod task_vectors;
 pub mod transport;
 pub mod twin;
 mod vocabulary;
+mod weight_search;
 mod yaml;
 
 pub use analyze::{MergeAnalysis, TaskVectors};
@@ -37,6 +40,7 @@ pub use config::{
     Filter, MergeConfig, ModelRef, Module, Parameters, Slice, SliceSource, TokenRule, TokenSource,
     TokenizerConfig, TokenizerSource, Value,
 };
+pub use drift::Drift;
 pub use error::MergeError;
 pub use firebrick_models::token_alignment;
 pub use merge::Merge;
@@ -46,3 +50,4 @@ pub use methods::{
 };
 pub use plan::{MergePlan, ParameterValues, PlannedSource, PlannedTensor};
 pub use stages::Stages;
+pub use weight_search::{SearchText, SearchTexts, TextNats, WeightReport};

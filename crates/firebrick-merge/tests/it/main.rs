@@ -2,6 +2,7 @@
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "tests say what they measured or skipped")]
 
 mod distribution_fusion;
+mod drift;
 mod golden;
 mod inputs;
 mod learned;
@@ -14,3 +15,4 @@ mod ot_fusion;
 mod plans;
 mod twin;
 mod weak_to_strong;
+mod weight_search;
