@@ -6,7 +6,7 @@ use std::fmt::Write as _;
 use std::path::Path;
 
 use burn::tensor::Device;
-use firebrick_core::{Part, Progress, Seed, Silent, Site};
+use firebrick_core::{Event, Part, Progress, Seed, Silent, Site};
 use firebrick_models::Decoder;
 use firebrick_models::tokenizer::Tokenizer;
 use firebrick_tensor::block::DType;
@@ -16,7 +16,10 @@ use sha2::{Digest, Sha256};
 
 use crate::config::MergeConfig;
 use crate::in_memory::{Weights, Which};
-use crate::learned::{Composed, Groups, Method, SearchConfig, SearchReport, TaskVector, search_from};
+use crate::learned::{
+    CmaEs, CmaEsConfig, Composed, Granularity, Groups, Method, SearchConfig, SearchReport, TaskVector,
+    search_from,
+};
 use crate::{Merge, MergeError, MergeMethod, Numerics, PlannedTensor, names};
 
 /// Of a text that is cut in two, this part of its windows is held out.
@@ -208,8 +211,30 @@ pub struct SearchTexts<'a> {
 }
 
 impl Merge {
-    /// Why the weights of this merge cannot be searched; nothing if they can.
-    pub fn search_problems(&self) -> Vec<String> {
+    /// Why the weights of this merge cannot be searched so; nothing if they can.
+    pub fn search_problems(&self, config: &SearchConfig) -> Vec<String> {
+        let mut problems = self.unsearchable();
+        let Granularity::LayerGroups(groups) = config.granularity else {
+            problems.push("`granularity` should be that of runs of layers".into());
+            return problems;
+        };
+        let layers = self.plan.layers.first().map_or(1, |(_, layers)| *layers);
+        let weights = self.others().len() * groups.clamp(1, layers.max(1));
+        let search = CmaEs::new(vec![0.0; weights], CmaEsConfig::default());
+        if let (Method::CmaEs, Ok(search)) = (config.method, search)
+            && config.evaluations < 1 + search.population()
+        {
+            problems.push(format!(
+                "{} evaluations are fewer than the start and one generation of {} for {weights} weights",
+                config.evaluations,
+                search.population()
+            ));
+        }
+        problems
+    }
+
+    /// What about the merge keeps its weights from being searched.
+    fn unsearchable(&self) -> Vec<String> {
         let mut problems = Vec::new();
         if !SEARCHED.contains(&self.config.method) {
             let known = SEARCHED.map(MergeMethod::name).join(" and ");
@@ -237,25 +262,6 @@ impl Merge {
     fn others(&self) -> Vec<usize> {
         let sources = self.plan.tensors.first().map_or(0, |t| t.sources.len());
         (0..sources).filter(|i| *i != self.reference()).collect()
-    }
-
-    /// The base and the task vectors of all models over it, on `device`.
-    ///
-    /// # Errors
-    /// [`MergeError::Settings`] with [`Merge::search_problems`]; a tensor that cannot be read.
-    pub fn composed(&self, device: &Device) -> Result<Composed, MergeError> {
-        let problems = self.search_problems();
-        if !problems.is_empty() {
-            return Err(MergeError::Settings { problems });
-        }
-        let base = self.decoder(Which::Source(self.reference()), device)?;
-        let (sites, all) = (base.sites(), base.sites().all());
-        let vector = |i: usize| {
-            let weights = Weights { merge: self, sites, which: Which::Source(i) };
-            TaskVector::between(&base, &weights, &all)
-        };
-        let vectors = self.others().into_iter().map(vector).collect::<Result<_, _>>()?;
-        Composed::new(&base, vectors)
     }
 
     /// What multiplies the task vector of source `i` in `tensor`.
@@ -294,7 +300,7 @@ impl Merge {
     /// to 1: those of all models but the reference are searched, within 0 and 1 or not.
     ///
     /// # Errors
-    /// As [`Merge::composed`] and [`crate::learned::search`]; [`MergeError::Settings`] if a text has a token that the models lack.
+    /// [`MergeError::Settings`] with [`Merge::search_problems`]; as [`crate::learned::search`] and [`SearchText::nats`].
     pub fn search_weights(
         &self,
         texts: SearchTexts<'_>,
@@ -303,7 +309,18 @@ impl Merge {
         progress: &dyn Progress,
         resume: bool,
     ) -> Result<(Merge, WeightReport), MergeError> {
-        let composed = self.composed(device)?;
+        let problems = self.search_problems(config);
+        if !problems.is_empty() {
+            return Err(MergeError::Settings { problems });
+        }
+        let base = self.decoder(Which::Source(self.reference()), device)?;
+        let (sites, all) = (base.sites(), base.sites().all());
+        let vector = |i: usize| {
+            let weights = Weights { merge: self, sites, which: Which::Source(i) };
+            TaskVector::between(&base, &weights, &all)
+        };
+        let vectors = self.others().into_iter().map(vector).collect::<Result<_, _>>()?;
+        let composed = Composed::new(&base, vectors)?;
         let coefficients = composed.coefficients(config.granularity, 0.0, 1, config.seed);
         let groups = coefficients.groups();
         let sites = composed.base().sites();
@@ -326,6 +343,16 @@ impl Merge {
             progress,
             resume,
         )?;
+        let lowest = search.comparisons.iter().min_by(|a, b| a.cost.total_cmp(&b.cost));
+        if let Some(other) = lowest.filter(|other| other.cost < search.found().cost) {
+            let text = format!(
+                "`{}` costs {:.4}, less than the {:.4} of what was found: the budget is small",
+                other.name,
+                other.cost,
+                search.found().cost
+            );
+            progress.on(Event::Warn(&text));
+        }
         let numbers: Vec<f32> = start.concat().iter().map(|v| *v as f32).collect();
         let (start, best) = (composed.merge(&coefficients.with(&numbers)?)?, composed.merge(&found)?);
         let mut measured = Vec::new();

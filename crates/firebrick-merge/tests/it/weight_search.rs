@@ -166,7 +166,7 @@ fn found_weights_are_written_and_so_is_a_configuration_that_gives_the_same_bytes
 fn the_search_begins_at_the_weights_of_the_configuration() {
     let suite = Suite::new(0);
     let start = |yaml: &str| {
-        let (_, report) = suite.search(&suite.open(yaml), &config(Method::CmaEs, 1, 0), false).unwrap();
+        let (_, report) = suite.search(&suite.open(yaml), &config(Method::Coordinate, 1, 0), false).unwrap();
         let start = &report.search.comparisons[1];
         assert_eq!(start.name, "start");
         (start.coefficients.clone(), report)
@@ -215,17 +215,26 @@ fn a_search_goes_on_to_the_same_weights_and_knows_its_models_and_texts() {
 #[test]
 fn what_cannot_be_searched_is_refused_with_every_reason() {
     let suite = Suite::new(0);
-    assert!(suite.open(TASKS).search_problems().is_empty());
+    let problems = |yaml: &str, config: &SearchConfig| suite.open(yaml).search_problems(config);
+    let fine = config(Method::CmaEs, 20, 0);
+    assert!(problems(TASKS, &fine).is_empty());
     let ties = TASKS.replace("task_arithmetic", "ties");
-    let problems = suite.open(&ties).search_problems();
-    assert!(problems.len() == 1 && problems[0].contains("task_arithmetic and linear"), "{problems:?}");
+    let found = problems(&ties, &fine);
+    assert!(found.len() == 1 && found[0].contains("task_arithmetic and linear"), "{found:?}");
+    // Two models and two runs of layers: 4 weights, 8 points a generation.
+    assert!(problems(TASKS, &config(Method::CmaEs, 9, 0)).is_empty());
+    let few = problems(TASKS, &config(Method::CmaEs, 8, 0));
+    assert!(few.len() == 1 && few[0].contains("one generation of 8 for 4 weights"), "{few:?}");
+    assert!(problems(TASKS, &config(Method::Coordinate, 1, 0)).is_empty());
+    let tensors = SearchConfig { granularity: Granularity::Tensor, ..fine.clone() };
+    assert_eq!(problems(TASKS, &tensors).len(), 1);
     let slices = "merge_method: passthrough\nslices:\n- sources: [{model: '@base', layer_range: [0, 2]}]\n";
-    let problems = suite.open(slices).search_problems();
-    assert_eq!(problems.len(), 3, "{problems:?}");
+    let found = problems(slices, &fine);
+    assert_eq!(found.len(), 3, "{found:?}");
     for part in ["`merge_method: passthrough`", "slices", "no model beside"] {
-        assert!(problems.iter().any(|p| p.contains(part)), "{part}: {problems:?}");
+        assert!(found.iter().any(|p| p.contains(part)), "{part}: {found:?}");
     }
-    let error = suite.open(slices).composed(&Device::flex()).unwrap_err();
+    let error = suite.search(&suite.open(slices), &fine, false).unwrap_err();
     assert!(matches!(&error, MergeError::Settings { problems } if problems.len() == 3), "{error}");
 }
 

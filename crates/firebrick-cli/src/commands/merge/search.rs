@@ -58,7 +58,7 @@ impl Search {
     }
 
     /// Everything that is wrong with what was asked, of the command line and of the merge.
-    fn check(&self, merge: &Merge, windows: &Windows, global: &Global) -> Result<()> {
+    fn check(&self, merge: &Merge, config: &SearchConfig, windows: &Windows, global: &Global) -> Result<()> {
         let mut problems = Vec::new();
         if self.search_data.is_empty() {
             problems.push("give --search-data FILE, the texts that lead it".to_string());
@@ -72,7 +72,7 @@ impl Search {
         problems.extend(
             self.reads().filter(|p| !p.exists()).map(|p| format!("there is no file {}", p.display())),
         );
-        problems.extend(merge.search_problems());
+        problems.extend(merge.search_problems(config));
         if let Some(cap) = global.max_memory.filter(|cap| problems.is_empty() && cap.0 < merge.search_bytes())
         {
             let needs = merge.search_bytes();
@@ -113,8 +113,20 @@ impl Search {
         global: &Global,
         terminal: &Terminal,
     ) -> Result<()> {
-        self.check(merge, windows, global)?;
         let state = work.join("state.json");
+        let config = SearchConfig {
+            granularity: Granularity::LayerGroups(self.groups),
+            method: if matches!(self.search, Some(How::Coordinate)) {
+                Method::Coordinate
+            } else {
+                Method::CmaEs
+            },
+            evaluations: self.budget,
+            seed: Seed(global.seed),
+            state: Some(state.clone()),
+            ..SearchConfig::default()
+        };
+        self.check(merge, &config, windows, global)?;
         if state.exists() && !global.resume && !global.overwrite && !global.dry_run {
             let what = "holds an interrupted search; say --resume to go on or --overwrite to start anew";
             return Err(Usage(format!("{} {what}", work.display())).into());
@@ -137,18 +149,6 @@ impl Search {
         }
         std::fs::create_dir_all(work).with_context(|| work.display().to_string())?;
         models::sweep(work)?;
-        let config = SearchConfig {
-            granularity: Granularity::LayerGroups(self.groups),
-            method: if matches!(self.search, Some(How::Coordinate)) {
-                Method::Coordinate
-            } else {
-                Method::CmaEs
-            },
-            evaluations: self.budget,
-            seed: Seed(global.seed),
-            state: Some(state),
-            ..SearchConfig::default()
-        };
         let texts = SearchTexts { search: &search, held_out: &held_out, batch: windows.batch };
         // What a search resumes from is its state alone: without one it begins.
         let (found, report) =
