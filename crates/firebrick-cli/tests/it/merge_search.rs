@@ -8,8 +8,9 @@ use crate::outputs::exits;
 use crate::{files, json, text};
 
 const CONFIG: &str = "merge_method: task_arithmetic\nbase_model: base\nmodels:\n- model: base+lamps\n- model: base+stones\nparameters: {weight: 0.5}\ndtype: bfloat16\n";
-const SEARCH: [&str; 12] = [
+const SEARCH: [&str; 13] = [
     "--search",
+    "cma-es",
     "--search-data",
     "lamp.txt",
     "stone.txt",

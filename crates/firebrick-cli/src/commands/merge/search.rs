@@ -21,7 +21,7 @@ use crate::ui::Terminal;
 pub struct Search {
     /// Search the weights of a task_arithmetic or linear merge, one for each model and run of layers, with the merged model in memory;
     /// write the best merge, the merge.yaml that gives it again, and search.json.
-    #[arg(long, value_name = "HOW", num_args = 0..=1, default_missing_value = "cma-es", conflicts_with = "analyze")]
+    #[arg(long, value_name = "HOW", num_args = 0..=1, default_missing_value = "coordinate", conflicts_with = "analyze")]
     search: Option<How>,
     /// Text or .jsonl files that lead the search by the mean over the files of the nats per token; each counts the same.
     #[arg(long, value_name = "FILE", num_args = 1.., requires = "search")]
@@ -40,10 +40,10 @@ pub struct Search {
 /// How points are chosen.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum How {
+    /// One weight after the other, up or else down: the default, and better by a small budget.
+    Coordinate,
     /// An evolution strategy that learns which weights go together.
     CmaEs,
-    /// One weight after the other, up or else down.
-    Coordinate,
 }
 
 impl Search {
