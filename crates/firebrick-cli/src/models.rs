@@ -236,7 +236,12 @@ pub fn preview(
     if let (Some(output), serde_json::Value::Object(facts)) = (output.as_object_mut(), facts) {
         output.extend(facts);
     }
-    terminal.result(&output, || {
+    told(&output, terminal)
+}
+
+/// Prints an object, a line for each of its entries.
+pub fn told(output: &serde_json::Value, terminal: &Terminal) -> Result<()> {
+    terminal.result(output, || {
         let line = |(key, value): (&String, &serde_json::Value)| format!("{key:20} {value}\n");
         output.as_object().map(|o| o.iter().map(line).collect()).unwrap_or_default()
     })

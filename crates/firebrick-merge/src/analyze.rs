@@ -10,7 +10,7 @@ use firebrick_tensor::linalg::{LinalgError, Matrix, randomized_svd};
 use rayon::prelude::*;
 use serde::Serialize;
 
-use crate::{Merge, MergeError, PlannedSource, PlannedTensor};
+use crate::{Drift, Merge, MergeError, PlannedSource, PlannedTensor};
 
 /// Elements read at a time: the largest piece of every model in memory.
 const CHUNK: usize = 1 << 16;
@@ -33,6 +33,9 @@ pub struct MergeAnalysis {
     pub whole: TaskVectors,
     /// One entry a tensor, in the order of the checkpoint.
     pub tensors: Vec<(String, TaskVectors)>,
+    /// How far the outputs move, where [`Merge::drift`] measured it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub drift: Option<Drift>,
 }
 
 /// How the task vectors of one tensor relate.
@@ -153,7 +156,7 @@ impl Merge {
             });
         }
         let planned: Vec<&PlannedTensor> = self.plan.tensors.iter().filter(|t| !t.copied).collect();
-        let base = planned.iter().find_map(|t| t.base).unwrap_or(0);
+        let base = self.reference();
         let of: Vec<usize> = self.analyzed().collect();
         let reference = of.get(base).copied().unwrap_or(0);
         let others: Vec<usize> = (0..of.len()).filter(|i| *i != base).collect();
@@ -192,6 +195,7 @@ impl Merge {
             models: others.iter().map(name).collect(),
             whole: whole.finish(),
             tensors,
+            drift: None,
         })
     }
 }
@@ -267,6 +271,9 @@ impl fmt::Display for MergeAnalysis {
             }
         }
         writeln!(f, "  opposite signs in {:.2} % of the elements", 100.0 * self.whole.sign_conflict)?;
+        if let Some(drift) = &self.drift {
+            write!(f, "{drift}")?;
+        }
         let mut worst: Vec<&(String, TaskVectors)> = self.tensors.iter().collect();
         worst.sort_by(|a, b| b.1.sign_conflict.total_cmp(&a.1.sign_conflict));
         writeln!(f, "most conflicts:")?;

@@ -41,9 +41,7 @@ type Files = Vec<(String, Vec<u8>)>;
 pub(crate) fn side_files(merge: &Merge) -> Result<Files, MergeError> {
     let model = config_model(&merge.config, &merge.models);
     let mut files: Files = vec![("mergekit_config.yml".into(), merge.text.clone().into_bytes())];
-    if let Some(config) = &model.config {
-        let mut json = config.clone();
-        change_config(merge, &mut json);
+    if let Some(json) = config(merge) {
         files.push((CONFIG.into(), pretty(&json)));
     }
     let fail = |what: String| MergeError::Mismatch { path: model.folder(), problems: vec![what] };
@@ -68,6 +66,13 @@ pub(crate) fn side_files(merge: &Merge) -> Result<Files, MergeError> {
     }
     files.extend(tokenizer);
     Ok(files)
+}
+
+/// The configuration of the output: that of the base or of the first model, changed to what the output is.
+pub(crate) fn config(merge: &Merge) -> Option<Json> {
+    let mut json = config_model(&merge.config, &merge.models).config.clone()?;
+    change_config(merge, &mut json);
+    Some(json)
 }
 
 fn copies(folder: &Path) -> Result<Files, MergeError> {

@@ -13,10 +13,12 @@ mod analyze;
 mod chat_templates;
 mod config;
 pub mod distribution_fusion;
+mod drift;
 mod error;
 pub mod extract_lora;
 mod folder;
 pub mod ibcl;
+mod in_memory;
 mod input;
 pub mod learned;
 pub mod logits_fusion;
@@ -33,6 +35,7 @@ pub mod transport;
 pub mod twin;
 mod vocabulary;
 pub mod vocabulary_transplant;
+mod weight_search;
 mod yaml;
 
 pub use analyze::{MergeAnalysis, TaskVectors};
@@ -40,6 +43,7 @@ pub use config::{
     Filter, MergeConfig, ModelRef, Module, Parameters, Slice, SliceSource, TokenRule, TokenSource,
     TokenizerConfig, TokenizerSource, Value,
 };
+pub use drift::Drift;
 pub use error::MergeError;
 pub use firebrick_models::token_alignment;
 pub use merge::Merge;
@@ -49,3 +53,4 @@ pub use methods::{
 };
 pub use plan::{MergePlan, ParameterValues, PlannedSource, PlannedTensor};
 pub use stages::Stages;
+pub use weight_search::{SearchText, SearchTexts, TextNats, WeightReport};

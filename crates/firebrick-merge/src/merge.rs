@@ -4,6 +4,7 @@ use std::path::Path;
 
 use firebrick_core::{MAX_SETTINGS, Seed, read_text};
 use firebrick_models::GgufForm;
+use firebrick_models::tokenizer::Tokenizer;
 use firebrick_tensor::block::DType;
 use firebrick_tensor::checkpoint::TensorSpec;
 use firebrick_tensor::stream::{Card, Input, Job, OutputSpec, Source, StreamError, Target, Transform};
@@ -95,6 +96,16 @@ impl Merge {
         &self.plan
     }
 
+    /// The tokenizer of the base, or of the first model.
+    ///
+    /// # Errors
+    /// If it cannot be read.
+    pub fn tokenizer(&self) -> Result<Tokenizer, MergeError> {
+        let model = folder::config_model(&self.config, &self.models);
+        let fail = |what| MergeError::Mismatch { path: model.folder(), problems: vec![what] };
+        model.tokenizer().map_err(fail)
+    }
+
     /// The folder `path`, with the configuration and tokenizer of the base (or of the first model), changed to what the output is.
     ///
     /// # Errors
@@ -142,7 +153,10 @@ impl Merge {
     }
 
     /// The parameters of a tensor: of each source, and of all.
-    fn parameters(&self, tensor: &PlannedTensor) -> Result<(Vec<ModelParameters>, GlobalParameters), String> {
+    pub(crate) fn parameters(
+        &self,
+        tensor: &PlannedTensor,
+    ) -> Result<(Vec<ModelParameters>, GlobalParameters), String> {
         let method = self.config.method;
         let own = tensor.sources.iter().enumerate().map(|(i, source)| {
             // The base needs none.
@@ -151,6 +165,16 @@ impl Merge {
         });
         let own = own.collect::<Result<Vec<_>, _>>()?;
         Ok((own, GlobalParameters::new(method, |name| tensor.global.get(name).copied())?))
+    }
+
+    /// The type in which mergekit holds the models: that of the base, else one that holds them all.
+    pub(crate) fn held(&self, tensor: &PlannedTensor) -> DType {
+        let stored = |source: &PlannedSource| {
+            self.models[source.model].checkpoint.get(&source.stored).map_or(DType::F32, |info| info.dtype)
+        };
+        let first = stored(&tensor.sources[tensor.base.unwrap_or(0)]);
+        let alike = tensor.base.is_some() || tensor.sources.iter().all(|s| stored(s) == first);
+        self.config.dtype.unwrap_or(if alike { first } else { DType::F32 })
     }
 
     fn merge(&self, job: &mut Job<'_>) -> Result<(), StreamError> {
@@ -166,11 +190,6 @@ impl Merge {
         let of = |source: &PlannedSource| {
             inputs.iter().find(|i| i.source == source.model && i.info.name == source.stored)
         };
-        // The type in which mergekit holds the models: that of the base, else one that holds them all.
-        let stored = |source: &PlannedSource| of(source).map_or(DType::F32, |i| i.info.dtype);
-        let first = stored(&tensor.sources[tensor.base.unwrap_or(0)]);
-        let alike = tensor.base.is_some() || tensor.sources.iter().all(|s| stored(s) == first);
-        let held = load.unwrap_or(if alike { first } else { DType::F32 });
         let common = TensorMerge {
             inputs: &[],
             base: tensor.base,
@@ -179,7 +198,7 @@ impl Merge {
             global: &global,
             seed: Seed(self.config.seed).derive(&tensor.name),
             numerics: self.config.numerics,
-            dtype: held,
+            dtype: self.held(tensor),
             masks: None,
         };
         // Inputs in another type than `dtype` are rounded to it first, as mergekit loads them.

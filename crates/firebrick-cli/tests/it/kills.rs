@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use firebrick_core::Seed;
 
 use crate::outputs::prepare;
-use crate::{files, text};
+use crate::{files, json, text};
 
 /// Moments at which each verb is killed, in the tests that always run and in the long one.
 const MOMENTS: (u64, u64) = (4, 50);
@@ -122,6 +122,16 @@ fn merge(moments: u64) {
     killed(dir.path(), &["merge", "m.yml", "out"], &["--resume"], "out", moments);
 }
 
+fn search(moments: u64) {
+    let dir = prepare();
+    json(dir.path(), &["convert", "a", "b.gguf", "--type", "q4_0"]);
+    let yaml = "merge_method: linear\nmodels: [{model: a}, {model: b.gguf}]\nparameters: {weight: 0.5}\ndtype: float32\n";
+    std::fs::write(dir.path().join("m.yml"), yaml).unwrap();
+    let line =
+        "merge m.yml --out out --search --search-data t.txt --window 32 --windows 2 --groups 2 --budget 20";
+    killed(dir.path(), &line.split(' ').collect::<Vec<_>>(), &["--resume"], "out", moments);
+}
+
 fn quantize(moments: u64) {
     let dir = prepare();
     let line = "quantize --model a --data t.txt --window 32 --windows 2 --method rtn --out out.gguf";
@@ -144,6 +154,11 @@ fn a_killed_training_goes_on() {
 #[test]
 fn a_killed_merge_goes_on() {
     merge(MOMENTS.0);
+}
+
+#[test]
+fn a_killed_search_goes_on() {
+    search(MOMENTS.0);
 }
 
 #[test]
@@ -180,6 +195,7 @@ fn a_killed_overwriting_leaves_the_old_or_the_new() {
 fn killed_at_many_moments() {
     train(MOMENTS.1);
     merge(MOMENTS.1);
+    search(MOMENTS.1);
     quantize(MOMENTS.1);
     specialize(MOMENTS.1);
 }

@@ -16,6 +16,7 @@ mod hostile;
 mod interrupts;
 mod kills;
 mod memory;
+mod merge_search;
 mod methods;
 mod outputs;
 mod python;

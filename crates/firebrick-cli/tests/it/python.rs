@@ -265,6 +265,27 @@ fn merges_equal_mergekit() {
     }
 }
 
+#[test]
+fn mergekit_repeats_a_searched_merge() {
+    let Some(python) = python() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    json(dir.path(), &["convert", "embedded", "base", "--type", "bf16"]);
+    script(&python, dir.path(), "perturb.py", &["base", "a", "b", "c"]);
+    text(dir.path(), "t.txt", "river", 4);
+    let at = dir.path().to_str().unwrap();
+    let yaml = format!(
+        "merge_method: linear\nbase_model: {at}/base\nmodels: [{{model: {at}/base}}, {{model: {at}/a}}, {{model: {at}/b}}]\nparameters: {{weight: 0.3}}\ndtype: float32\nnumerics: mergekit\n"
+    );
+    std::fs::write(dir.path().join("m.yml"), yaml).unwrap();
+    let line = "merge m.yml --out out --search --search-data t.txt --window 32 --windows 2 --budget 12";
+    let report = json(dir.path(), &line.split(' ').collect::<Vec<_>>());
+    let weights = &report["comparisons"][0]["coefficients"];
+    assert_ne!(*weights, report["comparisons"][1]["coefficients"], "something was found: {report}");
+    let found = script(&python, dir.path(), "mergekit_equal.py", &["out/merge.yaml", "out"]);
+    assert_eq!(found["different"].as_u64(), Some(0), "{found}");
+    assert!(found["tensors"].as_u64().unwrap() > 10);
+}
+
 /// Items of a task of each kind from the glosses: four glosses of a word, what sort of name it is, a pair of glosses.
 fn gloss_tasks(dir: &Path, items: usize) {
     let glosses = firebrick_train::domain("glosses").unwrap();

@@ -19,5 +19,6 @@ pub use atlas::{AtlasConfig, atlas, atlas_negation};
 pub use cma_es::{CmaEs, CmaEsConfig, Covariance};
 pub use composed::{Coefficients, Composed, Granularity, Groups, Objective, Partition, learn};
 pub use concrete::{ConcreteConfig, ConcreteMask, InnerStep, concrete_merging};
+pub(crate) use search::search_from;
 pub use search::{Comparison, Fitness, Method, SearchConfig, SearchReport, search};
 pub use task_vector::{TaskVector, elect};

@@ -45,6 +45,8 @@ pub struct SearchConfig {
     pub evaluations: usize,
     /// Seed of all draws.
     pub seed: Seed,
+    /// What else tells this search from others, such as digests of the models and texts: a state with another one is refused.
+    pub identity: Option<String>,
     /// A file with the state of the search, as JSON, written after every generation or step; none to keep nothing.
     #[serde(skip)]
     pub state: Option<PathBuf>,
@@ -59,6 +61,7 @@ impl Default for SearchConfig {
             sigma: 1.0 / 6.0,
             evaluations: 100,
             seed: Seed(0),
+            identity: None,
             state: None,
         }
     }
@@ -122,7 +125,7 @@ enum Walk {
 /// equal size, with `held_out` too where it is given: a search fits the text that it is led by.
 ///
 /// With `resume` a search goes on from [`SearchConfig::state`], as if it had not stopped, or starts if there is none; `evaluations` may
-/// have grown meanwhile. It is not told if the models or the measure are other ones.
+/// have grown meanwhile. It is not told if the models or the measure are other ones, unless [`SearchConfig::identity`] says so.
 ///
 /// # Errors
 /// [`MergeError::Settings`] with everything that is wrong with the settings, or if the state is there already, or of another search;
@@ -131,15 +134,30 @@ pub fn search(
     composed: &Composed,
     config: &SearchConfig,
     fitness: &mut Fitness<'_>,
+    held_out: Option<&mut Fitness<'_>>,
+    progress: &dyn Progress,
+    resume: bool,
+) -> Result<(Coefficients, SearchReport), MergeError> {
+    let start = config.start.unwrap_or(1.0 / composed.vectors().len() as f64);
+    let coefficients = composed.coefficients(config.granularity, start, 1, config.seed);
+    let start = vec![start; coefficients.count()];
+    search_from(composed, &coefficients, start, config, fitness, held_out, progress, resume)
+}
+
+/// [`search`] from coefficients that need not be equal: `start`, by vector and group of `coefficients`, which has no partition.
+#[allow(clippy::too_many_arguments, reason = "what `search` takes, and where to begin")]
+pub(crate) fn search_from(
+    composed: &Composed,
+    coefficients: &Coefficients,
+    start: Vec<f64>,
+    config: &SearchConfig,
+    fitness: &mut Fitness<'_>,
     mut held_out: Option<&mut Fitness<'_>>,
     progress: &dyn Progress,
     resume: bool,
 ) -> Result<(Coefficients, SearchReport), MergeError> {
-    let vectors = composed.vectors().len();
-    let start = config.start.unwrap_or(1.0 / vectors as f64);
-    let coefficients = composed.coefficients(config.granularity, start, 1, config.seed);
-    let (groups, n) = (coefficients.groups().names().to_vec(), coefficients.count());
-    let mut state = begin(config, vec![start; n], resume)?;
+    let groups = coefficients.groups().names().to_vec();
+    let mut state = begin(config, start.clone(), resume)?;
     let at = |x: &[f64]| -> Result<Decoder, MergeError> {
         let numbers: Vec<f32> = x.iter().map(|v| *v as f32).collect();
         composed.merge(&coefficients.with(&numbers)?)
@@ -212,7 +230,7 @@ pub fn search(
         spread(&|row, g| row[order[g]])
     };
     compare("found", std::slice::from_ref(&best), state.lowest.last().copied())?;
-    compare("start", &[vec![start; n]], None)?;
+    compare("start", &[start], None)?;
     compare("uniform", &[spread(&|row, _| mean(row))], None)?;
     compare("first", &[spread(&|row, g| if g < half { share * mean(row) } else { 0.0 })], None)?;
     let tail = groups.len() - half;

@@ -2,6 +2,7 @@
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "tests say what they measured or skipped")]
 
 mod distribution_fusion;
+mod drift;
 mod extract_lora;
 mod golden;
 mod inputs;
@@ -16,3 +17,4 @@ mod plans;
 mod twin;
 mod vocabulary_transplant;
 mod weak_to_strong;
+mod weight_search;
