@@ -111,7 +111,7 @@ impl Merge {
         let rows = shape.first().copied().unwrap_or(1);
         let mut values = source.form.undo(model.checkpoint.read_f32(&source.stored)?, rows);
         if let Some(update) = model.update(&source.tensor) {
-            update.add(0, &mut values);
+            update.apply(0, &mut values);
         }
         Ok(values)
     }
