@@ -105,6 +105,23 @@ pub enum Verb {
 }
 
 impl Verb {
+    /// Whether the verb computes with a model, and so asks for the same buffers over and over; the others move weights through a
+    /// bounded amount of memory.
+    pub fn computes(&self) -> bool {
+        use Verb::{Embed, Eval, Generate, Imatrix, Profile, Quantize, Specialize, Train};
+        matches!(
+            self,
+            Specialize(_)
+                | Eval(_)
+                | Generate(_)
+                | Embed(_)
+                | Train(_)
+                | Profile(_)
+                | Quantize(_)
+                | Imatrix(_)
+        )
+    }
+
     /// Whether an interrupted run of the verb can go on where it stopped.
     pub fn resumes(&self) -> bool {
         matches!(

@@ -13,6 +13,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 
 use clap::Parser;
+use firebrick_tensor::memory;
 
 use crate::args::Cli;
 use crate::models::Occupied;
@@ -29,6 +30,7 @@ fn main() -> ExitCode {
         complain(&format!("warning: Ctrl-C will not stop cleanly: {e}"));
     }
     ui::keep_panics();
+    memory::keep_freed(cli.verb.computes());
     // Also unwinds what is under way, so that nothing half written stays.
     let Ok(result) = catch_unwind(AssertUnwindSafe(|| commands::run(&cli, &terminal))) else {
         terminal.finish();

@@ -7,5 +7,7 @@ pub mod checkpoint;
 pub mod grid;
 pub mod imatrix;
 pub mod linalg;
+#[cfg(feature = "mimalloc")]
+pub mod memory;
 pub mod ops;
 pub mod stream;

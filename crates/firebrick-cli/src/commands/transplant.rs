@@ -50,6 +50,16 @@ impl Transplant {
             "{shared} tokens of {} are {}'s, {filled} are made ({method})",
             donor.name, model.name
         ));
+        let (width, fits) =
+            (donor.config.d_model, [TransplantMethod::Omp, TransplantMethod::CommonInterpolation]);
+        if filled > 0 && fits.contains(&self.method) && 8 * self.k > width {
+            terminal.say(&format!(
+                "--k {} is over an eighth of the donor's width {width}: where rows of {} are barely trained, combinations of so many tokens fit noise; compare with --k {}",
+                self.k,
+                donor.name,
+                (width / 8).max(1)
+            ));
+        }
         let target = transplant.target(&self.out)?;
         let executor = models::executor(global, terminal);
         if global.dry_run {
