@@ -105,21 +105,10 @@ pub enum Verb {
 }
 
 impl Verb {
-    /// Whether the verb computes with a model, and so asks for the same buffers over and over; the others move weights through a
-    /// bounded amount of memory.
-    pub fn computes(&self) -> bool {
-        use Verb::{Embed, Eval, Generate, Imatrix, Profile, Quantize, Specialize, Train};
-        matches!(
-            self,
-            Specialize(_)
-                | Eval(_)
-                | Generate(_)
-                | Embed(_)
-                | Train(_)
-                | Profile(_)
-                | Quantize(_)
-                | Imatrix(_)
-        )
+    /// Whether the verb does the same over and over with one model, and so asks for the same buffers; the others go through stages,
+    /// or move weights through a bounded amount of memory.
+    pub fn repeats(&self) -> bool {
+        matches!(self, Verb::Train(_) | Verb::Eval(_) | Verb::Generate(_) | Verb::Embed(_))
     }
 
     /// Whether an interrupted run of the verb can go on where it stopped.

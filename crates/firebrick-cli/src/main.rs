@@ -30,7 +30,7 @@ fn main() -> ExitCode {
         complain(&format!("warning: Ctrl-C will not stop cleanly: {e}"));
     }
     ui::keep_panics();
-    memory::keep_freed(cli.verb.computes());
+    memory::keep_freed(cli.verb.repeats());
     // Also unwinds what is under way, so that nothing half written stays.
     let Ok(result) = catch_unwind(AssertUnwindSafe(|| commands::run(&cli, &terminal))) else {
         terminal.finish();
