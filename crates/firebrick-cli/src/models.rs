@@ -278,6 +278,12 @@ pub fn check_output(path: &Path, unfinished: Option<&Path>, global: &Global) -> 
     {
         bail!("{}: {} is not a folder", path.display(), above.display());
     }
+    if let Some(unfinished) = unfinished
+        && global.resume
+        && !global.dry_run
+    {
+        remove(&aside(unfinished))?; // A kill came while it was discarded.
+    }
     let begun = unfinished.is_some_and(Path::exists);
     if !path.exists() || is_empty(path) || global.overwrite || (begun && global.resume) {
         return Ok(());
@@ -318,11 +324,7 @@ pub fn is_occupied(error: &anyhow::Error) -> Option<Occupied> {
 
 /// Removes a folder if it is there. Renamed first, so that a kill leaves nothing half removed under its name.
 pub fn discard(folder: &Path) -> Result<()> {
-    let aside = folder.with_extension("old");
-    let remove = |path: &Path| match std::fs::remove_dir_all(path) {
-        Err(e) if e.kind() != ErrorKind::NotFound => Err(e).with_context(|| path.display().to_string()),
-        _ => Ok(()),
-    };
+    let aside = aside(folder);
     remove(&aside)?;
     match std::fs::rename(folder, &aside) {
         Err(e) if e.kind() == ErrorKind::NotFound => Ok(()),
@@ -330,6 +332,18 @@ pub fn discard(folder: &Path) -> Result<()> {
             renamed.with_context(|| folder.display().to_string())?;
             remove(&aside)
         }
+    }
+}
+
+/// Where a folder goes while it is removed.
+fn aside(folder: &Path) -> PathBuf {
+    folder.with_extension("old")
+}
+
+fn remove(folder: &Path) -> Result<()> {
+    match std::fs::remove_dir_all(folder) {
+        Err(e) if e.kind() != ErrorKind::NotFound => Err(e).with_context(|| folder.display().to_string()),
+        _ => Ok(()),
     }
 }
 

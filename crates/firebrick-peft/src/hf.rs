@@ -406,6 +406,10 @@ pub fn read_all(dir: &Path, sites: &SiteTable) -> Result<AdapterFiles, PeftError
             )),
         }
     }
+    let is_there = |name: &String| whole.iter().any(|w| w.module().ends_with(name.as_str()));
+    problems.extend(saved.iter().filter(|name| !is_there(name)).map(|name| {
+        format!("`modules_to_save` names `{name}`, of which {WEIGHTS_FILE} beside it has no weight")
+    }));
     if checkpoint.tensors().is_empty() {
         problems.push(format!("{WEIGHTS_FILE} beside it has no tensors"));
     }

@@ -124,8 +124,8 @@ fn merge(moments: u64) {
 
 fn search(moments: u64) {
     let dir = prepare();
-    json(dir.path(), &["convert", "a", "b.gguf", "--type", "q4_0"]);
-    let yaml = "merge_method: linear\nmodels: [{model: a}, {model: b.gguf}]\nparameters: {weight: 0.5}\ndtype: float32\n";
+    json(dir.path(), &["convert", "a", "packed.gguf", "--type", "q4_0"]);
+    let yaml = "merge_method: linear\nmodels: [{model: a}, {model: packed.gguf}]\nparameters: {weight: 0.5}\ndtype: float32\n";
     std::fs::write(dir.path().join("m.yml"), yaml).unwrap();
     let line =
         "merge m.yml --out out --search --search-data t.txt --window 32 --windows 2 --groups 2 --budget 20";
