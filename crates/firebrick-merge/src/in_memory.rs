@@ -1,11 +1,11 @@
 //! The models of a merge, and what it gives, as decoders in memory: what is measured before anything is written.
 
 use burn::tensor::Device;
-use firebrick_core::{Seed, Site, SiteTable};
+use firebrick_core::{Site, SiteTable};
 use firebrick_models::{Decoder, DecoderConfig, ModelError, TensorSource};
 use firebrick_tensor::block::DType;
 
-use crate::{Merge, MergeError, PlannedSource, PlannedTensor, TensorMerge, Values, folder, merge_tensor};
+use crate::{Merge, MergeError, PlannedSource, PlannedTensor, Values, folder, merge_tensor};
 
 /// A decoder of a merge.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -127,17 +127,7 @@ impl Merge {
         };
         let values: Vec<Values<'_>> = inputs.iter().map(|v| rounded(self.config.dtype, &v[..])).collect();
         let (per_model, global) = self.parameters(tensor).map_err(fail)?;
-        let common = TensorMerge {
-            inputs: &values,
-            base: tensor.base,
-            shape: &tensor.shape,
-            per_model: &per_model,
-            global: &global,
-            seed: Seed(self.config.seed).derive(&tensor.name),
-            numerics: self.config.numerics,
-            dtype: self.held(tensor),
-            masks: None,
-        };
+        let common = self.tensor_merge(tensor, &values, &per_model, &global);
         let merged = merge_tensor(self.config.method, &common).map_err(fail)?;
         let mut stored = Vec::new();
         Ok(rounded(Some(tensor.dtype), &merged).read(0..merged.len(), &mut stored).map_err(fail)?.to_vec())

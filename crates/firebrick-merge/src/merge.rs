@@ -167,8 +167,29 @@ impl Merge {
         Ok((own, GlobalParameters::new(method, |name| tensor.global.get(name).copied())?))
     }
 
+    /// What a method takes to merge a whole tensor.
+    pub(crate) fn tensor_merge<'a>(
+        &self,
+        tensor: &'a PlannedTensor,
+        inputs: &'a [Values<'a>],
+        per_model: &'a [ModelParameters],
+        global: &'a GlobalParameters,
+    ) -> TensorMerge<'a> {
+        TensorMerge {
+            inputs,
+            base: tensor.base,
+            shape: &tensor.shape,
+            per_model,
+            global,
+            seed: Seed(self.config.seed).derive(&tensor.name),
+            numerics: self.config.numerics,
+            dtype: self.held(tensor),
+            masks: None,
+        }
+    }
+
     /// The type in which mergekit holds the models: that of the base, else one that holds them all.
-    pub(crate) fn held(&self, tensor: &PlannedTensor) -> DType {
+    fn held(&self, tensor: &PlannedTensor) -> DType {
         let stored = |source: &PlannedSource| {
             self.models[source.model].checkpoint.get(&source.stored).map_or(DType::F32, |info| info.dtype)
         };
@@ -190,17 +211,7 @@ impl Merge {
         let of = |source: &PlannedSource| {
             inputs.iter().find(|i| i.source == source.model && i.info.name == source.stored)
         };
-        let common = TensorMerge {
-            inputs: &[],
-            base: tensor.base,
-            shape: &tensor.shape,
-            per_model: &per_model,
-            global: &global,
-            seed: Seed(self.config.seed).derive(&tensor.name),
-            numerics: self.config.numerics,
-            dtype: self.held(tensor),
-            masks: None,
-        };
+        let common = self.tensor_merge(tensor, &[], &per_model, &global);
         // Inputs in another type than `dtype` are rounded to it first, as mergekit loads them.
         let plain: Vec<bool> = tensor.sources.iter().map(|s| self.is_plain(tensor, s)).collect();
         if plain.iter().all(|p| *p) {

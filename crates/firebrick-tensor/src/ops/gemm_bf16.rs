@@ -92,8 +92,12 @@ impl Operand<'_> {
 
     fn pack_panel(&self, first: usize, order: Order, out: &mut [u32]) {
         #[cfg(target_arch = "x86_64")]
-        if is_x86_feature_detected!("avx512f") {
-            // SAFETY: the processor has AVX-512.
+        if is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx512dq")
+        {
+            // SAFETY: the processor has these parts of AVX-512.
             return unsafe { self.pack_panel_avx512(first, order, out) };
         }
         self.pack_panel_here(first, order, out);

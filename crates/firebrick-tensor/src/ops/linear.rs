@@ -22,7 +22,7 @@ use super::cpu;
 use super::matmul_bf16::{MatmulBf16Ops, Precision};
 
 /// Rows from which a matrix product that packs its operands is faster.
-const FEW_ROWS: usize = 8;
+pub(super) const FEW_ROWS: usize = 8;
 
 /// Weights that one task reads.
 const TASK: usize = 1 << 16;

@@ -17,9 +17,7 @@ use burn_flex::{Flex, FlexTensor};
 
 use super::cpu;
 use super::gemm_bf16::{Level, Operand, gemm_bf16};
-
-/// Rows below which reading the weights is all the work, and rounding them only adds to it.
-const FEW_ROWS: usize = 8;
+use super::linear::FEW_ROWS;
 
 /// How the large products of a model are computed. What is stored is f32 either way.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
