@@ -1,10 +1,12 @@
 //! `cargo xtask ci`: what CI checks, cheapest first.
 
-use crate::{cmd, python, test, tidy};
-use anyhow::{Result, bail};
+use crate::test::{self, Device};
+use crate::{cmd, python, tidy};
+use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
+use std::fs::File;
 use std::path::PathBuf;
-use std::process::{Command, ExitCode};
+use std::process::{Child, Command, ExitCode};
 use std::time::{Duration, Instant};
 
 #[derive(clap::Args)]
@@ -49,14 +51,25 @@ pub fn run(args: &CiArgs) -> Result<ExitCode> {
             "xtask: no target/py (`cargo xtask python`): the tests against Python peers will be skipped"
         );
     }
+    // Everything that runs comes from one build, with the GPU backend if that is among it: a second one takes longest of all.
+    let built_for = if steps.contains(&Step::Wgpu) { Device::Wgpu } else { Device::Flex };
     let mut done: Vec<(Step, Duration)> = Vec::new();
+    let mut beside: Option<Beside> = None;
     for (n, &step) in steps.iter().enumerate() {
         if n + 1 == steps.len() && n > 0 {
             eprintln!("\n{}{:<11} next", summary(&done), step.name());
         }
         eprintln!("\n==> [{}/{}] {}: {}", n + 1, steps.len(), step.name(), step.what());
         let start = Instant::now();
-        if let Err(error) = step.run() {
+        // A software rasterizer compiles its kernels on one core.
+        if step == Step::Wgpu && steps.contains(&Step::Extend) {
+            beside = Some(Beside::start(Step::Extend, built_for)?);
+        }
+        let result = match beside.take_if(|other| other.step == step) {
+            Some(other) => other.finish(),
+            None => step.run(built_for),
+        };
+        if let Err(error) = result {
             // The last step has said by itself what failed.
             if step != Step::Test {
                 eprintln!("\n{}{:<11} FAILED {:>9}", summary(&done), step.name(), seconds(start.elapsed()));
@@ -70,6 +83,42 @@ pub fn run(args: &CiArgs) -> Result<ExitCode> {
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// A step that runs beside another one. What it says is kept until its turn comes.
+struct Beside {
+    step: Step,
+    child: Child,
+    log: PathBuf,
+}
+
+impl Beside {
+    fn start(step: Step, built_for: Device) -> Result<Self> {
+        step.prepare()?;
+        let log = cmd::root().join("target").join(format!("{}.log", step.name()));
+        let file = File::create(&log).with_context(|| format!("cannot write {}", log.display()))?;
+        let mut command = step.command(built_for).context("only a program can run beside another one")?;
+        eprintln!("$ {} > {} &", cmd::show(&command), log.display());
+        let child = command.stdout(file.try_clone()?).stderr(file).spawn()?;
+        Ok(Self { step, child, log })
+    }
+
+    fn finish(mut self) -> Result<()> {
+        let status = self.child.wait()?;
+        eprint!("{}", std::fs::read_to_string(&self.log)?);
+        if !status.success() {
+            bail!("the step {}: {status}", self.step.name());
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Beside {
+    /// Nothing goes on in the background when another step has failed.
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
 }
 
 fn select(only: &[Step], skip: &[Step]) -> Vec<Step> {
@@ -152,20 +201,25 @@ impl Step {
         }
     }
 
-    fn run(self) -> Result<()> {
+    fn prepare(self) -> Result<()> {
         if self == Self::Extend {
             // The versions of the workspace, so that this crate is built with what everything else is tested with.
             let lock = cmd::root().join("Cargo.lock");
             std::fs::copy(lock, cmd::root().join("docs/guide/extend/Cargo.lock"))?;
         }
-        match self.command() {
+        Ok(())
+    }
+
+    fn run(self, built_for: Device) -> Result<()> {
+        self.prepare()?;
+        match self.command(built_for) {
             Some(mut command) => cmd::run(&mut command),
             None => tidy::run(),
         }
     }
 
     /// The program that the step is; `None` for tidy, which is part of xtask.
-    fn command(self) -> Option<Command> {
+    fn command(self, built_for: Device) -> Option<Command> {
         Some(match self {
             Self::Tidy => return None,
             Self::Fmt => cmd::cargo_with(&["fmt", "--all", "--check"]),
@@ -181,20 +235,20 @@ impl Step {
                 doc.arg("--no-deps").env("RUSTDOCFLAGS", "-Dwarnings");
                 doc
             }
-            Self::Wgpu => {
-                let mut test = test::command(test::Device::Wgpu);
-                test.arg("ops::");
-                test
-            }
+            Self::Wgpu => test::command(Device::Wgpu, &[built_for]),
             Self::Extend => {
                 let manifest = ["test", "--manifest-path", "docs/guide/extend/Cargo.toml"];
                 let mut test = cmd::cargo();
                 test.args(manifest).args(["--target-dir", "target/extend"]);
                 test
             }
-            Self::Doctest => cmd::cargo_with(&["test", "--locked", "--workspace", "--doc"]),
+            Self::Doctest => {
+                let mut test = cmd::cargo_with(&["test", "--locked", "--workspace", "--doc"]);
+                test.args(Device::build_arguments(&[built_for], "firebrick-cli"));
+                test
+            }
             Self::Test => {
-                let mut test = test::command(test::Device::Flex);
+                let mut test = test::command(Device::Flex, &[built_for]);
                 test.args(["--locked", "--profile", "ci"]);
                 test
             }
@@ -217,7 +271,7 @@ mod tests {
     #[test]
     fn every_step_but_tidy_is_a_program() {
         for step in Step::value_variants() {
-            assert_eq!(step.command().is_none(), *step == Step::Tidy, "{step:?}");
+            assert_eq!(step.command(Device::Wgpu).is_none(), *step == Step::Tidy, "{step:?}");
         }
     }
 

@@ -8,7 +8,7 @@ use std::process::Command;
 
 #[derive(clap::Args)]
 pub struct TestArgs {
-    /// The backend under test: every test on flex, those of firebrick-tensor on the others.
+    /// The backend under test: every test on flex, those of the ops on the others.
     #[arg(long, value_enum, default_value_t = Device::Flex)]
     device: Device,
     /// Handed to nextest, or to the test program of a GPU run.
@@ -27,6 +27,14 @@ pub enum Device {
 pub const NEXTEST: (&str, &str) = ("cargo-nextest", "`cargo install cargo-nextest --locked`");
 
 impl Device {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Flex => "flex",
+            Self::Wgpu => "wgpu",
+            Self::Cuda => "cuda",
+        }
+    }
+
     /// Arguments with which cargo builds `package` for these devices: a feature for each GPU backend, and a target
     /// directory of its own for each set of features, so that one build does not replace another.
     pub fn build_arguments(devices: &[Self], package: &str) -> Vec<String> {
@@ -46,35 +54,36 @@ pub fn run(args: &TestArgs) -> Result<()> {
     if args.device == Device::Flex && cmd::find_program(program).is_none() {
         bail!("{program} is missing: {hint}");
     }
-    cmd::run(command(args.device).args(&args.args))
+    cmd::run(command(args.device, &[args.device]).args(&args.args))
 }
 
-/// The test run for `device`. A device that is asked for and missing fails the tests instead of skipping them.
-pub fn command(device: Device) -> Command {
+/// The test run for `device`, in a build for `devices`. A device that is asked for and missing fails the tests instead of
+/// skipping them; others are left alone.
+pub fn command(device: Device, devices: &[Device]) -> Command {
     let mut command = match device {
         Device::Flex => cmd::cargo_with(&["nextest", "run", "--workspace"]),
-        Device::Wgpu | Device::Cuda => gpu(device),
+        Device::Wgpu | Device::Cuda => cmd::cargo_with(&["test", "--workspace", "--test", "it"]),
     };
+    command.args(Device::build_arguments(devices, "firebrick-cli"));
+    command.env("FIREBRICK_REQUIRE_DEVICE", device.name()).env("FIREBRICK_DEVICE", device.name());
+    if devices.contains(&Device::Wgpu) && std::env::var_os("XDG_RUNTIME_DIR").is_none() {
+        // Without it Wayland's library complains wherever devices are looked for.
+        command.env("XDG_RUNTIME_DIR", std::env::temp_dir());
+    }
+    if device != Device::Flex {
+        command.env("CUBECL_AUTOTUNE_LEVEL", "minimal");
+        // In one process, one after the other: a process for each test, as nextest has it, compiles the same kernels again and
+        // again, which takes a software rasterizer over a minute a test.
+        command.args(["ops::", "--", "--test-threads", "1"]);
+    }
+    if device == Device::Wgpu
+        && let Some(driver) = software_vulkan()
+    {
+        command.env("VK_ICD_FILENAMES", driver).env("CUBECL_WGPU_DEFAULT_DEVICE", "Cpu");
+    }
     if let Some(python) = python::existing() {
         command.env("FIREBRICK_PYTHON", python);
     }
-    command
-}
-
-/// All tests of firebrick-tensor in one process, one after the other: a process for each, as nextest has it, compiles the
-/// same kernels again and again, which takes a software rasterizer over a minute a test.
-fn gpu(device: Device) -> Command {
-    let mut command = cmd::cargo_with(&["test", "-p", "firebrick-tensor", "--test", "it"]);
-    command.args(Device::build_arguments(&[device], "firebrick-tensor"));
-    let name = if device == Device::Wgpu { "wgpu" } else { "cuda" };
-    command.env("FIREBRICK_REQUIRE_DEVICE", name).env("CUBECL_AUTOTUNE_LEVEL", "minimal");
-    if device == Device::Wgpu {
-        command.args(["--profile", "gpu-test"]);
-        if let Some(driver) = software_vulkan() {
-            command.env("VK_ICD_FILENAMES", driver).env("CUBECL_WGPU_DEFAULT_DEVICE", "Cpu");
-        }
-    }
-    command.args(["--", "--test-threads", "1"]);
     command
 }
 
@@ -110,8 +119,10 @@ mod tests {
 
     #[test]
     fn a_gpu_run_requires_its_device() {
-        assert!(cmd::show(&command(Device::Wgpu)).contains("FIREBRICK_REQUIRE_DEVICE=wgpu"));
-        assert!(cmd::show(&command(Device::Cuda)).contains("FIREBRICK_REQUIRE_DEVICE=cuda"));
-        assert!(!cmd::show(&command(Device::Flex)).contains("FIREBRICK_REQUIRE_DEVICE"));
+        let shown = |device, devices: &[Device]| cmd::show(&command(device, devices));
+        assert!(shown(Device::Wgpu, &[Device::Wgpu]).contains("FIREBRICK_REQUIRE_DEVICE=wgpu"));
+        assert!(shown(Device::Cuda, &[Device::Cuda]).contains("FIREBRICK_REQUIRE_DEVICE=cuda"));
+        // Whatever the build can do.
+        assert!(shown(Device::Flex, &[Device::Wgpu]).contains("FIREBRICK_REQUIRE_DEVICE=flex"));
     }
 }

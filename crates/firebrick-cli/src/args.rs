@@ -28,7 +28,7 @@ pub struct Cli {
 #[derive(Args, Clone)]
 pub struct Global {
     /// Where to compute: auto, flex, wgpu or cuda; `wgpu:1` is the second such device.
-    #[arg(long, global = true, default_value = "auto", value_name = "DEVICE")]
+    #[arg(env = "FIREBRICK_DEVICE", long, global = true, default_value = "auto", value_name = "DEVICE")]
     pub device: DeviceSpec,
     /// Seed of every random draw.
     #[arg(long, global = true, default_value_t = 0, value_name = "N")]

@@ -1,7 +1,7 @@
 use burn::tensor::{DType, Device, Tensor};
 use firebrick_tensor::ops::{AttentionOptions, Segments, attention, segmented_attention};
 
-use super::support::{Case, devices, flat, host, normal};
+use super::support::{Case, devices, devices_and, flat, host, normal};
 
 #[derive(Clone, Debug)]
 struct Shape {
@@ -49,7 +49,8 @@ fn reference(x: &[Vec<f64>], shape: &Shape, o: &AttentionOptions, rule: &Rule) -
     out
 }
 
-fn check(shape: Shape, o: AttentionOptions) {
+/// On the CPU, and on GPUs if they take this shape.
+fn check(gpus: bool, shape: Shape, o: AttentionOptions) {
     let Shape { batch, heads, kv_heads, t, s, d, dv } = shape;
     let (causal, window, group) = (o.causal, o.window, heads / kv_heads);
     let sees = move |p: usize, j: usize| (!causal || j <= p) && window.is_none_or(|w| p.abs_diff(j) < w);
@@ -74,7 +75,7 @@ fn check(shape: Shape, o: AttentionOptions) {
         },
         reference: &|x| reference(x, &shape, &o, &right),
     };
-    for device in devices() {
+    for device in devices_and(gpus) {
         case.check(&device, 3e-6, Some(1e-6));
         if s < 3 {
             continue;
@@ -113,35 +114,35 @@ fn shape(batch: usize, [heads, kv_heads]: [usize; 2], [t, s]: [usize; 2], [d, dv
 
 #[test]
 fn one_token_and_plain() {
-    check(shape(1, [1, 1], [1, 1], [1, 1]), options(true, None, None));
-    check(shape(2, [3, 3], [5, 5], [8, 8]), options(false, None, None));
-    check(shape(1, [2, 2], [3, 7], [5, 11]), options(false, None, None));
+    check(false, shape(1, [1, 1], [1, 1], [1, 1]), options(true, None, None));
+    check(true, shape(2, [3, 3], [5, 5], [8, 8]), options(false, None, None));
+    check(false, shape(1, [2, 2], [3, 7], [5, 11]), options(false, None, None));
 }
 
 #[test]
 fn causal_and_grouped() {
-    check(shape(1, [6, 2], [7, 7], [16, 16]), options(true, None, None));
-    check(shape(2, [3, 1], [4, 9], [5, 3]), options(true, None, None));
-    check(shape(1, [3, 3], [1, 13], [4, 4]), options(true, None, None));
+    check(false, shape(1, [6, 2], [7, 7], [16, 16]), options(true, None, None));
+    check(true, shape(2, [3, 1], [4, 9], [5, 3]), options(true, None, None));
+    check(false, shape(1, [3, 3], [1, 13], [4, 4]), options(true, None, None));
 }
 
 #[test]
 fn window_and_softcap() {
-    check(shape(1, [6, 2], [11, 11], [8, 8]), options(true, Some(3), None));
-    check(shape(2, [3, 1], [5, 12], [7, 7]), options(true, Some(1), None));
-    check(shape(1, [2, 1], [9, 9], [8, 8]), options(false, Some(4), None));
-    check(shape(1, [3, 1], [6, 8], [8, 8]), options(true, None, Some(0.8)));
-    check(shape(1, [3, 1], [6, 8], [8, 8]), options(true, Some(3), Some(0.8)));
+    check(false, shape(1, [6, 2], [11, 11], [8, 8]), options(true, Some(3), None));
+    check(false, shape(2, [3, 1], [5, 12], [7, 7]), options(true, Some(1), None));
+    check(false, shape(1, [2, 1], [9, 9], [8, 8]), options(false, Some(4), None));
+    check(false, shape(1, [3, 1], [6, 8], [8, 8]), options(true, None, Some(0.8)));
+    check(true, shape(1, [3, 1], [6, 8], [8, 8]), options(true, Some(3), Some(0.8)));
 }
 
 #[test]
 fn several_blocks_of_queries() {
-    check(shape(1, [2, 1], [150, 171], [16, 16]), options(true, None, None));
-    check(shape(1, [1, 1], [140, 140], [8, 8]), options(true, Some(33), None));
+    check(false, shape(1, [2, 1], [150, 171], [16, 16]), options(true, None, None));
+    check(true, shape(1, [1, 1], [140, 140], [8, 8]), options(true, Some(33), None));
 }
 
 /// Rows of several documents; `lengths` are those of each row.
-fn check_documents(heads: [usize; 2], d: usize, lengths: &[Vec<usize>], o: AttentionOptions) {
+fn check_documents(gpus: bool, heads: [usize; 2], d: usize, lengths: &[Vec<usize>], o: AttentionOptions) {
     let t: usize = lengths[0].iter().sum();
     let batch = lengths.len();
     let starts_of = |lengths: &Vec<usize>| -> Vec<usize> {
@@ -180,7 +181,7 @@ fn check_documents(heads: [usize; 2], d: usize, lengths: &[Vec<usize>], o: Atten
         },
         reference: &|x| of(x, &|b, p| starts[b][p]),
     };
-    for device in devices() {
+    for device in devices_and(gpus) {
         case.check(&device, 3e-6, Some(1e-6));
         case.refutes(&device, &|x| of(x, &|_, _| 0));
         case.refutes(&device, &|x| of(x, &|b, p| starts[b][p].saturating_sub(1)));
@@ -192,9 +193,9 @@ fn check_documents(heads: [usize; 2], d: usize, lengths: &[Vec<usize>], o: Atten
 
 #[test]
 fn documents_of_a_row_do_not_see_each_other() {
-    check_documents([6, 2], 8, &[vec![4, 1, 7], vec![2, 10]], options(true, None, None));
-    check_documents([2, 1], 5, &[vec![3, 6]], options(true, Some(3), Some(0.8)));
-    check_documents([1, 1], 4, &[vec![100, 33, 40]], options(true, None, None));
+    check_documents(true, [6, 2], 8, &[vec![4, 1, 7], vec![2, 10]], options(true, None, None));
+    check_documents(false, [2, 1], 5, &[vec![3, 6]], options(true, Some(3), Some(0.8)));
+    check_documents(false, [1, 1], 4, &[vec![100, 33, 40]], options(true, None, None));
 }
 
 #[test]

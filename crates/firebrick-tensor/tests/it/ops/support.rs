@@ -4,14 +4,18 @@ use burn::tensor::{DType, Device, Tensor, TensorData};
 use firebrick_core::{DeviceSpec, Seed};
 use rand::Rng;
 
-/// Every device this build and this machine have. `FIREBRICK_REQUIRE_DEVICE=wgpu` makes a missing one a failure.
+/// Every device this build and this machine have; with `FIREBRICK_REQUIRE_DEVICE=wgpu` that one alone, which must be there.
 pub fn devices() -> Vec<Device> {
     let required = std::env::var("FIREBRICK_REQUIRE_DEVICE").unwrap_or_default();
-    let mut devices = vec![Device::flex()];
+    let mut devices = Vec::new();
     for (name, built, spec) in [
+        ("flex", true, DeviceSpec::Flex),
         ("wgpu", cfg!(feature = "wgpu"), DeviceSpec::Wgpu(0)),
         ("cuda", cfg!(feature = "cuda"), DeviceSpec::Cuda(0)),
     ] {
+        if !required.is_empty() && required != name {
+            continue;
+        }
         if !built {
             assert_ne!(required, name, "{name} is required, but this build does not have it");
             continue;
@@ -29,7 +33,7 @@ pub fn devices() -> Vec<Device> {
 /// The CPU, and the other devices if `gpus`: their drivers compile kernels anew for every shape, which takes a software rasterizer
 /// seconds, so that they take some shapes of a test and not all.
 pub fn devices_and(gpus: bool) -> Vec<Device> {
-    if gpus { devices() } else { vec![Device::flex()] }
+    devices().into_iter().filter(|device| gpus || is_flex(device)).collect()
 }
 
 pub fn is_flex(device: &Device) -> bool {
