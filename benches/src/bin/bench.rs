@@ -56,7 +56,7 @@ struct Arguments {
     /// Write a page with this run and its history.
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
-    /// Folder for models made for measuring, kept from run to run (1.5 GB for the suite `merge`).
+    /// Folder for models made for measuring, kept from run to run (1.1 GB for the suite `merge`).
     #[arg(long, value_name = "DIR", default_value = "target/bench")]
     cache: PathBuf,
 }

@@ -104,9 +104,7 @@ pub fn fisher_diagonal(
     progress: &dyn Progress,
 ) -> Result<BTreeMap<Site, Tensor<2>>, AnalysisError> {
     let mut sums: BTreeMap<Site, Tensor<2>> = BTreeMap::new();
-    let mut all = 0;
-    each_window(decoder, ids, sites, options, progress, &mut |site, gradient, tokens| {
-        all += if Some(site) == sites.iter().next() { tokens } else { 0 };
+    let all = each_window(decoder, ids, sites, options, progress, &mut |site, gradient, _| {
         let square = gradient.clone() * gradient;
         let sum = match sums.remove(&site) {
             Some(sum) => sum + square,
@@ -115,12 +113,13 @@ pub fn fisher_diagonal(
         sums.insert(site, sum);
         Ok(())
     })?;
-    Ok(sums.into_iter().map(|(site, sum)| (site, sum / all.max(1) as f64)).collect())
+    Ok(sums.into_iter().map(|(site, sum)| (site, sum / all as f64)).collect())
 }
 
 /// What is done with the gradient `[d_out, d_in]` of a window of so many predicted tokens.
 type Visit<'a> = dyn FnMut(Site, Tensor<2>, usize) -> Result<(), AnalysisError> + 'a;
 
+/// The number of predicted tokens of all windows.
 fn each_window(
     decoder: &Decoder,
     ids: &[u32],
@@ -128,14 +127,14 @@ fn each_window(
     options: &FisherOptions,
     progress: &dyn Progress,
     visit: &mut Visit<'_>,
-) -> Result<(), AnalysisError> {
+) -> Result<usize, AnalysisError> {
     let window = options.window.min(ids.len());
     if window < 2 || options.windows == 0 {
         return Err(AnalysisError::TooFewTokens { have: window, need: 2 });
     }
     let chosen = spread(0, ids.len() / window, options.windows);
     let mut task = Task::begin(progress, "fisher", Some(chosen.len() as u64), "windows");
-    let device = decoder.device();
+    let (device, mut all) = (decoder.device(), 0);
     for at in chosen {
         let text = &ids[at * window..(at + 1) * window];
         let labels: Vec<i32> = match options.labels {
@@ -157,9 +156,10 @@ fn each_window(
         for (site, gradient) in weight_gradients(decoder, tokens, sites, &loss) {
             visit(site, gradient, window - 1)?;
         }
+        all += window - 1;
         task.advance(1, "")?;
     }
-    Ok(())
+    Ok(all)
 }
 
 /// One label for each row of `hidden: [tokens, d_model]` from its prediction, `draws` uniform over `-0.5..0.5`.

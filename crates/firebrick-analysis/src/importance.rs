@@ -47,8 +47,11 @@ pub fn importance(
         }
         for site in sites.iter() {
             let Some(name) = family.gguf_name(site) else { continue };
-            let moments = moments.matrix(site)?;
-            let sums = (0..moments.rows()).map(|j| moments.data()[j * (moments.rows() + 1)] as f32).collect();
+            let squares = moments.squares(site)?;
+            if squares.iter().any(|v| !v.is_finite()) {
+                return Err(AnalysisError::Site { site, what: "its inputs are not finite".into() });
+            }
+            let sums = squares.iter().map(|v| *v as f32).collect();
             entries.insert(name, Importance { sums, counts: vec![(count * window) as f32] });
         }
         task.advance(1, "")?;

@@ -66,13 +66,18 @@ impl SecondMoments {
     /// # Errors
     /// As [`SecondMoments::matrix`].
     pub fn squares(&self, site: Site) -> Result<Vec<f64>, AnalysisError> {
-        let fail = |what: &str| AnalysisError::Site { site, what: what.into() };
-        let sum = self.sum(site).ok_or_else(|| fail("nothing passed this site"))?;
-        let n = sum.dims()[0];
-        let ids: Vec<i32> = (0..n).map(|i| (i * (n + 1)) as i32).collect();
-        let ids = Tensor::from_data(TensorData::new(ids, [n]), &sum.device());
-        let diagonal = read(site, sum.reshape([n * n]).select(0, ids))?;
-        Ok(diagonal.into_iter().map(f64::from).collect())
+        let sums = self.sums.borrow();
+        let panels = sums
+            .get(&input_site(site))
+            .ok_or_else(|| AnalysisError::Site { site, what: "nothing passed this site".into() })?;
+        let diagonal = panels.iter().map(|panel| {
+            let [width, end] = panel.dims();
+            let ids: Vec<i32> = (0..width).map(|i| (i * (width + 1)) as i32).collect();
+            let ids = Tensor::from_data(TensorData::new(ids, [width]), &panel.device());
+            panel.clone().narrow(1, end - width, width).reshape([width * width]).select(0, ids)
+        });
+        let diagonal: Tensor<1> = Tensor::cat(diagonal.collect(), 0);
+        Ok(read(site, diagonal)?.into_iter().map(f64::from).collect())
     }
 
     /// The sum of `site`'s input so far, on the host.

@@ -10,7 +10,7 @@ use clap::ValueEnum;
 use firebrick_core::{Brick, LayerPlan, ResolvedPlan, Site, folder, write_atomic};
 use firebrick_models::hub::HubModel;
 use firebrick_models::tokenizer::Tokenizer;
-use firebrick_models::{EncodedWeight, EncoderFiles, Model, ModelError, ModelFiles};
+use firebrick_models::{EncodedWeight, EncoderFiles, Export, Model, ModelError, ModelFiles};
 use firebrick_peft::LoraBank;
 use firebrick_peft::hf;
 use firebrick_quant::{PackedLinear, QuantizedMatrix};
@@ -63,7 +63,7 @@ pub fn is_encoder(model: &str) -> bool {
 }
 
 /// The path itself, or where a name fetched with `cargo xtask model` lies.
-fn locate(model: &str) -> Result<PathBuf> {
+pub fn locate(model: &str) -> Result<PathBuf> {
     let path = PathBuf::from(model);
     if path.exists() {
         return Ok(path);
@@ -294,6 +294,35 @@ pub fn check_output(path: &Path, unfinished: Option<&Path>, global: &Global) -> 
         _ => "exists; say --overwrite to replace it",
     };
     Err(Usage(format!("{} {how}", path.display())).into())
+}
+
+/// Refuses a target that an export to it would refuse, before the work that leads there.
+pub fn check_export(export: Export<'_>, out: &Path, global: &Global, terminal: &Terminal) -> Result<()> {
+    let plan = export.plan(out, &executor(global, terminal))?;
+    match plan.problems.is_empty() {
+        true => Ok(()),
+        false => Err(Usage(plan.problems.join("; ")).into()),
+    }
+}
+
+/// [`check_output`] of a single file; makes its folder.
+pub fn check_file(path: &Path, global: &Global) -> Result<()> {
+    if path.is_dir() {
+        return Err(Usage(format!("{} is a folder; name a file", path.display())).into());
+    }
+    check_output(path, None, global)?;
+    if global.dry_run {
+        return Ok(());
+    }
+    std::fs::create_dir_all(folder(path)).with_context(|| folder(path).display().to_string())
+}
+
+/// [`check_output`] of a folder.
+pub fn check_folder(path: &Path, global: &Global) -> Result<()> {
+    if path.exists() && !path.is_dir() {
+        return Err(Usage(format!("{} is a file; name a folder", path.display())).into());
+    }
+    check_output(path, None, global)
 }
 
 fn is_empty(folder: &Path) -> bool {

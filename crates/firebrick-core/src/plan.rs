@@ -15,6 +15,9 @@ mod read;
 /// The version of the format written here.
 const VERSION: u32 = 1;
 
+/// Most sites that all rules together may match: far above real plans, and a bound on what a hostile one allocates.
+const MAX_MATCHES: usize = 1 << 22;
+
 /// Settings for the sites of a model: rules, of which later ones override earlier ones field by field.
 ///
 /// ```toml
@@ -350,7 +353,7 @@ impl LayerPlan {
     pub fn resolve(&self, table: &SiteTable) -> Result<ResolvedPlan, PlanError> {
         let mut problems = Vec::new();
         problems.extend(wrong_version(self.version));
-        let mut rules = Vec::new();
+        let (mut rules, mut matches) = (Vec::new(), 0);
         for (i, rule) in self.rules.iter().enumerate() {
             problems
                 .extend(rule.settings.problems().into_iter().map(|(_, why)| format!("rules[{i}]: {why}")));
@@ -358,6 +361,12 @@ impl LayerPlan {
                 problems.push(format!("rules[{i}].select: {e}"));
                 SiteSet::default()
             });
+            matches += matched.len();
+            if matches > MAX_MATCHES {
+                problems
+                    .push(format!("rules[{i}]: the rules up to here match more than {MAX_MATCHES} sites"));
+                break;
+            }
             rules.push(RuleCoverage { select: rule.select.clone(), matched, shadowed: SiteSet::default() });
         }
         let mut sites: BTreeMap<Site, Settings> = BTreeMap::new();

@@ -374,6 +374,18 @@ pub enum SiteKind {
     Module,
 }
 
+impl SiteKind {
+    /// Shape of the weight as a checkpoint holds it, `[d_out, d_in]` for a linear layer; `None` where there is none.
+    pub fn weight_shape(self) -> Option<Vec<usize>> {
+        match self {
+            SiteKind::Linear { d_in, d_out } => Some(vec![d_out, d_in]),
+            SiteKind::Embedding { vocab, d_model } => Some(vec![vocab, d_model]),
+            SiteKind::Norm { d } | SiteKind::Bias { d } => Some(vec![d]),
+            SiteKind::Residual | SiteKind::Module => None,
+        }
+    }
+}
+
 /// One site of a model, with the checkpoint tensor behind it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SiteEntry {

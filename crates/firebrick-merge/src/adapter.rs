@@ -6,7 +6,10 @@ use std::path::Path;
 use firebrick_core::{Part, Site, SiteTable, read_file};
 use firebrick_peft::hf;
 use firebrick_tensor::block;
+use indexmap::IndexMap;
 use sha2::{Digest, Sha256};
+
+use crate::input::Stored;
 
 /// Most bytes of an adapter's file.
 const MAX_FILE: u64 = 64 << 30;
@@ -63,6 +66,25 @@ impl Adapter {
         untie(&mut updates, sites).map_err(|what| format!("{}: {what}", folder.display()))?;
         let sha256 = hash.finalize().iter().map(|b| format!("{b:02x}")).collect();
         Ok(Adapter { sha256, updates })
+    }
+
+    /// Whether `tensors` has what is changed, in the shapes of the configuration that the adapter was opened for.
+    pub fn check(&self, tensors: &IndexMap<String, Stored>) -> Result<(), String> {
+        let wrong = |(name, update): (&String, &Update)| {
+            let Some(Stored { shape, .. }) = tensors.get(name) else {
+                return Some(format!("the checkpoint lacks `{name}`, which the adapter changes"));
+            };
+            let fits = match (update, &shape[..]) {
+                (Update::LowRank(u), [rows, columns]) => *columns == u.d_in && rows * u.rank == u.b.len(),
+                (Update::LowRank(_), _) => false,
+                (Update::Whole(values), shape) => block::elements(shape) == Some(values.len()),
+            };
+            let what = || format!("`{name}` is {shape:?} in the checkpoint, which does not fit the adapter");
+            (!fits).then(what)
+        };
+        let mut problems: Vec<String> = self.updates.iter().filter_map(wrong).collect();
+        problems.sort_unstable();
+        if problems.is_empty() { Ok(()) } else { Err(problems.join("; ")) }
     }
 
     /// What is done to a tensor, by Hugging Face's name.

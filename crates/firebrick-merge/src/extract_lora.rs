@@ -273,10 +273,10 @@ impl ExtractLora {
             else {
                 continue;
             };
-            let Some(shape) = shape(entry.kind) else { continue };
+            let Some(shape) = entry.kind.weight_shape() else { continue };
             let Some(theirs) = tuned.sites().get(entry.site) else { continue };
             if theirs.kind != entry.kind {
-                let theirs = self::shape(theirs.kind).unwrap_or_default();
+                let theirs = theirs.kind.weight_shape().unwrap_or_default();
                 problems.push(format!("`{tensor}` is {shape:?} in the base, {theirs:?} in the fine-tune"));
             }
             let read = |files: &ModelFiles| {
@@ -485,15 +485,6 @@ fn settings_that_differ(base: &ModelFiles, tuned: &ModelFiles) -> Vec<String> {
         })
     });
     differ.collect()
-}
-
-fn shape(kind: SiteKind) -> Option<Vec<usize>> {
-    match kind {
-        SiteKind::Linear { d_in, d_out } => Some(vec![d_out, d_in]),
-        SiteKind::Embedding { vocab, d_model } => Some(vec![vocab, d_model]),
-        SiteKind::Norm { d } | SiteKind::Bias { d } => Some(vec![d]),
-        _ => None,
-    }
 }
 
 /// `part / whole`, in `[0, 1]` despite rounding.

@@ -8,7 +8,7 @@ use firebrick_tensor::block::DType;
 use firebrick_tensor::stream::Card;
 use serde_json::Value as Json;
 
-use crate::config::MergeConfig;
+use crate::config::{MergeConfig, TokenizerSource};
 use crate::input::InputModel;
 use crate::merge::Merge;
 use crate::names;
@@ -125,8 +125,13 @@ fn change_config(merge: &Merge, json: &mut Json) {
         change_layers(merge, part, *layers, plan.layers.len() == 1);
     }
     let embedding = plan.tensors.iter().find(|t| names::is_embedding(&t.name));
-    if let (Some(value), Some(tensor)) = (json.get_mut("vocab_size"), embedding) {
-        *value = tensor.shape[0].into();
+    if let Some(rows) = embedding.and_then(|t| t.shape.first()).copied() {
+        if let Some(value) = json.get_mut("vocab_size") {
+            *value = rows.into();
+        }
+        if let Some(value) = json.get_mut("text_config").and_then(|c| c.get_mut("vocab_size")) {
+            *value = rows.into();
+        }
     }
     let untied = |m: &InputModel| {
         let says = m.config.as_ref().and_then(|c| c.get("tie_word_embeddings")).and_then(Json::as_bool);
@@ -146,10 +151,17 @@ fn change_config(merge: &Merge, json: &mut Json) {
         && json.is_object()
     {
         let basis = vocabulary.basis();
-        if let Some(id) = basis.bos_id() {
-            json["bos_token_id"] = id.into();
+        let source = merge.config.tokenizer.as_ref().map(|t| &t.source);
+        // What another model's tokenizer lacks is not left to point at one of its other tokens.
+        let other = matches!(source, Some(TokenizerSource::Model(m)) if *m != config_model.reference);
+        if other || basis.bos_id().is_some() {
+            json["bos_token_id"] = basis.bos_id().into();
+        }
+        if other {
+            json["pad_token_id"] = basis.pad_id().into();
         }
         match basis.eos_ids() {
+            [] if other => json["eos_token_id"] = Json::Null,
             [] => {}
             [id] => json["eos_token_id"] = (*id).into(),
             ids => json["eos_token_id"] = ids.into(),

@@ -21,11 +21,11 @@ pub struct IbclError {
 
 /// Posteriors of the tasks so far: each task points to as many of them as there are priors.
 ///
-/// A posterior that lies nearer than [`KnowledgeBase::threshold`] to one of an earlier task is not held itself: the task points to
+/// A posterior that lies no further than [`KnowledgeBase::threshold`] from one of an earlier task is not held itself: the task points to
 /// that one, so that the base grows more slowly than the number of tasks.
 #[derive(Clone, Debug)]
 pub struct KnowledgeBase {
-    /// Distance below which two posteriors count as one.
+    /// Largest distance at which two posteriors count as one.
     pub threshold: f64,
     posteriors: Vec<DiagGaussian>,
     tasks: Vec<Vec<usize>>,

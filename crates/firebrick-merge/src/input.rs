@@ -51,7 +51,9 @@ impl InputModel {
             let sites = sites.ok_or_else(|| {
                 format!("an adapter needs a model whose layers are known, `{}` is none", reference.path)
             })?;
-            model.adapter = Some(Adapter::open(Path::new(folder), sites)?);
+            let adapter = Adapter::open(Path::new(folder), sites)?;
+            adapter.check(&model.tensors).map_err(|what| format!("{folder}: {what}"))?;
+            model.adapter = Some(adapter);
         }
         Ok(model)
     }

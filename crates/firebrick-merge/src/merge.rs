@@ -68,10 +68,12 @@ impl Merge {
         let vocabulary = tokenizer.and_then(|t| Vocabulary::new(&config, t, &models, &mut problems));
         let plan = plan::plan(&config, &models, vocabulary.as_ref(), &mut problems);
         for tensor in plan.tensors.iter().filter(|t| t.vocabulary) {
-            for source in tensor.sources.iter().filter(|s| models[s.model].update(&s.tensor).is_some()) {
+            // Rows may also come from a model that only the tokenizer names.
+            let found = models.iter().filter_map(|m| Some((m, m.tensor(&tensor.name)?.0)));
+            for (model, name) in found.filter(|(m, name)| m.update(name).is_some()) {
                 let text = format!(
-                    "the adapter of `{}` changes `{}`, whose rows change places",
-                    source.name, source.tensor
+                    "the adapter of `{}` changes `{name}`, whose rows change places",
+                    model.reference
                 );
                 problems.add(config.place, text);
             }

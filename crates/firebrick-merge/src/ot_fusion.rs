@@ -262,7 +262,12 @@ fn squared(a: &Matrix, b: &Matrix) -> Result<Matrix, TaskVectorError> {
     let norms =
         |m: &Matrix| -> Vec<f64> { (0..m.rows()).map(|i| m.row(i).iter().map(|v| v * v).sum()).collect() };
     let (inner, a, b) = (a.matmul(&b.transpose())?, norms(a), norms(b));
-    Ok(Matrix::from_fn(a.len(), b.len(), |i, j| (a[i] + b[j] - 2.0 * inner[(i, j)]).max(0.0)))
+    let distance = |i: usize, j: usize| a[i] + b[j] - 2.0 * inner[(i, j)];
+    // Not `max`, which would make 0 of what is not a number: such costs are refused later.
+    Ok(Matrix::from_fn(a.len(), b.len(), |i, j| match distance(i, j) {
+        d if d < 0.0 => 0.0,
+        d => d,
+    }))
 }
 
 fn roots(m: &Matrix) -> Matrix {

@@ -369,7 +369,7 @@ impl<'a> Planner<'a> {
         let global = self.global(name, spot);
         let copied = shapes.iter().any(|(_, _, dtype)| !dtype.is_real());
         let mut shape = shape;
-        let by_token = names::is_embedding(name) || names::is_head(name);
+        let by_token = !shape.is_empty() && (names::is_embedding(name) || names::is_head(name));
         let vocabulary =
             self.vocabulary.filter(|v| by_token && !copied && v.changes(sources.iter().map(|s| s.model)));
         let rows = usize::from(vocabulary.is_some());
@@ -390,7 +390,9 @@ impl<'a> Planner<'a> {
         } else if method == MergeMethod::Linear && global.get("normalize").is_some_and(|n| *n != 0.0) {
             let weights: Vec<f64> =
                 sources.iter().filter_map(|s| s.parameters.get("weight").copied()).collect();
-            if weights.iter().sum::<f64>() == 0.0 && weights.len() == inputs.len() {
+            // As the method adds them.
+            let total: f32 = weights.iter().map(|w| *w as f32).sum();
+            if total == 0.0 && weights.len() == inputs.len() {
                 self.note(spot.slice.place, "weights add up to 0 at ", format!("`{name}`"));
             }
         }

@@ -92,6 +92,14 @@ impl<'a> Rows<'a> {
         let Kind::Vocabulary { inputs, pad, .. } = &self.kind else { return Ok(()) };
         let one = |model: usize, row: usize, out: &mut [f32]| {
             let (_, input) = inputs.iter().find(|(m, _)| *m == model).ok_or("a model that is not read")?;
+            let (_, columns) = extents(&input.info.shape);
+            if columns != self.columns {
+                let name = &input.info.name;
+                return Err(format!(
+                    "`{name}` has rows of {columns} elements, the output of {}",
+                    self.columns
+                ));
+            }
             decode(input, row * self.columns, out)
         };
         match row {

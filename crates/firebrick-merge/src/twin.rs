@@ -37,7 +37,7 @@ impl Twin {
     pub fn new(
         shared: TaskVector,
         experts: &[TaskVector],
-        rank: impl Fn(Site, &Matrix) -> usize,
+        rank: impl Fn(Site, &Matrix) -> usize + Sync,
     ) -> Result<Twin, TaskVectorError> {
         let all: Vec<&TaskVector> = [&shared].into_iter().chain(experts).collect();
         check_same(&all)?;

@@ -180,9 +180,16 @@ impl Vocabulary {
         let mut json: Json = serde_json::from_slice(bytes).map_err(|e| e.to_string())?;
         let donors = self.donors.iter().map(tokenizer_json).collect::<Result<Vec<_>, _>>()?;
         anchor_words(&mut json);
+        // Of several donors the first holds.
+        let words: HashMap<&str, &Json> = donors
+            .iter()
+            .rev()
+            .flat_map(|d| d["added_tokens"].as_array().into_iter().flatten())
+            .filter_map(|word| Some((word["content"].as_str()?, word)))
+            .collect();
         let new = self.tokens.iter().enumerate().skip(self.added_from);
         for (id, token) in new.filter_map(|(id, token)| Some((id, token.as_deref()?))) {
-            add_token(&mut json, id, token, &donors);
+            add_token(&mut json, id, token, words.get(token).copied(), &donors);
         }
         donors.iter().for_each(|donor| add_merges(&mut json["model"], &donor["model"]));
         *bytes = serde_json::to_vec(&json).map_err(|e| e.to_string())?;
@@ -260,12 +267,10 @@ fn row_of_rule(
     }
 }
 
-/// Adds a token: to the vocabulary, and to the words that are looked for first if it is one of them in a donor, or comes from a
-/// vocabulary of another kind.
-fn add_token(json: &mut Json, id: usize, token: &str, donors: &[Json]) {
+/// Adds a token: to the vocabulary, and to the words that are looked for first if it is one of them in a donor (`word`), or comes
+/// from a vocabulary of another kind.
+fn add_token(json: &mut Json, id: usize, token: &str, word: Option<&Json>, donors: &[Json]) {
     let kind = json["model"]["type"].clone();
-    let words = |d: &'_ Json| d["added_tokens"].as_array().cloned().unwrap_or_default();
-    let word = donors.iter().find_map(|d| words(d).into_iter().find(|t| t["content"] == token));
     let mut piece =
         donors.iter().any(|d| d["model"]["type"] == kind && d["model"]["vocab"].get(token).is_some());
     // The library numbers words anew unless the vocabulary has them. A vocabulary that is a list has no room for them, nor for pieces
@@ -279,7 +284,7 @@ fn add_token(json: &mut Json, id: usize, token: &str, donors: &[Json]) {
     if piece && word.is_none() {
         return;
     }
-    let mut entry = word.unwrap_or_else(|| {
+    let mut entry = word.cloned().unwrap_or_else(|| {
         json!({
             "content": token, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": false,
         })

@@ -388,7 +388,7 @@ impl Merge {
     /// A digest of the models, the texts and where the search begins.
     fn identity(&self, texts: &SearchTexts<'_>, start: &[Vec<f64>]) -> Result<String, MergeError> {
         let mut hash = Sha256::new();
-        hash.update(format!("{} {start:?}", self.config.method.name()));
+        hash.update(format!("{} {} {start:?}", self.config.method.name(), self.reference()));
         for tensor in self.plan.tensors.iter().filter(|t| !t.copied) {
             hash.update(&tensor.name);
             for source in &tensor.sources {

@@ -337,12 +337,16 @@ impl Decoder {
         Some(format!("layers.{}.{name}", site.layer?))
     }
 
-    /// The same decoder with the weight at `site` replaced by `weight`, a constant: `[d_out, d_in]` for linear layers,
-    /// `[1, d]` for norms and biases.
+    /// The same decoder with the weight at `site` replaced by `weight`, a constant: `[d_out, d_in]` for linear layers (the head
+    /// too, if it has a weight of its own), `[1, d]` for norms and biases.
     ///
     /// # Panics
-    /// If nothing inside a block has its weight at `site`.
+    /// If neither such a head nor anything inside a block has its weight at `site`.
     pub fn with_weight(mut self, site: Site, weight: Tensor<2>) -> Self {
+        if let (Part::Head, Some(head)) = (site.part, self.head.as_mut()) {
+            head.weight = Param::from_tensor(weight.transpose()).set_require_grad(false);
+            return self;
+        }
         let nothing = || -> ! { panic!("no weight inside a block at {site}") };
         let Some(layer) = site.layer.and_then(|l| self.layers.get_mut(l)) else { nothing() };
         if let Some(linear) = layer.linear_mut(site.part) {
@@ -368,7 +372,7 @@ impl Decoder {
             if layers[..i].contains(l) { layer.map(&mut FreshIds) } else { layer }
         };
         self.layers = layers.iter().enumerate().map(copy).collect();
-        self.shape = Shape::new(config);
+        self.shape = Shape { precision: self.shape.precision, ..Shape::new(config) };
         self
     }
 

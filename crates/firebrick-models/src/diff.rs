@@ -74,7 +74,7 @@ pub struct ValueDiff {
     pub not_finite: usize,
     /// Largest `|a - b|`.
     pub max_abs: f64,
-    /// `|a - b| / |a|` in the Frobenius norm; none where `a` is 0 and `b` is not.
+    /// `|a - b| / |a|` in the Frobenius norm; none where `a` is 0 and `b` is not, or no pair is finite.
     pub relative: Option<f64>,
     /// Cosine of the angle between them; none where one is 0.
     pub cosine: Option<f64>,
@@ -161,6 +161,11 @@ fn form(a: &ModelFiles, b: &ModelFiles, site: Site) -> Result<Form, ModelError> 
     // The form depends on the heads, which a tensor of another shape does not have.
     let shape = weight_shape(gguf.sites(), site).ok_or(ModelError::NoWeight { site })?;
     gguf.weights().check_site(site, &shape)?;
+    // Tensors of different shapes are not compared.
+    let other = if from == Format::Gguf { b } else { a };
+    if other.weights().check_site(site, &shape).is_err() {
+        return Ok(Form::Same);
+    }
     Ok(match (stored, to) {
         (GgufForm::Interleaved { heads }, Format::Gguf) if shape.len() > 1 => {
             Form::Rows(Box::new(deinterleaved_row(shape[0], heads)))

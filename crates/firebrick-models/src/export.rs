@@ -246,15 +246,7 @@ impl<'a> Export<'a> {
             _ => "float32",
         };
         let mut config = self.config.to_hf(dtype);
-        let ids = [("bos_token_id", self.tokenizer.bos_id()), ("pad_token_id", self.tokenizer.pad_id())];
-        for (key, id) in ids {
-            config[key] = id.into();
-        }
-        config["eos_token_id"] = match self.tokenizer.eos_ids() {
-            [] => serde_json::Value::Null,
-            [one] => (*one).into(),
-            many => many.into(),
-        };
+        self.tokenizer.put_ids(&mut config);
         let pretty = |v: &serde_json::Value| {
             let mut text = serde_json::to_string_pretty(v).expect("a map of plain values");
             text.push('\n');
@@ -274,7 +266,8 @@ impl<'a> Export<'a> {
         {
             let mut kept = source.metadata.clone();
             kept.retain(|key, _| !key.starts_with("tokenizer.") || map.contains_key(key));
-            let by_layer = ["block_count", "attention.sliding_window_pattern"]
+            // The last follows from the number of layers where a file is silent.
+            let by_layer = ["block_count", "attention.sliding_window_pattern", "attention.scale"]
                 .map(|key| format!("{}.{key}", self.config.family().gguf));
             let ours = |key: &str| {
                 key.starts_with("tokenizer.") || key == "general.name" || by_layer.iter().any(|k| k == key)
@@ -420,6 +413,8 @@ impl Transform for Export<'_> {
     fn settings(&self) -> serde_json::Value {
         serde_json::json!({
             "type": self.dtype.name(),
+            // Divisors of rotary angles and the order of rows follow from it.
+            "config": serde_json::to_vec(&self.config).ok().map(|c| blake3::hash(&c).to_hex().to_string()),
             "layers": self.layers,
             "encoded": self.encoded.iter().map(|(s, e)| (s.to_string(), e.dtype.name())).collect::<Vec<_>>(),
             "content": self.content,

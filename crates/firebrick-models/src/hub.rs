@@ -132,15 +132,21 @@ mod network {
 
     fn wanted(api: &ApiRepo) -> Result<Vec<String>, hf_hub::api::sync::ApiError> {
         let names: Vec<String> = api.info()?.siblings.into_iter().map(|s| s.rfilename).collect();
-        let weights = |ending: &str| -> Vec<String> {
+        // What a folder is opened by: others may be a second copy of the weights, or an adapter.
+        let weights = |stem: &str, ending: &str| -> Vec<String> {
             let index = format!("{ending}.index.json");
-            let ours = |n: &&String| !n.contains('/') && (n.ends_with(ending) || n.ends_with(&index));
+            let ours = |n: &&String| {
+                !n.contains('/') && n.starts_with(stem) && (n.ends_with(ending) || n.ends_with(&index))
+            };
             names.iter().filter(ours).cloned().collect()
         };
-        let safetensors = weights(".safetensors");
-        let weights = if safetensors.is_empty() { weights(".bin") } else { safetensors };
+        let safetensors = weights("model", ".safetensors");
+        let weights = if safetensors.is_empty() { weights("pytorch_model", ".bin") } else { safetensors };
         let side = names.iter().filter(|n| SIDE_FILES.contains(&n.as_str())).cloned();
-        Ok(side.chain(weights).collect())
+        let mut all: Vec<String> = side.chain(weights).collect();
+        // Last: a folder with it counts as complete.
+        all.sort_by_key(|name| name == "config.json");
+        Ok(all)
     }
 }
 

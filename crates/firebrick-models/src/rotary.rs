@@ -124,9 +124,14 @@ impl Rotary {
         let half = head_dim / 2;
         let divisors = scaling.divisors(theta, head_dim);
         let frequencies: Vec<f64> = (0..half).map(|j| frequency(theta, head_dim, j) / divisors[j]).collect();
-        let angle = |i: usize| positions[i / half] as f64 * frequencies[i % half];
+        let first = positions.iter().copied().min().unwrap_or(0);
+        let count = positions.iter().copied().max().map_or(0, |last| last + 1 - first);
+        let angle = |i: usize| (first + i / half) as f64 * frequencies[i % half];
+        // Rows of several documents repeat their positions: each is computed once.
         let table = |f: fn(f64) -> f64| {
-            let values: Vec<f32> = (0..positions.len() * half).map(|i| f(angle(i)) as f32).collect();
+            let rows: Vec<f32> = (0..count * half).map(|i| f(angle(i)) as f32).collect();
+            let row = |p: &usize| &rows[(p - first) * half..][..half];
+            let values: Vec<f32> = positions.iter().flat_map(row).copied().collect();
             Tensor::<2>::from_data(TensorData::new(values, [positions.len(), half]), device)
         };
         Rotary { cos: table(f64::cos), sin: table(f64::sin) }

@@ -183,17 +183,11 @@ impl TensorSource for Decoder {
     }
 }
 
-/// The shape of `site`'s weight in Hugging Face's layout, if it has one.
+/// The shape of `site`'s weight in Hugging Face's layout, if it has one of its own.
 pub(crate) fn weight_shape(sites: &SiteTable, site: Site) -> Option<Vec<usize>> {
-    use firebrick_core::SiteKind::*;
     let entry = sites.get(site)?;
     entry.tensor.as_ref()?;
-    match entry.kind {
-        Linear { d_in, d_out } => Some(vec![d_out, d_in]),
-        Embedding { vocab, d_model } => Some(vec![vocab, d_model]),
-        Norm { d } | Bias { d } => Some(vec![d]),
-        _ => None,
-    }
+    entry.kind.weight_shape()
 }
 
 /// Rows from llama.cpp's order (rotary pairs side by side) to Hugging Face's (halves), per head.

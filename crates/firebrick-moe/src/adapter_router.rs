@@ -15,7 +15,7 @@ use firebrick_core::{
 use firebrick_models::Decoder;
 use firebrick_tensor::block::DType;
 use firebrick_tensor::checkpoint::{Checkpoint, Metadata, TensorSpec, write_safetensors};
-use firebrick_tensor::ops::rms_norm;
+use firebrick_tensor::ops::{Segments, rms_norm};
 use firebrick_train::{AdamW, Batches, TextData, TrainError, token_tensor};
 
 use crate::router::top_k;
@@ -69,7 +69,7 @@ impl AdapterRouter {
 
     /// Scores `[batch, tokens, adapters]` of embedded tokens `[batch, tokens, d_model]` from the start of a text.
     pub fn logits(&self, embedded: Tensor<3>) -> Tensor<3> {
-        self.scores(embedded, &mut Prefix::default())
+        self.scores(embedded, None, &mut Prefix::default())
     }
 
     /// Mean cross-entropy `[1]` of routing every token of text `i` of the batch to adapter `labels[i]`.
@@ -82,17 +82,32 @@ impl AdapterRouter {
         log_p.gather(2, labels.expand([batch, tokens, 1])).mean().neg()
     }
 
-    fn scores(&self, embedded: Tensor<3>, prefix: &mut Prefix) -> Tensor<3> {
+    /// `positions` are those of the tokens in their documents, where rows hold several.
+    fn scores(&self, embedded: Tensor<3>, positions: Option<Vec<usize>>, prefix: &mut Prefix) -> Tensor<3> {
         let [batch, tokens, d] = embedded.dims();
+        let device = embedded.device();
         let mut sums = embedded.clone().cumsum(1);
-        if let Some(earlier) = prefix.sum.take() {
-            sums = sums + earlier;
-        }
-        let counts: Vec<f32> = (1..=tokens).map(|i| 1.0 / (prefix.tokens + i) as f32).collect();
-        let counts = Tensor::<3>::from_data(TensorData::new(counts, [1, tokens, 1]), &embedded.device());
-        prefix.sum = Some(sums.clone().narrow(1, tokens - 1, 1));
-        prefix.tokens += tokens;
-        let features = rms_norm(sums * counts, Tensor::ones([d], &embedded.device()), 1e-12);
+        let (counts, rows): (Vec<f32>, usize) = match positions {
+            Some(positions) => {
+                // Less what was summed up before the document.
+                let starts: Vec<i32> = positions.iter().enumerate().map(|(i, p)| (i - p) as i32).collect();
+                let starts = Tensor::<1, Int>::from_data(TensorData::new(starts, [batch * tokens]), &device);
+                let before = (sums.clone() - embedded).reshape([batch * tokens, d]).select(0, starts);
+                sums = sums - before.reshape([batch, tokens, d]);
+                (positions.iter().map(|p| 1.0 / (p + 1) as f32).collect(), batch)
+            }
+            None => {
+                if let Some(earlier) = prefix.sum.take() {
+                    sums = sums + earlier;
+                }
+                prefix.sum = Some(sums.clone().narrow(1, tokens - 1, 1));
+                let counts = (1..=tokens).map(|i| 1.0 / (prefix.tokens + i) as f32).collect();
+                prefix.tokens += tokens;
+                (counts, 1)
+            }
+        };
+        let counts = Tensor::<3>::from_data(TensorData::new(counts, [rows, tokens, 1]), &device);
+        let features = rms_norm(sums * counts, Tensor::ones([d], &device), 1e-12);
         let scores = features.reshape([batch * tokens, d]).matmul(self.weight.val());
         let scores = scores + self.bias.val().unsqueeze_dim(0);
         let adapters = scores.dims()[1];
@@ -161,7 +176,8 @@ impl Brick for AdapterRouter {
 
     fn at(&self, _site: Site, x: Tensor<3>, base: &mut Base<'_>, run: &mut Run<'_>) -> Tensor<3> {
         let embedded = base(x, run);
-        let scores = self.scores(embedded.clone(), run.state::<Prefix>());
+        let positions = run.get::<Segments>().map(|segments| segments.positions().collect());
+        let scores = self.scores(embedded.clone(), positions, run.state::<Prefix>());
         let mut gates = softmax(scores.clone(), 2);
         if let Some(k) = self.top_k.filter(|k| *k < self.adapters()) {
             let [batch, tokens, adapters] = gates.dims();
@@ -263,4 +279,34 @@ pub fn fit_adapter_router(
     };
     let accuracy = held.iter().enumerate().map(right).sum::<f64>() / adapters as f64;
     Ok((trained, accuracy))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn documents_of_a_row_are_scored_as_if_alone() {
+        let device = Device::flex();
+        let mut router = AdapterRouter::new(8, 3, None, Seed(1), &device);
+        let values = |name: &str, n: usize| Seed(2).normal(name, n, 1.0);
+        router.weight = Param::from_data(TensorData::new(values("weight", 24), [8, 3]), &device);
+        let x = Tensor::<3>::from_data(TensorData::new(values("x", 2 * 7 * 8), [2, 7, 8]), &device);
+        // Two documents in the first row, three in the second.
+        let segments = Segments::new(2, vec![0, 0, 0, 3, 3, 3, 3, 0, 1, 1, 1, 1, 1, 6]);
+        let positions: Vec<usize> = segments.positions().collect();
+        let packed = router.scores(x.clone(), Some(positions), &mut Prefix::default());
+        let far = |a: Tensor<3>, b: Tensor<3>| (a - b).abs().max().into_scalar::<f32>();
+        for (row, from, to) in [(0, 0, 3), (0, 3, 7), (1, 0, 1), (1, 1, 6), (1, 6, 7)] {
+            let of = |x: Tensor<3>| x.narrow(0, row, 1).narrow(1, from, to - from);
+            let alone = router.logits(of(x.clone()));
+            assert!(far(of(packed.clone()), alone.clone()) < 1e-5, "row {row}, tokens {from} to {to}");
+            if from > 0 {
+                assert!(
+                    far(of(router.logits(x.clone())), alone) > 1e-2,
+                    "control: one text is something else"
+                );
+            }
+        }
+    }
 }

@@ -12,12 +12,15 @@ use burn::tensor::{Device, Tensor, TensorData};
 use firebrick_core::{MAX_SETTINGS, Part, Site, SiteKind, SiteTable, read_text, write_atomic};
 use firebrick_tensor::block::DType;
 use firebrick_tensor::checkpoint::{Checkpoint, Metadata, TensorSpec, write_safetensors};
-use regex::Regex;
+use regex::RegexBuilder;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use crate::PeftError;
 use crate::lora::{LoraBank, LoraSettings};
+
+/// Most bytes of a compiled pattern.
+const MAX_REGEX: usize = 1 << 20;
 
 /// Name of the configuration file in an adapter folder.
 pub const CONFIG_FILE: &str = "adapter_config.json";
@@ -239,7 +242,12 @@ fn target_modules(sites: &SiteTable, settings: &[(Site, String, LoraSettings)]) 
         let all = sites.block_linears().of_part(site.part).len();
         let ours = settings.iter().filter(|(s, _, _)| s.part == site.part).count();
         let leaf = module.rsplit('.').next().unwrap_or(module);
-        names.insert(if ours == all { leaf.to_string() } else { module.clone() });
+        // Some families call several parts by one name.
+        let shared = sites.entries().iter().filter(|e| e.site.part != site.part).any(|e| {
+            let module = e.tensor.as_deref().and_then(|t| t.strip_suffix(".weight"));
+            module.is_some_and(|m| m.rsplit('.').next() == Some(leaf))
+        });
+        names.insert(if ours == all && !shared { leaf.to_string() } else { module.clone() });
     }
     names.into_iter().collect()
 }
@@ -414,8 +422,9 @@ pub fn read_all(dir: &Path, sites: &SiteTable) -> Result<AdapterFiles, PeftError
         problems.push(format!("{WEIGHTS_FILE} beside it has no tensors"));
     }
     let count = |v: &Value| v.as_u64().and_then(|r| usize::try_from(r).ok());
-    let rank_pattern = patterns(&config.rank_pattern, count, &mut problems);
-    let alpha_pattern = patterns(&config.alpha_pattern, Value::as_f64, &mut problems);
+    let modules = pairs.keys().map(|site| module_path(sites, *site)).collect::<Result<Vec<_>, _>>()?;
+    let rank_pattern = patterns(&config.rank_pattern, &modules, count, &mut problems);
+    let alpha_pattern = patterns(&config.alpha_pattern, &modules, Value::as_f64, &mut problems);
     let mut parts = Vec::new();
     for (site, pair) in pairs {
         let [Some((a, [r, a_in])), Some((b, [b_out, b_r]))] = pair else {
@@ -432,11 +441,11 @@ pub fn read_all(dir: &Path, sites: &SiteTable) -> Result<AdapterFiles, PeftError
             continue;
         }
         let module = module_path(sites, site)?;
-        let rank = lookup(&rank_pattern, &module).unwrap_or(config.r);
+        let rank = rank_pattern.get(module.as_str()).copied().unwrap_or(config.r);
         if rank != r {
             problems.push(format!("`{site}`: the configuration says rank {rank}, the tensors have {r}"));
         }
-        let alpha = lookup(&alpha_pattern, &module).unwrap_or(config.lora_alpha);
+        let alpha = alpha_pattern.get(module.as_str()).copied().unwrap_or(config.lora_alpha);
         let settings = LoraSettings { rank: r, alpha, rslora: config.use_rslora };
         if r == 0 {
             problems.push(format!("`{site}` has rank 0"));
@@ -468,20 +477,13 @@ fn saved_shape(tensor: &str, sites: &SiteTable) -> Option<Vec<usize>> {
     let embedding = Site::global(Part::Embed);
     let tied = tensor == TIED_HEAD && sites.get(Site::global(Part::Head)).is_some_and(|e| e.tensor.is_none());
     let site = if tied { embedding } else { sites.by_tensor(tensor)? };
-    match sites.get(site)?.kind {
-        SiteKind::Linear { d_in, d_out } => Some(vec![d_out, d_in]),
-        SiteKind::Embedding { vocab, d_model } => Some(vec![vocab, d_model]),
-        SiteKind::Norm { d } | SiteKind::Bias { d } => Some(vec![d]),
-        _ => None,
-    }
+    sites.get(site)?.kind.weight_shape()
 }
 
 /// `(d_in, d_out)` of the update `[d_out, d_in]` at a site.
 fn widths(sites: &SiteTable, site: Site) -> Option<(usize, usize)> {
-    match sites.get(site)?.kind {
-        SiteKind::Embedding { vocab, d_model } => Some((d_model, vocab)),
-        _ => sites.linear(site),
-    }
+    let [d_out, d_in] = sites.get(site)?.kind.weight_shape()?.try_into().ok()?;
+    Some((d_in, d_out))
 }
 
 /// What in this configuration is beyond plain LoRA.
@@ -529,16 +531,24 @@ fn parse_name(name: &str, sites: &SiteTable) -> Option<(Site, usize)> {
     (fits && module.ends_with('.')).then_some((site, end % 2))
 }
 
-/// PEFT's rule: a pattern holds for a module path whose end it matches, `(.*\.)?(pattern)$`; the first one wins.
-fn patterns<T>(
+/// The value of each of `modules`, by PEFT's rule: a pattern holds for a module path whose end it matches, `(.*\.)?(pattern)$`; the
+/// first one wins.
+fn patterns<'m, T: Copy>(
     map: &Map<String, Value>,
+    modules: &'m [String],
     read: impl Fn(&Value) -> Option<T>,
     problems: &mut Vec<String>,
-) -> Vec<(Regex, T)> {
-    let mut out = Vec::new();
+) -> BTreeMap<&'m str, T> {
+    let mut found = BTreeMap::new();
     for (key, value) in map {
-        match (Regex::new(&format!(r"^(?:.*\.)?(?:{key})$")), read(value)) {
-            (Ok(regex), Some(value)) => out.push((regex, value)),
+        // One at a time: compiled they are far longer than in the file.
+        let regex = RegexBuilder::new(&format!(r"^(?:.*\.)?(?:{key})$")).size_limit(MAX_REGEX).build();
+        match (regex, read(value)) {
+            (Ok(regex), Some(value)) => {
+                for module in modules.iter().filter(|module| regex.is_match(module)) {
+                    found.entry(module.as_str()).or_insert(value);
+                }
+            }
             (Err(e), _) => {
                 let text = e.to_string();
                 let why = text.lines().last().unwrap_or_default().trim_start_matches("error: ");
@@ -547,9 +557,5 @@ fn patterns<T>(
             (_, None) => problems.push(format!("pattern `{key}`: {value} is no rank or alpha")),
         }
     }
-    out
-}
-
-fn lookup<T: Copy>(patterns: &[(Regex, T)], module: &str) -> Option<T> {
-    patterns.iter().find(|(regex, _)| regex.is_match(module)).map(|(_, value)| *value)
+    found
 }

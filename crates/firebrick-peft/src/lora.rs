@@ -249,7 +249,8 @@ impl LoraBank {
             if (d_in, d_out) != expected {
                 return Err(PeftError::Shape { site, found: (d_in, d_out), expected });
             }
-            let weight = decoder.weight(site).expect("a linear layer has a weight");
+            // A head that is the embedding has none.
+            let weight = decoder.weight(site).ok_or(PeftError::NotLinear { site })?;
             let delta = delta.to_device(&weight.device()).transpose() * factor;
             decoder = decoder.with_weight(site, weight + delta);
         }

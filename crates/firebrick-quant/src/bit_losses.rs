@@ -37,6 +37,14 @@ pub fn gptq_bit_losses(
     if text.len() < window {
         return Err(QuantError::NoCalibration { tokens: text.len(), window });
     }
+    let vocab = decoder.config().vocab;
+    if let Some(id) = text.iter().find(|id| **id as usize >= vocab) {
+        return Err(QuantError::Setting(format!("token {id} lies outside the vocabulary of {vocab}")));
+    }
+    if let Some(linear) = profile.linear.iter().find(|l| decoder.sites().linear(l.site).is_none()) {
+        let what = "the profile has this layer, the model does not".into();
+        return Err(QuantError::Site { site: linear.site, what });
+    }
     let device = decoder.device();
     let mut streams: Vec<Tensor<3>> = text
         .chunks_exact(window)

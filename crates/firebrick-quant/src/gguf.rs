@@ -83,13 +83,15 @@ fn short_blocks(matrix: &QuantizedMatrix) -> Option<Blocks> {
     let offsets = matches!(dtype, DType::Q4_1 | DType::Q5_1);
     let groups = matrix.groups();
     let mut bytes = Vec::with_capacity(dtype.bytes_for(matrix.codes.len())?);
-    let mut exact = true;
+    // An offset beyond what f16 holds makes a block of no numbers.
+    let (mut exact, mut finite) = (true, true);
     for (i, codes) in matrix.codes.chunks_exact(BLOCK).enumerate() {
         let (row, column) = (i * BLOCK / d_in, i * BLOCK % d_in);
         let p = matrix.params[row * groups + column / len];
         let mut put = |value: f32| {
             let rounded = f16::from_f32(value);
             exact &= rounded.to_f32() == value;
+            finite &= rounded.is_finite();
             bytes.extend(rounded.to_le_bytes());
         };
         put(p.scale);
@@ -107,7 +109,7 @@ fn short_blocks(matrix: &QuantizedMatrix) -> Option<Blocks> {
         let (low, high) = codes.split_at(BLOCK / 2);
         bytes.extend(low.iter().zip(high).map(|(a, b)| ((a + shift) & 15) | (b + shift) << 4));
     }
-    Some(Blocks { dtype, bytes, exact })
+    finite.then_some(Blocks { dtype, bytes, exact })
 }
 
 /// Super-blocks of 256, with scales and offsets as multiples of two f16.

@@ -2,7 +2,8 @@
 //!
 //! Every type is one row of a table: how many elements a block holds, how many bytes it takes, what GGUF and
 //! safetensors call it, and (for types that carry real numbers) how a run of blocks becomes `f32` and back.
-//! Decoders of packed types are ggml's bit for bit, and so are the encoders of 4, 5 and 8 bits in blocks of 32.
+//! Decoders of packed types are ggml's bit for bit, and so are the encoders of `Q4_0`, `Q4_1`,
+//! `Q5_0`, `Q5_1` and `Q8_0`.
 
 mod codec;
 mod fit;
@@ -232,11 +233,6 @@ impl DType {
         self.bytes_for(elements(shape)?)
     }
 
-    /// An unpacked real type: `f32`, `f16`, `bf16` or `f64`.
-    pub fn is_float(self) -> bool {
-        self.format().codec.is_some() && !self.is_packed()
-    }
-
     /// A block format with shared scales.
     pub fn is_packed(self) -> bool {
         self.block_len() > 1
@@ -307,7 +303,7 @@ pub fn decode(dtype: DType, bytes: &[u8], out: &mut [f32]) -> Result<(), BlockEr
     Ok(())
 }
 
-/// Encodes a run of whole blocks: the types of 4, 5 and 8 bits in blocks of 32 as ggml's reference quantizers do, the K and IQ4 types
+/// Encodes a run of whole blocks: `Q4_0`, `Q4_1`, `Q5_0`, `Q5_1` and `Q8_0` as ggml's reference quantizers do, the K and IQ4 types
 /// with the least squared error that a search over scales finds.
 ///
 /// Values out of the range of an f16 (value or scale) become infinite, as in ggml; what is not finite stays

@@ -77,30 +77,6 @@ impl Rule for AdamW {
     }
 }
 
-/// Adam's moments after one more gradient.
-pub(crate) fn averages(betas: [f64; 2], gradient: Tensor<1>, before: Option<Moments>) -> Moments {
-    let [beta1, beta2] = betas;
-    let squared = gradient.clone().square().mul_scalar(1.0 - beta2);
-    let scaled = gradient.mul_scalar(1.0 - beta1);
-    match before {
-        None => Moments { updates: 1, first: scaled, second: Some(squared) },
-        Some(m) => Moments {
-            updates: m.updates + 1,
-            first: m.first.mul_scalar(beta1) + scaled,
-            second: m.second.map(|second| second.mul_scalar(beta2) + squared),
-        },
-    }
-}
-
-/// Adam's update before the correction of the first moment, and what it is to be divided by for that.
-pub(crate) fn direction(betas: [f64; 2], eps: f64, moments: &Moments) -> (Tensor<1>, f64) {
-    let t = moments.updates.min(i32::MAX as u64) as i32;
-    let (correction1, correction2) = (1.0 - betas[0].powi(t), 1.0 - betas[1].powi(t));
-    let second = moments.second.clone().expect("Adam keeps two moments");
-    let root = second.sqrt().mul_scalar(1.0 / correction2.sqrt()).add_scalar(eps);
-    (moments.first.clone() / root, correction1)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use burn::module::Module;
 use burn::tensor::{DType, Device, Tensor, TensorData};
-use firebrick_core::{read_file, write_atomic};
+use firebrick_core::{read_file, sync_folder, write_atomic};
 use firebrick_tensor::block;
 use firebrick_tensor::checkpoint::{AtomicFile, Checkpoint, Layout, TensorSpec, TensorWriter};
 use serde::{Deserialize, Serialize};
@@ -115,10 +115,8 @@ pub(crate) fn save<M: Module>(
     write_file(&partial.join(STATE), &text)?;
 
     fs::rename(&partial, &folder).map_err(|e| TrainError::io(&folder, e))?;
-    // The rename must reach the disk before the folders it replaces go; where folders can't be synced nothing helps.
-    if let Ok(handle) = fs::File::open(out) {
-        let _ = handle.sync_all();
-    }
+    // The rename must reach the disk before the folders it replaces go.
+    sync_folder(out);
     for old in folders(out)? {
         if old.partial || old.step != state.step {
             remove(&old.path)?;

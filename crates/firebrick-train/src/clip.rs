@@ -4,6 +4,8 @@ use burn::module::{Module, ModuleVisitor, Param};
 use burn::optim::GradientsParams;
 use burn::tensor::{DType, Tensor};
 
+use crate::params::{flat, squares};
+
 /// The Euclidean norm `[1]` of all gradients of `module` taken as one vector, on the device; `None` if there are none.
 ///
 /// All gradients must be on one device.
@@ -12,7 +14,7 @@ pub(crate) fn global_norm<M: Module>(module: &M, gradients: &GradientsParams) ->
     impl ModuleVisitor for Squares<'_> {
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
             let Some(gradient) = self.0.get::<D>(param.id) else { return };
-            let squares = gradient.cast(DType::F32).square().sum();
+            let squares = squares(&flat(gradient).cast(DType::F32));
             self.1 = Some(match self.1.take() {
                 Some(sum) => sum + squares,
                 None => squares,

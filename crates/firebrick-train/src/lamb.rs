@@ -4,7 +4,6 @@ use burn::module::{Module, ParamGroup};
 use burn::optim::GradientsParams;
 use burn::tensor::Tensor;
 
-use crate::adamw::{averages, direction};
 use crate::optimizer::{self, Group, Memory, Moments, Rates, Rule, trust_ratio};
 
 /// LAMB (arXiv 1904.00962, with the bias correction of its published code): `u = m / (sqrt(v) + eps) + weight_decay w`,
@@ -75,8 +74,7 @@ impl Rule for Lamb {
         moments: Option<Moments>,
     ) -> (Tensor<1>, Moments) {
         let moments = averages(self.betas, gradient, moments);
-        let (update, correction) = direction(self.betas, self.eps, &moments);
-        let mut update = update.div_scalar(correction);
+        let mut update = direction(self.betas, self.eps, &moments);
         if rates.weight_decay != 0.0 {
             update = update + values.clone().mul_scalar(rates.weight_decay);
         }
@@ -85,6 +83,30 @@ impl Rule for Lamb {
         }
         (values - update.mul_scalar(rates.learning_rate), moments)
     }
+}
+
+/// Adam's moments after one more gradient.
+fn averages(betas: [f64; 2], gradient: Tensor<1>, before: Option<Moments>) -> Moments {
+    let [beta1, beta2] = betas;
+    let squared = gradient.clone().square().mul_scalar(1.0 - beta2);
+    let scaled = gradient.mul_scalar(1.0 - beta1);
+    match before {
+        None => Moments { updates: 1, first: scaled, second: Some(squared) },
+        Some(m) => Moments {
+            updates: m.updates + 1,
+            first: m.first.mul_scalar(beta1) + scaled,
+            second: m.second.map(|second| second.mul_scalar(beta2) + squared),
+        },
+    }
+}
+
+/// Adam's update.
+fn direction(betas: [f64; 2], eps: f64, moments: &Moments) -> Tensor<1> {
+    let t = moments.updates.min(i32::MAX as u64) as i32;
+    let (correction1, correction2) = (1.0 - betas[0].powi(t), 1.0 - betas[1].powi(t));
+    let second = moments.second.clone().expect("Adam keeps two moments");
+    let root = second.sqrt().mul_scalar(1.0 / correction2.sqrt()).add_scalar(eps);
+    (moments.first.clone() / root).div_scalar(correction1)
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@ use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 
 use crate::optimizer::{self, Group, Memory, Moments, Rates, Rule, trust_ratio};
+use crate::params::squares;
 
 /// Which of the two published formulas of LARS.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -73,7 +74,7 @@ impl Lars {
 
     /// `trust |w| / (|g| + weight_decay |w| + eps)` as `[1]`; 1 where either norm is 0.
     fn local(&self, w: &Tensor<1>, g: Tensor<1>, weight_decay: f64) -> Tensor<1> {
-        let (w, g) = (w.clone().square().sum().sqrt(), g.square().sum().sqrt());
+        let (w, g) = (squares(w).sqrt(), squares(&g).sqrt());
         let idle = w.clone().equal_elem(0.0).bool_or(g.clone().equal_elem(0.0));
         let below = g + w.clone().mul_scalar(weight_decay).add_scalar(self.eps);
         (w.mul_scalar(self.trust) / below).mask_fill(idle, 1.0)

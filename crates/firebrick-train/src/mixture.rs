@@ -220,7 +220,9 @@ fn problems(sources: &[(String, Rows<'_>)], stages: &[Stage]) -> Vec<String> {
         };
         check(!stage.draws.is_empty(), "draws from nothing".into());
         check(stage.length.is_none_or(positive), format!("`length` is {:?}", stage.length));
-        check(positive(stage.temperature), format!("`temperature` is {}", stage.temperature));
+        // A source of 2^32 rows still has a finite weight.
+        let warm = stage.temperature.is_finite() && stage.temperature >= 0.05;
+        check(warm, format!("`temperature` is {}", stage.temperature));
         let weighted = stage.draws.iter().filter(|d| d.weight.is_some()).count();
         check(!some(weighted, stage.draws.len()), "either all sources have a `weight` or none".into());
         let drawn: BTreeSet<&str> = stage.draws.iter().map(|d| d.source.as_str()).collect();
@@ -482,6 +484,9 @@ mod tests {
         for what in told {
             assert!(error.contains(what), "{what}: {error}");
         }
+        // 5000^100 is no number.
+        let cold = vec![Stage { temperature: 0.01, ..Stage::all(&["a"]) }];
+        assert!(mixture(&[("a", 5000)], cold).unwrap_err().to_string().contains("`temperature` is 0.01"));
         assert!(mixture(&[("a", 2)], vec![]).unwrap_err().to_string().contains("no stage"));
     }
 

@@ -7,7 +7,7 @@ use burn::optim::GradientsParams;
 use burn::tensor::{DType, Tensor};
 use serde::{Deserialize, Serialize};
 
-use crate::params::{Path, flat, map_values};
+use crate::params::{Path, flat, map_values, squares};
 
 /// Parameters with settings of their own; where several groups match, the last one counts.
 ///
@@ -99,7 +99,7 @@ pub(crate) fn step<M: Module>(
 /// `phi(|w|) / |u|` as `[1]`, on the device: the trust ratio of LAMB and LARS; 1 where either norm is 0. `clamp` are the
 /// ends of `phi`, which is the identity without them.
 pub(crate) fn trust_ratio(w: Tensor<1>, u: Tensor<1>, clamp: Option<[f64; 2]>) -> Tensor<1> {
-    let norm = |x: Tensor<1>| x.square().sum().sqrt();
+    let norm = |x: Tensor<1>| squares(&x).sqrt();
     let (w, u) = (norm(w), norm(u));
     let idle = w.clone().equal_elem(0.0).bool_or(u.clone().equal_elem(0.0));
     let phi = match clamp {

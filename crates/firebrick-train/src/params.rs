@@ -95,6 +95,19 @@ pub(crate) fn flat<const D: usize>(tensor: Tensor<D>) -> Tensor<1> {
     tensor.reshape([n])
 }
 
+/// Elements added up in one piece: burn-flex adds up longer tensors in an order that depends on its threads.
+const PIECE: usize = 1 << 21;
+
+/// The sum of the squares of `x` as `[1]`, in an order that its length alone sets.
+pub(crate) fn squares(x: &Tensor<1>) -> Tensor<1> {
+    let n = x.dims()[0];
+    if n <= PIECE {
+        return x.clone().square().sum();
+    }
+    let piece = |at: usize| x.clone().narrow(0, at, PIECE.min(n - at)).square().sum();
+    (0..n).step_by(PIECE).map(piece).reduce(|a, b| a + b).expect("at least one piece")
+}
+
 /// The path of the parameter a visitor is at.
 #[derive(Default)]
 pub(crate) struct Path(Vec<String>);
@@ -112,5 +125,24 @@ impl Path {
 impl std::fmt::Display for Path {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(&self.0.join("."))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use firebrick_core::Seed;
+
+    #[test]
+    fn sums_of_squares_do_not_depend_on_threads() {
+        let values = Seed(1).normal("values", 2 * PIECE + 12_345, 1.0);
+        let want: f64 = values.iter().map(|v| f64::from(*v).powi(2)).sum();
+        let x = Tensor::<1>::from_floats(values.as_slice(), &Device::flex());
+        let found = [1, 2, 3].map(|threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| squares(&x).into_scalar::<f32>())
+        });
+        assert!(found.iter().all(|sum| *sum == found[0]), "{found:?}");
+        assert!((f64::from(found[0]) / want - 1.0).abs() < 1e-5, "{found:?} instead of {want}");
     }
 }

@@ -73,14 +73,19 @@ impl<'a> Rows<'a> {
         average: Average,
     ) -> Result<Rows<'static>, TrainError> {
         let mut pieces: Vec<(&[u32], &[bool], f32)> = Vec::new();
+        // The first token of a piece is never predicted.
+        let learned = |learn: &[bool]| learn.iter().skip(1).filter(|&&l| l).count();
         for document in documents {
+            let parts = document.ids.chunks(window).zip(document.learn.chunks(window));
+            let useful: Vec<_> = parts.filter(|(_, learn)| learned(learn) > 0).collect();
             let weight = match average {
                 Average::Token => 1.0,
-                Average::Document => 1.0 / document.learned().max(1) as f32,
+                Average::Document => {
+                    let all: usize = useful.iter().map(|(_, learn)| learned(learn)).sum();
+                    1.0 / all.max(1) as f32
+                }
             };
-            let parts = document.ids.chunks(window).zip(document.learn.chunks(window));
-            let useful = parts.filter(|(_, learn)| learn.iter().skip(1).any(|&l| l));
-            pieces.extend(useful.map(|(ids, learn)| (ids, learn, weight)));
+            pieces.extend(useful.into_iter().map(|(ids, learn)| (ids, learn, weight)));
         }
         // Stable: among equals the first comes first.
         pieces.sort_by_key(|(ids, ..)| std::cmp::Reverse(ids.len()));
@@ -228,7 +233,9 @@ impl Batch {
     pub(crate) fn new(rows: &[Row<'_>], total: f64, device: &Device) -> Self {
         let ids: Vec<&[u32]> = rows.iter().map(|row| row.ids).collect();
         let tokens = token_tensor(&ids, device);
-        if rows.iter().all(|row| row.packed.is_none()) {
+        let plain = rows.iter().all(|row| row.packed.is_none());
+        // Other passes of the step may be packed: then these rows count by their own weight.
+        if plain && rows.iter().map(Row::weight).sum::<f64>() == total {
             return Batch { tokens, weights: None, segments: None };
         }
         let [n, window] = [rows.len(), ids[0].len()];
@@ -246,7 +253,7 @@ impl Batch {
             }
         }
         let weights = Tensor::from_data(TensorData::new(weights, [n, window - 1]), device);
-        Batch { tokens, weights: Some(weights), segments: Some(Segments::new(n, starts)) }
+        Batch { tokens, weights: Some(weights), segments: (!plain).then(|| Segments::new(n, starts)) }
     }
 
     /// The mean loss `[1]` of the tokens to learn, from the loss `[rows, window - 1]` of each token from the second on.
@@ -374,6 +381,27 @@ mod tests {
         assert_eq!(rows.padding(), 0.125);
         let rows = Rows::pack(&documents, 8, 7, Average::Token).unwrap();
         assert_eq!(rows.row(0).packed.unwrap().0, [1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 0.0]);
+    }
+
+    #[test]
+    fn a_document_that_was_cut_counts_as_one() {
+        // Of 6 tokens to learn, the first of the second piece is never predicted.
+        let rows =
+            Rows::pack(&[document(8, 10, 2..8), document(3, 30, 1..3)], 4, 7, Average::Document).unwrap();
+        let total: f64 = (0..rows.count()).map(|i| rows.row(i).weight()).sum();
+        assert!((total - 2.0).abs() < 1e-6, "{total}");
+    }
+
+    #[test]
+    fn windows_beside_packed_rows_count_by_their_tokens() {
+        let ids: Vec<u32> = (0..16).collect();
+        let rows = [Row { ids: &ids, packed: None }];
+        let device = Device::flex();
+        assert!(Batch::new(&rows, 15.0, &device).weights.is_none(), "alone they are a mean");
+        let beside = Batch::new(&rows, 12.5, &device);
+        assert!(beside.segments.is_none());
+        let each = Tensor::<2>::ones([1, 15], &device);
+        assert!((beside.mean(each).into_scalar::<f32>() - 15.0 / 12.5).abs() < 1e-6);
     }
 
     #[test]

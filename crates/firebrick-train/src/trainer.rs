@@ -160,6 +160,9 @@ impl TrainConfig {
         check(self.accumulate > 0, "`accumulate` is 0".into());
         let pass = self.batch.saturating_mul(self.window);
         check(pass <= 1 << 31, format!("`batch` is {}; a pass has at most 2^31 tokens", self.batch));
+        let rows = self.batch.saturating_mul(self.accumulate);
+        let what = format!("`accumulate` is {}; a step has at most 2^24 rows", self.accumulate);
+        check(rows <= 1 << 24, what);
         check(self.window > 1, format!("`window` is {}; predicting a token takes at least 2", self.window));
         for (name, value) in [("learning_rate", self.learning_rate), ("weight_decay", self.weight_decay)] {
             check(value.is_finite() && value >= 0.0, format!("`{name}` is {value}"));

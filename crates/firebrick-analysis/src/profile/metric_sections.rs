@@ -236,7 +236,10 @@ impl Profile {
             "Load over the fair share",
             "layer",
             "ratio",
-            self.experts.iter().map(|e| e.load.iter().map(|f| f * e.load.len() as f64).collect()),
+            (0..self.layers).map(|layer| {
+                let here = self.experts.iter().filter(|e| e.layer == layer);
+                here.flat_map(|e| e.load.iter().map(|f| f * e.load.len() as f64)).collect()
+            }),
         );
         let mut section = Section::new("Experts")
             .text("1 is a fair share of the tokens; entropy 1 is a balanced router, 0 one that uses one expert.")

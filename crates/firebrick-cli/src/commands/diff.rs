@@ -34,7 +34,8 @@ impl Diff {
 
     /// For files that are no models, or of architectures that are not known here.
     fn by_name(&self, why: anyhow::Error, terminal: &Terminal) -> Result<Found> {
-        let (Ok(a), Ok(b)) = (Checkpoint::open(&self.a), Checkpoint::open(&self.b)) else { return Err(why) };
+        let open = |name: &str| Checkpoint::open(models::locate(name).ok()?).ok();
+        let (Some(a), Some(b)) = (open(&self.a), open(&self.b)) else { return Err(why) };
         if why.is::<Usage>() {
             return Err(why);
         }
@@ -73,7 +74,8 @@ fn text(found: &Found) -> String {
     }
     let differ = |t: &&TensorDiff| t.values.is_some_and(|v| v.max_abs > 0.0 || v.not_finite > 0);
     let mut worst: Vec<&TensorDiff> = found.tensors.iter().filter(differ).collect();
-    let size = |t: &TensorDiff| t.values.and_then(|v| v.relative).unwrap_or(f64::INFINITY);
+    let finite = |v: &ValueDiff| v.not_finite == 0;
+    let size = |t: &TensorDiff| t.values.filter(finite).and_then(|v| v.relative).unwrap_or(f64::INFINITY);
     worst.sort_by(|a, b| size(b).total_cmp(&size(a)));
     if worst.len() > 1 {
         text += &format!("the farthest of {} tensors that differ:\n", worst.len());

@@ -95,7 +95,7 @@ impl Eval {
     pub fn run(&self, global: &Global, terminal: &Terminal) -> Result<()> {
         self.check()?;
         for out in self.writes() {
-            models::check_output(out, None, global)?;
+            models::check_file(out, global)?;
         }
         // Everything that can be wrong with what was given, before a model is loaded.
         let tasks = self.task.iter().map(|name| task(name)).collect::<Result<Vec<_>>>()?;
@@ -244,7 +244,7 @@ impl Eval {
             shots: self.num_fewshot,
             limit: self.limit,
             special: self.add_bos,
-            batching: Batching { longest: self.window, tokens: self.window * self.batch },
+            batching: Batching { longest: self.window, tokens: self.window.saturating_mul(self.batch) },
         };
         Ok(run_task(&model.decoder, bricks, &model.tokenizer, task, &settings, terminal)?)
     }

@@ -51,7 +51,7 @@ pub struct ExtractLora {
 
 impl ExtractLora {
     pub fn run(&self, global: &Global, terminal: &Terminal) -> Result<()> {
-        models::check_output(&self.out, None, global)?;
+        models::check_folder(&self.out, global)?;
         // What is wrong with both is listed at once, with what does not fit.
         let (base, tuned) = (models::open_unchecked(&self.base)?, models::open_unchecked(&self.tuned)?);
         let settings = Settings {

@@ -32,7 +32,7 @@ pub struct Imatrix {
 
 impl Imatrix {
     pub fn run(&self, global: &Global, terminal: &Terminal) -> Result<()> {
-        models::check_output(&self.out, None, global)?;
+        models::check_file(&self.out, global)?;
         models::check_windows(self.window, self.windows)?;
         let files = models::open(&self.model)?;
         let data = models::text(&self.data, &files.tokenizer, self.window)?;

@@ -10,7 +10,7 @@ use firebrick_analysis::{
     bit_plans, cka, layer_grams, profile, rank_plans,
 };
 use firebrick_core::Seed;
-use firebrick_models::Model;
+use firebrick_models::{Model, ModelFiles};
 use firebrick_quant::{GptqConfig, gptq_bit_losses};
 use serde_json::json;
 
@@ -58,18 +58,32 @@ pub struct Profile {
 
 impl Profile {
     pub fn run(&self, global: &Global, terminal: &Terminal) -> Result<()> {
-        models::check_output(&self.out, None, global)?;
+        models::check_folder(&self.out, global)?;
         models::check_windows(self.window, self.windows)?;
         let metrics = self.metrics.as_ref().map_or_else(Metric::one_pass, |m| m.0.clone());
         let linear = metrics.contains(&Metric::Linear);
         if !linear && self.quantizer == Quantizer::Gptq {
             return Err(Usage("--quantizer gptq plans bits, which needs the metric linear".into()).into());
         }
+        let least = ProfileOptions::default().bits.into_iter().min().map_or(2.0, f64::from);
+        if linear && !(self.mean_bits.is_finite() && self.mean_bits >= least) {
+            return Err(Usage(format!("--mean-bits {}: at least {least}", self.mean_bits)).into());
+        }
+        if linear && !(self.mean_rank.is_finite() && self.mean_rank >= 0.0) {
+            return Err(Usage(format!("--mean-rank {}: a number of at least 0", self.mean_rank)).into());
+        }
         let before = self.before.as_ref().map(|path| {
             Measured::load(path).with_context(|| format!("{}: an earlier profile", path.display()))
         });
         let before = before.transpose()?;
         let files = models::open(&self.model)?;
+        let against = self.against.as_deref().map(models::open).transpose()?;
+        if let Some(other) = &against
+            && other.config.vocab != files.config.vocab
+        {
+            let [theirs, ours] = [other, &files].map(|f| f.config.vocab);
+            bail!("{} has a vocabulary of {theirs}, {} one of {ours}", other.name, files.name);
+        }
         let data = models::text(&self.data, &files.tokenizer, self.window)?;
         if global.dry_run {
             let windows = data.spread(self.window, self.windows).len();
@@ -96,7 +110,7 @@ impl Profile {
             }
         };
         let text = data.spread(self.window, self.windows).concat();
-        let compared = self.against.as_ref().map(|name| self.compare(name, &model, &text, &device, terminal));
+        let compared = against.map(|other| self.compare(other, &model, &text, &device, terminal));
         let compared = compared.transpose()?;
         let report = Report::new(format!("Profile of {}", model.name))
             .fact("model", &model.name)
@@ -138,17 +152,13 @@ impl Profile {
     /// The layers of this model beside those of another, on the same tokens.
     fn compare(
         &self,
-        name: &str,
+        other: ModelFiles,
         model: &Model,
         text: &[u32],
         device: &Device,
         terminal: &Terminal,
     ) -> Result<Section> {
-        let other = models::load(name, device)?;
-        let sizes = [model.decoder.config().vocab, other.decoder.config().vocab];
-        if sizes[0] != sizes[1] {
-            bail!("{name} has a vocabulary of {}, {} one of {}", sizes[1], model.name, sizes[0]);
-        }
+        let other = other.load(device)?;
         let options = SimilarityOptions { window: self.window, ..SimilarityOptions::default() };
         let grams = |m: &Model| layer_grams(&m.decoder, text, &options, terminal);
         let found = cka(&grams(model)?, &grams(&other)?)?;

@@ -49,7 +49,11 @@ pub struct Prune {
 
 impl Prune {
     pub fn run(&self, global: &Global, terminal: &Terminal) -> Result<()> {
-        models::check_output(&self.out, None, global)?;
+        let to_plan = self.out.extension().is_some_and(|e| e == "toml");
+        match to_plan {
+            true => models::check_file(&self.out, global)?,
+            false => models::check_output(&self.out, None, global)?,
+        }
         models::check_windows(self.window, self.windows)?;
         let files = models::open(&self.model)?;
         let data = models::text(&self.data, &files.tokenizer, self.window)?;
@@ -70,6 +74,9 @@ impl Prune {
                 json!({"tokens": windows * self.window, "candidates": candidates, "count": self.count});
             return models::preview(&files, &[&self.data], &[&self.out], facts, terminal);
         }
+        if !to_plan {
+            models::check_export(Export::files(&files, self.dtype), &self.out, global, terminal)?;
+        }
         let model = files.load(&models::device(global)?)?;
         let options = ProfileOptions {
             model: model.name.clone(),
@@ -83,7 +90,7 @@ impl Prune {
         let found = profile(&model.decoder, &data.ids, &options, terminal)?;
         let plan = DropPlan::lowest(&found.influence(), self.drop, self.count, !self.ends)?;
         let names: Vec<String> = plan.sites.iter().map(|s| s.to_string()).collect();
-        if self.out.extension().is_some_and(|e| e == "toml") {
+        if to_plan {
             plan.to_layer_plan().save(&self.out)?;
         } else {
             let (kept, decoder) = match self.drop {

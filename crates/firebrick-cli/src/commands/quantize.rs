@@ -87,6 +87,9 @@ impl Quantize {
                 json!({"calibration_tokens": text.len(), "sites": files.sites().block_linears().len()});
             return models::preview(&files, &[&self.data], &[&self.out], facts, terminal);
         }
+        let gguf = is_gguf_name(&self.out);
+        let dtype = if gguf { ExportType::F16 } else { ExportType::F32 };
+        models::check_export(Export::files(&files, dtype), &self.out, global, terminal)?;
         let model = files.load(&models::device(global)?)?;
         let config = QuantConfig {
             method,
@@ -104,7 +107,6 @@ impl Quantize {
             window: self.window,
         };
         let quantized = quantize(model.decoder, &text, &config, terminal)?;
-        let gguf = is_gguf_name(&self.out);
         let packing = if self.k_quants { Packing::Small } else { Packing::Exact };
         let (encoded, fallback) =
             if gguf { gguf_weights(&quantized.matrices, packing) } else { Default::default() };
@@ -113,7 +115,6 @@ impl Quantize {
             let count = fallback.len();
             terminal.say(&format!("warning: {count} layers fit no GGUF block type and are written as f16"));
         }
-        let dtype = if gguf { ExportType::F16 } else { ExportType::F32 };
         let settings = json!({"method": format!("{:?}", config.method), "grid": config.grid});
         let report = Export::decoder(&model.name, &quantized.decoder, &model.tokenizer, dtype)
             .with_encoded(encoded)

@@ -283,9 +283,14 @@ impl Train {
             let reads: Vec<&Path> = self.data.iter().chain(&self.eval_data).map(PathBuf::as_path).collect();
             return models::preview(&files, &reads, &[&self.out], facts, terminal);
         }
-        let alphas: Vec<String> = targets
+        // A checkpoint numbers its factors: other sites of the same shapes would take them.
+        let placed: Vec<String> = targets
             .iter()
-            .filter_map(|site| Some(format!(", {site} {}", plan.as_ref()?.get(site)?.alpha?)))
+            .filter_map(|site| {
+                let settings = plan.as_ref()?.get(site)?;
+                let alpha = settings.alpha.map_or(String::new(), |alpha| format!(" alpha {alpha}"));
+                Some(format!(", {site} rank {}{alpha}", settings.rank?))
+            })
             .collect();
         config.identity = Some(format!(
             "model {}, products in {}, rank {}, alpha {}, dropout {}{}{}",
@@ -294,7 +299,7 @@ impl Train {
             lora.rank,
             lora.alpha,
             lora.dropout,
-            alphas.concat(),
+            placed.concat(),
             held_out.as_ref().map_or(String::new(), |rows| format!(", held out {}", rows.digest()))
         ));
         if global.resume && work.exists() {

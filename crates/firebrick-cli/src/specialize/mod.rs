@@ -80,14 +80,14 @@ impl Settings {
             (self.window >= 2, "--window must be at least 2".to_string()),
             (self.batch >= 1, "--batch must be at least 1".to_string()),
             (self.steps >= 1, "--steps must be at least 1".to_string()),
-            (self.rank >= 1, "--rank must be at least 1".to_string()),
+            ((2..=32).contains(&self.rank), format!("--rank {} is not between 2 and 32", self.rank)),
             ((2.0..=8.0).contains(&self.bits), format!("--bits {} is not between 2 and 8", self.bits)),
             (
                 self.learning_rate.is_finite() && self.learning_rate > 0.0,
                 format!("--learning-rate {} is not more than 0", self.learning_rate),
             ),
             (
-                self.drop_blocks + 2 <= layers,
+                self.drop_blocks.saturating_add(2) <= layers,
                 format!("--drop-blocks {} leaves no layer between the first and the last", self.drop_blocks),
             ),
         ];
@@ -119,7 +119,9 @@ impl Specialize {
         }
         let domains = self.domains(&files, settings.window)?;
         if global.dry_run {
-            let tokens = settings.steps * settings.batch * settings.window * domains.len();
+            let tokens = [settings.batch, settings.window, domains.len()]
+                .into_iter()
+                .fold(settings.steps, usize::saturating_mul);
             let names: Vec<&str> = domains.iter().map(|d| d.name.as_str()).collect();
             let facts = json!({"settings": settings, "domains": names, "tokens_to_train": tokens});
             let texts: Vec<&Path> = self.data.iter().map(|d| d.path.as_path()).collect();

@@ -48,6 +48,33 @@ pub fn prepare() -> tempfile::TempDir {
 }
 
 #[test]
+fn wrong_targets_and_settings_are_found_before_the_work() {
+    let dir = prepare();
+    std::fs::create_dir(dir.path().join("folder")).unwrap();
+    let before = files(dir.path());
+    let of = |verb: &'static str, more: &[&'static str]| [&[verb], &MODEL[..], more].concat();
+    let prune = ["--windows", "2", "--drop", "mlp", "--count", "1", "--out"];
+    for (line, says) in [
+        (of("imatrix", &["--out", "folder"]), "folder is a folder; name a file"),
+        (of("profile", &["--out", "b.gguf", "--overwrite"]), "b.gguf is a file; name a folder"),
+        (of("profile", &["--mean-bits", "1.5", "--out", "p"]), "--mean-bits 1.5: at least 2"),
+        (of("profile", &["--mean-rank", "-1", "--out", "p"]), "--mean-rank -1"),
+        (of("profile", &["--against", "nowhere", "--out", "p"]), "nowhere"),
+        (of("prune", &[&prune[..], &["p", "--type", "q4_0"]].concat()), ".gguf"),
+        (vec!["specialize", "--rank", "1", "--out", "p"], "--rank 1 is not between 2 and 32"),
+        (vec!["specialize", "--drop-blocks", "18446744073709551615", "--out", "p"], "--drop-blocks"),
+    ] {
+        let output = run(dir.path(), &line);
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && stderr.contains(says), "{line:?} should say `{says}`: {stderr}");
+        assert!(!stderr.contains("profile") || line[0] == "profile", "{line:?} was begun: {stderr}");
+    }
+    assert!(files(dir.path()) == before);
+    json(dir.path(), &of("imatrix", &["--windows", "2", "--out", "new/i.gguf"]));
+    assert!(dir.path().join("new/i.gguf").exists());
+}
+
+#[test]
 fn a_dry_run_writes_nothing() {
     let dir = prepare();
     let before = files(dir.path());

@@ -227,11 +227,11 @@ impl CmaEs {
         Ok(())
     }
 
-    /// Whether this is a state of `n` dimensions, as one that was read may not be.
-    pub(crate) fn fits(&self, n: usize) -> bool {
+    /// Whether this is a state of `n` dimensions with these settings, as one that was read may not be.
+    pub(crate) fn fits(&self, n: usize, config: &CmaEsConfig) -> bool {
         let cells = if is_diagonal(&self.config, n) { n } else { n * n };
         let sizes = [&self.mean, &self.path_c, &self.path_s].iter().all(|v| v.len() == n);
-        sizes && self.covariance.len() == cells && self.config.population.is_none_or(|p| p >= 4)
+        sizes && self.covariance.len() == cells && self.config == *config
     }
 
     fn root(&self) -> Result<Root, MergeError> {

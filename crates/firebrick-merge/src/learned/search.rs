@@ -266,15 +266,17 @@ fn begin(config: &SearchConfig, start: Vec<f64>, resume: bool) -> Result<State, 
         return resumed(path, config, n);
     }
     let walk = match config.method {
-        Method::CmaEs => {
-            let settings = CmaEsConfig { sigma: config.sigma, seed: config.seed, ..CmaEsConfig::default() };
-            Walk::CmaEs(CmaEs::new(start.clone(), settings)?)
-        }
+        Method::CmaEs => Walk::CmaEs(CmaEs::new(start.clone(), cma_es(config))?),
         Method::Coordinate => {
             Walk::Coordinate { step: config.sigma, round: 0, place: 0, up: true, gained: false }
         }
     };
     Ok(State { settings: config.clone(), dimensions: n, lowest: Vec::new(), best: start, walk })
+}
+
+/// Settings of the walk.
+fn cma_es(config: &SearchConfig) -> CmaEsConfig {
+    CmaEsConfig { sigma: config.sigma, seed: config.seed, ..CmaEsConfig::default() }
 }
 
 fn resumed(path: &Path, config: &SearchConfig, n: usize) -> Result<State, MergeError> {
@@ -288,7 +290,7 @@ fn resumed(path: &Path, config: &SearchConfig, n: usize) -> Result<State, MergeE
         (Walk::CmaEs(_), Method::CmaEs) | (Walk::Coordinate { .. }, Method::Coordinate)
     );
     let fits = match &state.walk {
-        Walk::CmaEs(walk) => walk.fits(n),
+        Walk::CmaEs(walk) => walk.fits(n, &cma_es(config)),
         Walk::Coordinate { place, .. } => *place < n,
     };
     if same != *config || state.dimensions != n || state.best.len() != n || !walks || !fits {
@@ -436,6 +438,15 @@ mod tests {
             let (_, longer) = go(&config(61, Some(&path)), &Silent, true).unwrap();
             assert_eq!(longer.lowest[..report.lowest.len()], report.lowest[..]);
             assert!(longer.evaluations > report.evaluations);
+            if method == Method::CmaEs {
+                let text = std::fs::read_to_string(&path).unwrap();
+                let hostile = text.replace("\"population\":null", "\"population\":10000000000000");
+                assert_ne!(hostile, text);
+                std::fs::write(&path, hostile).unwrap();
+                let error = go(&config(61, Some(&path)), &Silent, true).unwrap_err();
+                assert!(error.to_string().contains("another search"), "{error}");
+                std::fs::write(&path, text).unwrap();
+            }
             for text in [
                 "",
                 "{}",

@@ -6,12 +6,9 @@ use super::rounding::Rounding;
 use super::{Kernel, TensorMerge};
 
 pub(super) fn multislerp(tensor: &TensorMerge<'_>) -> Result<Kernel, String> {
-    let mut of = tensor.others();
+    let of = tensor.others();
     if let [only] = (0..tensor.inputs.len()).collect::<Vec<_>>()[..] {
         return Ok(combination(Grouping::Whole, vec![only], None, &[vec![1.0]]));
-    }
-    if of.is_empty() {
-        of = vec![0];
     }
     let round = tensor.rounding();
     let r = |v: f64| if round == Rounding::Exact { v } else { f64::from(round.scalar(v)) };
@@ -34,7 +31,7 @@ pub(super) fn multislerp(tensor: &TensorMerge<'_>) -> Result<Kernel, String> {
     let length = cosines.norm_of(&weights);
     if length < eps {
         let plain: Vec<Vec<f64>> = weights.iter().map(|w| vec![*w]).collect();
-        return cancelled(&weights).map(|()| combination(Grouping::Whole, of, tensor.base, &plain));
+        return cancelled(&weights, &norms).map(|()| combination(Grouping::Whole, of, tensor.base, &plain));
     }
     let centre: Vec<f64> = weights.iter().map(|w| w / length).collect();
     let along: f64 = cosines.times(&centre).iter().zip(&weights).map(|(d, w)| d * w).sum();
@@ -47,9 +44,12 @@ pub(super) fn multislerp(tensor: &TensorMerge<'_>) -> Result<Kernel, String> {
     Ok(combination(Grouping::Whole, of, tensor.base, &coefficients))
 }
 
-/// Directions that cancel have no mean; two are interpolated linearly.
-fn cancelled(weights: &[f64]) -> Result<(), String> {
-    if weights.len() == 2 { Ok(()) } else { Err("multislerp: the directions of the models cancel".into()) }
+/// Directions that cancel have no mean; two are interpolated linearly, and vectors of no length have a sum all the same.
+fn cancelled(weights: &[f64], norms: &[f64]) -> Result<(), String> {
+    match weights.len() == 2 || norms.iter().all(|norm| *norm == 0.0) {
+        true => Ok(()),
+        false => Err("multislerp: the directions of the models cancel".into()),
+    }
 }
 
 /// The same with every intermediate result rounded.
@@ -66,7 +66,7 @@ fn mean_rounded(rounded: &Rounded, weights: &[f64], eps: f64) -> Result<Kernel, 
     let centre = sum(&units);
     let length = rounded.norm(&centre);
     if length < eps {
-        return cancelled(weights).map(|()| rounded.kernel(sum(&rounded.vectors)));
+        return cancelled(weights, &norms).map(|()| rounded.kernel(sum(&rounded.vectors)));
     }
     let centre = rounded.map(&centre, |c| c / length);
     let tangents: Vec<Vec<f32>> = units

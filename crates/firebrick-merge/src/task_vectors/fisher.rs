@@ -38,7 +38,12 @@ pub fn fisher(
     let length = |f: &TaskVector| f.sites.values().map(|m| norm(m).powi(2)).sum::<f64>().sqrt();
     let weights: Vec<f64> = match normalize {
         FisherNorm::Off => vec![1.0; models.len()],
-        FisherNorm::Unit => fishers.iter().map(|f| 1.0 / length(f).max(f64::MIN_POSITIVE.sqrt())).collect(),
+        FisherNorm::Unit => {
+            let lengths: Vec<f64> = fishers.iter().map(length).collect();
+            // One that knows nothing has no say, unless none knows anything.
+            let known = lengths.iter().any(|l| *l > 0.0);
+            lengths.iter().map(|l| if *l > 0.0 { 1.0 / l } else { f64::from(u8::from(!known)) }).collect()
+        }
     };
     let total: f64 = weights.iter().sum();
     let mut merged = models[0].clone();

@@ -17,6 +17,7 @@ use burn::tensor::Device;
 use firebrick_core::Site;
 use firebrick_models::{Decoder, DecoderConfig, ModelError, TensorSource};
 use firebrick_tensor::linalg::{LinalgError, Matrix, Svd, svd};
+use rayon::prelude::*;
 
 pub use emr::{Emr, EmrTask, emr};
 pub use fisher::{FisherNorm, fisher};
@@ -108,17 +109,17 @@ impl TaskVector {
     ///
     /// # Errors
     /// If a weight is not finite or a decomposition does not converge.
-    pub fn low_rank(&self, rank: impl Fn(Site, &Matrix) -> usize) -> Result<LowRank, TaskVectorError> {
-        let mut low = LowRank::default();
-        for (site, matrix) in &self.sites {
-            if is_matrix(matrix) {
-                let most = matrix.rows().min(matrix.cols());
-                low.matrices.insert(*site, svd(matrix)?.truncate(rank(*site, matrix).min(most)));
-            } else {
-                low.vectors.insert(*site, matrix.clone());
-            }
-        }
-        Ok(low)
+    pub fn low_rank(&self, rank: impl Fn(Site, &Matrix) -> usize + Sync) -> Result<LowRank, TaskVectorError> {
+        let (matrices, vectors): (Vec<_>, Vec<_>) = self.sites.iter().partition(|(_, m)| is_matrix(m));
+        let cut = |(site, matrix): (&Site, &Matrix)| {
+            let most = matrix.rows().min(matrix.cols());
+            Ok((*site, svd(matrix)?.truncate(rank(*site, matrix).min(most))))
+        };
+        let cut: Vec<Result<_, TaskVectorError>> = matrices.into_par_iter().map(cut).collect();
+        Ok(LowRank {
+            matrices: cut.into_iter().collect::<Result<_, _>>()?,
+            vectors: vectors.into_iter().map(|(site, vector)| (*site, vector.clone())).collect(),
+        })
     }
 }
 
@@ -235,16 +236,17 @@ pub(crate) fn check_same(all: &[&TaskVector]) -> Result<(), TaskVectorError> {
 /// `merge` of each matrix, the mean of each vector.
 fn each_matrix(
     tasks: &[TaskVector],
-    merge: impl Fn(&[&Matrix]) -> Result<Matrix, TaskVectorError>,
+    merge: impl Fn(&[&Matrix]) -> Result<Matrix, TaskVectorError> + Sync,
 ) -> Result<TaskVector, TaskVectorError> {
     check_same(&tasks.iter().collect::<Vec<_>>())?;
-    let mut merged = TaskVector::default();
-    for (site, first) in &tasks[0].sites {
+    let one = |(site, first): (&Site, &Matrix)| {
         let here: Vec<&Matrix> = tasks.iter().map(|t| &t.sites[site]).collect();
-        let one = if is_matrix(first) { merge(&here)? } else { mean(&here) };
-        merged.sites.insert(*site, one);
-    }
-    Ok(merged)
+        Ok((*site, if is_matrix(first) { merge(&here)? } else { mean(&here) }))
+    };
+    // Decompositions are sequential: sites are worked on side by side. Of several errors the first in order counts.
+    let sites: Vec<(&Site, &Matrix)> = tasks[0].sites.iter().collect();
+    let merged: Vec<Result<_, TaskVectorError>> = sites.into_par_iter().map(one).collect();
+    Ok(TaskVector { sites: merged.into_iter().collect::<Result<_, _>>()? })
 }
 
 #[cfg(test)]

@@ -109,6 +109,11 @@ fn fisher_joins_two_halves_of_a_regression() {
         // Unit norm takes out the scale of a diagonal.
         let louder = [fishers[0].clone().times(1e4), fishers[1].clone()];
         let unit = |f: &[TaskVector]| fisher(&models, f, FisherNorm::Unit).unwrap();
+        // One that knows nothing has no say; where none knows anything all have the same.
+        let nothing = fishers[0].clone().times(0.0);
+        assert!(apart(&unit(&[nothing.clone(), fishers[1].clone()]), &models[1]) < 1e-4);
+        let mean = models[0].plus(&models[1], 1.0).unwrap().times(0.5);
+        assert!(apart(&unit(&[nothing.clone(), nothing]), &mean) < 1e-6);
         assert!(apart(&unit(&louder), &unit(&fishers)) < 1e-4);
         assert!(apart(&fisher(&models, &louder, FisherNorm::Off).unwrap(), &merged) > 1e-2);
         assert!(

@@ -226,13 +226,7 @@ impl<'a> VocabularyTransplant<'a> {
         let sizes = self.tensors.iter().map(|t| (t.spec.dtype, t.spec.shape.iter().product()));
         let mut config = config.to_hf(folder::dtype_name(sizes).unwrap_or("float32"));
         let tokenizer = &self.donor.tokenizer;
-        config["bos_token_id"] = tokenizer.bos_id().into();
-        config["pad_token_id"] = tokenizer.pad_id().into();
-        config["eos_token_id"] = match tokenizer.eos_ids() {
-            [] => Json::Null,
-            [one] => (*one).into(),
-            many => many.into(),
-        };
+        tokenizer.put_ids(&mut config);
         let mut side_files = vec![("config.json".to_owned(), folder::pretty(&config))];
         side_files.extend(tokenizer.files()?);
         Ok(Target::Folder { path: path.into(), stem: "model".into(), side_files })

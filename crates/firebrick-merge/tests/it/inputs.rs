@@ -126,6 +126,24 @@ fn adapters_that_do_not_fit_are_refused() {
     adapter(&lora, 0.0);
     crate::merges::model(root.path(), "strange", &[("w", &[2], 1.0)]);
     let strange = root.path().join("strange").display().to_string();
+    // A checkpoint that is not what its configuration says.
+    let names = [format!("{Q}.weight"), format!("{DOWN}.weight")];
+    for (folder, shape) in [("wide", [4, 5]), ("right", [4, 4])] {
+        crate::merges::model(root.path(), folder, &[(&names[0], &shape, 1.0), (&names[1], &[4, 6], 1.0)]);
+        std::fs::copy(model().join("config.json"), root.path().join(folder).join("config.json")).unwrap();
+        let path = root.path().join(folder);
+        let text = format!(
+            "merge_method: passthrough\nmodels: [{{model: {}+{}}}]\n",
+            path.display(),
+            lora.display()
+        );
+        match open(&text) {
+            Ok(_) => assert_eq!(folder, "right", "control"),
+            Err(error) => {
+                assert!(error.to_string().contains("does not fit the adapter"), "{folder}: {error}")
+            }
+        }
+    }
     for (model, lora, says) in [
         (strange, lora.clone(), "whose layers are known"),
         (model().display().to_string(), root.path().join("nowhere"), "nowhere"),

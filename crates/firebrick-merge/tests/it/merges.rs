@@ -134,6 +134,46 @@ parameters: {normalize: false}
 }
 
 #[test]
+fn weights_that_cancel_in_single_precision_are_refused() {
+    let root = tempfile::tempdir().unwrap();
+    let root = root.path();
+    for (name, value) in [("a", 1.0), ("b", 2.0), ("c", 3.0)] {
+        flat(root, name, value);
+    }
+    let text = |weights: [f64; 3]| {
+        let models = ["a", "b", "c"].iter().zip(weights);
+        let models = models.map(|(m, w)| format!("- {{model: '@{m}', parameters: {{weight: {w}}}}}\n"));
+        format!("merge_method: linear\nmodels:\n{}", models.collect::<String>())
+    };
+    // 5.6e-17 in double precision.
+    let found = problems(root, &text([0.1, 0.2, -0.3]));
+    assert!(found[0].contains("weights add up to 0"), "{found:?}");
+    open(root, &text([0.1, 0.2, -0.2])).unwrap();
+}
+
+#[test]
+fn a_scalar_by_the_name_of_an_embedding_is_a_tensor_like_others() {
+    let root = tempfile::tempdir().unwrap();
+    let root = root.path();
+    model(root, "a", &[("model.embed_tokens.weight", &[], 1.0), ("w", &[2], 2.0)]);
+    std::fs::write(root.join("a/config.json"), "{\"vocab_size\": 7}").unwrap();
+    let out = run(root, "merge_method: passthrough\nmodels: [{model: '@a'}]\n", "out", 1);
+    assert!(std::fs::read_to_string(out.join("config.json")).unwrap().contains('7'));
+}
+
+#[test]
+fn what_no_model_changed_stays_as_it_is() {
+    let root = tempfile::tempdir().unwrap();
+    let root = root.path();
+    for name in ["base", "a", "b", "c"] {
+        flat(root, name, 0.5);
+    }
+    let text = "merge_method: multislerp\nbase_model: '@base'\nmodels:\n- model: '@a'\n- model: '@b'\n- model: '@c'\n\
+                parameters: {weight: 1}\n";
+    assert_eq!(firsts(&run(root, text, "out", 1)), [0.5; 5]);
+}
+
+#[test]
 fn layer_numbers_of_hostile_names_are_harmless() {
     let root = tempfile::tempdir().unwrap();
     let root = root.path();

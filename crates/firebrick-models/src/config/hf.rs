@@ -156,7 +156,8 @@ impl<'a> Reader<'a> {
     }
 
     /// Base, scaling and base of layers with windows. Transformers 5 writes `rope_parameters`, with an object for each type
-    /// of layer where they differ; 4 wrote `rope_theta`, `rope_scaling` and `rope_local_base_freq`. The former wins.
+    /// of layer where they differ; 4 wrote `rope_theta`, `rope_scaling` and `rope_local_base_freq`. The base of the former wins, and
+    /// the scaling of the latter.
     fn rope(&mut self, family: &Family) -> (f64, RopeScaling, Option<f64>) {
         let (mut theta, mut local) = (None, None);
         let mut scaling = RopeScaling::None;
@@ -246,7 +247,9 @@ impl<'a> Reader<'a> {
             }
             Windows::From => {
                 let on = self.flag_or("use_sliding_window", false);
-                let (types, window) = (self.layer_types(), window(self).filter(|_| on));
+                let silent = !self.map.contains_key("sliding_window");
+                let types = self.layer_types();
+                let window = if silent { Some(4096) } else { window(self) }.filter(|_| on);
                 if window.is_none() {
                     return (None, Vec::new());
                 }

@@ -104,13 +104,15 @@ impl Tokenizer {
         if !problems.is_empty() {
             return Err(ModelError::Tokenizer(format!("{}: {}", folder.display(), problems.join("; "))));
         }
-        for id in ids(generation.get("eos_token_id")) {
+        // Transformers' files may name ids that the vocabulary does not have.
+        let known = |id: &u32| inner.id_to_token(*id).is_some();
+        for id in ids(generation.get("eos_token_id")).into_iter().filter(known) {
             if !special.eos.contains(&id) {
                 special.eos.push(id);
             }
         }
-        special.bos = special.bos.or_else(|| ids(generation.get("bos_token_id")).first().copied());
-        special.pad = special.pad.or_else(|| ids(generation.get("pad_token_id")).first().copied());
+        special.bos = special.bos.or_else(|| ids(generation.get("bos_token_id")).into_iter().find(known));
+        special.pad = special.pad.or_else(|| ids(generation.get("pad_token_id")).into_iter().find(known));
 
         let template_file = read(&folder.join(TEMPLATE_FILE))?;
         let chat_template = match &template_file {
@@ -301,6 +303,17 @@ impl Tokenizer {
             config.entry("chat_template").or_insert_with(|| source.as_str().into());
         }
         config
+    }
+
+    /// Names the special tokens in the object of a `config.json`; null where there is none.
+    pub fn put_ids(&self, config: &mut Json) {
+        config["bos_token_id"] = self.special.bos.into();
+        config["pad_token_id"] = self.special.pad.into();
+        config["eos_token_id"] = match &self.special.eos[..] {
+            [] => Json::Null,
+            [one] => (*one).into(),
+            many => many.into(),
+        };
     }
 
     /// `generation_config.json` with the ids that transformers' `generate` needs.

@@ -35,6 +35,32 @@ fn merged_equals_unmerged() {
 }
 
 #[test]
+fn merged_equals_unmerged_at_a_head_of_its_own() {
+    let device = Device::flex();
+    for tied_head in [false, true] {
+        let config = DecoderConfig { tied_head, ..DecoderConfig::tiny(40) };
+        let decoder = Decoder::random(config, Seed(5), &device).unwrap();
+        let head = Site::global(Part::Head);
+        let (d_in, d_out) = decoder.sites().linear(head).unwrap();
+        let draw = |name: &str, shape: [usize; 2]| {
+            let values = Seed(3).normal(name, shape[0] * shape[1], 0.1);
+            Tensor::<2>::from_data(burn::tensor::TensorData::new(values, shape), &device)
+        };
+        let settings = LoraSettings { rank: 2, alpha: 4.0, rslora: false };
+        let parts = vec![(head, settings, draw("a", [d_in, 2]), draw("b", [2, d_out]))];
+        let bank = LoraBank::from_parts(parts, 0.0).unwrap();
+        if tied_head {
+            let error = bank.merge(decoder, 1.0).unwrap_err();
+            assert!(matches!(error, PeftError::NotLinear { .. }), "{error}");
+            continue;
+        }
+        let with = logits(&decoder, &[&bank]);
+        assert!(largest(logits(&decoder, &[]), with.clone()) > 1e-3, "control: the adapter does something");
+        assert!(largest(logits(&bank.merge(decoder, 1.0).unwrap(), &[]), with) < 1e-5);
+    }
+}
+
+#[test]
 fn merged_equals_unmerged_beside_biases_and_norms_on_heads() {
     let device = Device::flex();
     let config = DecoderConfig {

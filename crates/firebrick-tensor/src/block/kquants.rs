@@ -2,7 +2,7 @@
 //!
 //! Q3_K and Q6_K are symmetric, `value = d s (q - half)`; Q2_K, Q4_K and Q5_K are affine, `value = d s q - dmin m`. The encoders fit
 //! every group by least squares, then round its scale and minimum to multiples (in the affine ones to those, of the nearest, that leave
-//! the least error), then fit `d` and `dmin` to what was chosen.
+//! the least error), then fit `d` and `dmin` to what was chosen, unless all minima are 0.
 
 use super::fit::*;
 use super::{BlockError, DType};

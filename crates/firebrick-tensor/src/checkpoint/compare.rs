@@ -29,9 +29,10 @@ pub struct Distance {
 }
 
 impl Distance {
-    /// `|a - b| / |a|` in the Frobenius norm; 0 where both are 0, `None` where only `a` is.
+    /// `|a - b| / |a|` in the Frobenius norm; 0 where both are 0, `None` where only `a` is or no pair is finite.
     pub fn relative(&self) -> Option<f64> {
         match (self.difference, self.a) {
+            _ if self.elements > 0 && self.not_finite == self.elements => None,
             (0.0, _) => Some(0.0),
             (_, 0.0) => None,
             (difference, a) => Some((difference / a).sqrt()),
@@ -143,4 +144,18 @@ impl Checkpoint {
 fn pieces(elements: usize, unit: usize) -> Vec<Range<usize>> {
     let piece = if unit > 1 { PIECE.div_ceil(unit) * unit } else { PIECE };
     (0..elements).step_by(piece).map(|start| start..elements.min(start + piece)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_has_no_number_is_not_equal() {
+        let nan = [f32::NAN; 3];
+        assert_eq!(Distance::of(&[1.0, 2.0, 3.0], &nan).relative(), None);
+        assert_eq!(Distance::of(&[1.0, 2.0, f32::NAN], &[1.0, 2.0, 3.0]).relative(), Some(0.0));
+        assert_eq!(Distance::of(&[0.0; 3], &[1.0; 3]).relative(), None);
+        assert_eq!(Distance::of(&[], &[]).relative(), Some(0.0));
+    }
 }

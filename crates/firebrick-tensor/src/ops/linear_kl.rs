@@ -73,6 +73,22 @@ pub fn linear_kl(
     ))
 }
 
+/// [`linear_kl`] of logits that are there already, `[n, vocab]` each; without gradients.
+///
+/// # Panics
+/// If the shapes differ or the temperature is not positive.
+pub fn kl(student: Tensor<2>, teacher: Tensor<2>, temperature: f64, divergence: Divergence) -> Tensor<1> {
+    assert_eq!(student.dims(), teacher.dims(), "kl: logits of student against teacher");
+    assert!(temperature > 0.0, "kl: temperature {temperature}");
+    let (student, teacher) = (student.into_dispatch(), teacher.into_dispatch());
+    Tensor::from_dispatch(<burn::backend::Dispatch as LinearKlOps>::kl(
+        student,
+        teacher,
+        temperature,
+        divergence,
+    ))
+}
+
 /// Divergence of linear heads on a backend's own tensors.
 #[backend_extension(Flex, Cube: cfg(feature = "cubecl-backend"), Autodiff, Fusion: cfg(feature = "cubecl-backend"))]
 pub trait LinearKlOps: Backend + MatmulAddOps + MatmulBf16Ops {

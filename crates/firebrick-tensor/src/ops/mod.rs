@@ -37,7 +37,7 @@ pub use grouped_matmul::grouped_matmul;
 pub use kv_cache::KvCache;
 pub use linear::linear;
 pub use linear_cross_entropy::linear_cross_entropy;
-pub use linear_kl::{Divergence, linear_kl};
+pub use linear_kl::{Divergence, kl, linear_kl};
 pub use matmul_bf16::Precision;
 pub use packed::{PackedInputs, PackedMatrix, packed_matmul};
 pub use rms_norm::rms_norm;

@@ -7,8 +7,6 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
-use std::fs::File;
-use std::io::Read;
 use std::path::Path;
 
 /// Name of the file that tells what an output folder was made from; a GGUF file has `NAME.firebrick.json` beside it.
@@ -55,11 +53,8 @@ pub(super) fn files_listed(path: &Path) -> BTreeSet<String> {
     struct Listed {
         outputs: Vec<FileRecord>,
     }
-    let listed = File::open(path).ok().and_then(|file| {
-        let mut text = Vec::new();
-        file.take(16 << 20).read_to_end(&mut text).ok()?;
-        serde_json::from_slice::<Listed>(&text).ok()
-    });
+    let text = firebrick_core::read_file(path, firebrick_core::MAX_SETTINGS).ok();
+    let listed = text.and_then(|text| serde_json::from_slice::<Listed>(&text).ok());
     let names = listed.into_iter().flat_map(|l| l.outputs).map(|file| file.name);
     let mut names: BTreeSet<String> = names.collect();
     if !names.is_empty() {

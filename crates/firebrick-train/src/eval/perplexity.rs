@@ -5,6 +5,7 @@ use firebrick_core::{Brick, Progress, Run, Task};
 use firebrick_models::Decoder;
 use serde::{Deserialize, Serialize};
 
+use super::mean_and_error;
 use super::score::{check_ids, read};
 use crate::{TrainError, token_tensor};
 
@@ -67,14 +68,12 @@ pub fn perplexity(
 
 /// The report from the mean nats of each window.
 fn report(means: &[f64], window: usize, ids: usize, bytes: usize) -> EvalReport {
-    let n = means.len() as f64;
-    let mean_nll = means.iter().sum::<f64>() / n;
-    let squares: f64 = means.iter().map(|m| (m - mean_nll).powi(2)).sum();
+    let (mean_nll, standard_error) = mean_and_error(means);
     EvalReport {
         tokens: (means.len() * (window - 1)) as u64,
         windows: means.len(),
         mean_nll,
-        standard_error: (means.len() > 1).then(|| (squares / (n - 1.0) / n).sqrt()),
+        standard_error,
         perplexity: mean_nll.exp(),
         bits_per_byte: (bytes > 0).then(|| mean_nll / std::f64::consts::LN_2 * ids as f64 / bytes as f64),
     }

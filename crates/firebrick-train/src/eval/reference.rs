@@ -3,10 +3,10 @@
 use std::ops::Range;
 
 use burn::module::Module;
-use burn::tensor::activation::log_softmax;
 use burn::tensor::{Int, Tensor, TensorData};
 use firebrick_core::{Brick, Part, Progress, Run, Site, Task};
 use firebrick_models::Decoder;
+use firebrick_tensor::ops::{self, Divergence};
 use serde::{Deserialize, Serialize};
 
 use super::mean_and_error;
@@ -146,14 +146,14 @@ impl Tokens {
         let mut parts = Vec::new();
         for start in (0..targets.len()).step_by(step) {
             let rows = start..targets.len().min(start + step);
-            let data = TensorData::new(targets[rows.clone()].to_vec(), [rows.len(), 1]);
+            let data = TensorData::new(targets[rows.clone()].to_vec(), [rows.len()]);
             let (model, reference) = (model.logits(&rows), reference.logits(&rows));
-            let targets = Tensor::<2, Int>::from_data(data, &model.device());
+            let targets = Tensor::<1, Int>::from_data(data, &model.device());
             let agree = model.clone().argmax(1).equal(reference.clone().argmax(1)).float();
-            let (q, p) = (log_softmax(model, 1), log_softmax(reference, 1));
-            let nats = |log: &Tensor<2>| log.clone().gather(1, targets.clone()).neg();
-            let (model_nats, reference_nats) = (nats(&q), nats(&p));
-            let kl = (p.clone().exp() * (p - q)).sum_dim(1);
+            let column = |x: Tensor<1>| x.reshape([rows.len(), 1]);
+            let nats = |logits: &Tensor<2>| column(ops::cross_entropy(logits.clone(), targets.clone()));
+            let (model_nats, reference_nats) = (nats(&model), nats(&reference));
+            let kl = column(ops::kl(model, reference, 1.0, Divergence::ForwardKl));
             // All are [rows, 1]: one read-back for the batch.
             parts.push(Tensor::cat(vec![kl, agree, model_nats, reference_nats], 1));
         }

@@ -8,6 +8,7 @@ use anyhow::Result;
 use clap::Args;
 use firebrick_analysis::{Bars, Heatmap, Report, Row, Section, Table};
 use firebrick_merge::{Drift, MergeAnalysis, Stages, TaskVectors};
+use firebrick_tensor::stream::Executor;
 
 use self::search::Search;
 use crate::args::{Global, Usage};
@@ -92,11 +93,15 @@ impl Merge {
                 ))
                 .into());
             }
-            models::discard(&results)?;
+            if !global.resume {
+                models::discard(&results)?;
+            }
+            // Ours, whatever an interrupted run left of it.
+            let executor = Executor { overwrite: true, ..models::executor(global, terminal) };
             for (stage, config) in stages.configs()[..last].iter().enumerate() {
                 let merge = stages.merge(stage, &self.config, &results)?;
                 let target = merge.target(&results.join(config.name.as_deref().unwrap_or_default()))?;
-                models::executor(global, terminal).run(&merge, &target)?;
+                executor.run(&merge, &target)?;
             }
         }
         let merge = stages.merge(last, &self.config, &results)?;
@@ -116,7 +121,7 @@ impl Merge {
 
     fn analyze(&self, merge: &firebrick_merge::Merge, global: &Global, terminal: &Terminal) -> Result<()> {
         if let Some(folder) = &self.report {
-            models::check_output(folder, None, global)?;
+            models::check_folder(folder, global)?;
         }
         let drift = self.calibration.as_ref().map(|path| self.drift(path, merge, global, terminal));
         let analysis = MergeAnalysis { drift: drift.transpose()?, ..merge.analyze(terminal)? };

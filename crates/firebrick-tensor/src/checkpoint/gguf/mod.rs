@@ -71,14 +71,6 @@ impl Gguf {
         self.read(key, "an integer that fits u32", |v| v.integer()?.try_into().ok())
     }
 
-    /// The integer of `key`, stored as any integer type that fits.
-    ///
-    /// # Errors
-    /// When the key is missing or does not hold such an integer.
-    pub fn u64(&self, key: &str) -> Result<u64> {
-        self.read(key, "an integer that fits u64", |v| v.integer()?.try_into().ok())
-    }
-
     /// The real number of `key`, stored as f32 or f64.
     ///
     /// # Errors

@@ -52,6 +52,11 @@ pub(super) fn read(path: &Path, bytes: &[u8], file: usize) -> Result<Vec<TensorI
             continue;
         };
         let name = current_name(name);
+        if !seen.insert(name.clone()) {
+            // At once: entries can share one long name, and a list of them would multiply the file's length.
+            problems.push(format!("tensor `{name}` appears twice"));
+            break;
+        }
         let key = pickle.key(tensor.storage);
         let storage = archive.entries.get(&format!("{root}data/{key}"));
         let storage = storage.ok_or_else(|| format!("its storage `{key}` is missing"));
@@ -68,9 +73,6 @@ pub(super) fn read(path: &Path, bytes: &[u8], file: usize) -> Result<Vec<TensorI
                 });
             }
             Err(what) => problems.push(format!("tensor `{name}`: {what}")),
-        }
-        if !seen.insert(name.clone()) {
-            problems.push(format!("tensor `{name}` appears twice"));
         }
     }
     if tensors.is_empty() && problems.is_empty() {

@@ -12,7 +12,7 @@ use std::path::Path;
 
 /// Most dimensions of a tensor, as in torch.
 const MAX_DIMS: usize = 64;
-/// Longest name of a module or class.
+/// Longest name of a module, a class or a storage.
 const MAX_CLASS: usize = 256;
 
 /// A value that the program made.
@@ -274,7 +274,8 @@ impl<'a> Machine<'a> {
         let Object::Tuple(items) = &self.objects[id] else { return Object::Other };
         let [_, class, key, ..] = items[..] else { return Object::Other };
         match (&self.objects[class], &self.objects[key]) {
-            (Object::Class(class), Object::Text(_)) => {
+            // Short, because every tensor of the storage may name it in an error.
+            (Object::Class(class), Object::Text(name)) if name.len() <= MAX_CLASS => {
                 match class.strip_prefix("torch.").and_then(storage_dtype) {
                     Some(dtype) => Object::Storage(Storage { dtype, key }),
                     None => Object::Other,

@@ -189,6 +189,30 @@ fn programs_can_not_multiply_their_length() {
     assert!(fine.contains("no tensors at its top level"), "control: the archive is whole: {fine}");
 }
 
+// A name that a thousand entries share is told once, and no storage has a name as long as that.
+#[test]
+fn shared_names_can_not_multiply_the_length_of_errors() {
+    let text = |s: &str| [b"X", &(s.len() as u32).to_le_bytes()[..], s.as_bytes()].concat();
+    let program = |name: &str, storage: &str| {
+        let id = [text("storage"), b"ctorch\nFloatStorage\n".to_vec(), text(storage), text("cpu")].concat();
+        let tensor = [
+            b"ctorch._utils\n_rebuild_tensor_v2\n((",
+            &id[..],
+            b"K\x01tQK\x00K\x01\x85K\x01\x85\x89}tRq\x02",
+        ]
+        .concat();
+        let first = [b"\x80\x02}q\x00(", &text(name)[..], b"q\x01", &tensor].concat();
+        [&first[..], &b"h\x01h\x02".repeat(1000), b"u."].concat()
+    };
+    let fails = |program: &[u8]| open(Path::new("m.bin"), &archived(program)).unwrap_err().to_string();
+    let long = "n".repeat(10_000);
+    let error = fails(&program(&long, "0"));
+    assert!(error.contains("its storage `0` is missing") && error.contains("appears twice"), "{error}");
+    assert!(error.len() < 3 * long.len(), "{}", error.len());
+    let error = fails(&program("n", &long));
+    assert!(error.contains("a tensor whose storage, offset, size or stride is none"), "{error}");
+}
+
 /// An archive with nothing but a program.
 fn archived(program: &[u8]) -> Vec<u8> {
     let (name, size) = (b"m/data.pkl", (program.len() as u32).to_le_bytes());
