@@ -143,6 +143,6 @@ mod tests {
             pool.install(|| squares(&x).into_scalar::<f32>())
         });
         assert!(found.iter().all(|sum| *sum == found[0]), "{found:?}");
-        assert!((f64::from(found[0]) / want - 1.0).abs() < 1e-5, "{found:?} instead of {want}");
+        assert!((f64::from(found[0]) / want - 1.0).abs() < 1e-4, "{found:?} instead of {want}");
     }
 }

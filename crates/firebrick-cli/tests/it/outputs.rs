@@ -58,7 +58,7 @@ fn wrong_targets_and_settings_are_found_before_the_work() {
         (of("imatrix", &["--out", "folder"]), "folder is a folder; name a file"),
         (of("profile", &["--out", "b.gguf", "--overwrite"]), "b.gguf is a file; name a folder"),
         (of("profile", &["--mean-bits", "1.5", "--out", "p"]), "--mean-bits 1.5: at least 2"),
-        (of("profile", &["--mean-rank", "-1", "--out", "p"]), "--mean-rank -1"),
+        (of("profile", &["--mean-rank=-1", "--out", "p"]), "--mean-rank -1"),
         (of("profile", &["--against", "nowhere", "--out", "p"]), "nowhere"),
         (of("prune", &[&prune[..], &["p", "--type", "q4_0"]].concat()), ".gguf"),
         (vec!["specialize", "--rank", "1", "--out", "p"], "--rank 1 is not between 2 and 32"),
