@@ -235,7 +235,11 @@ impl Step {
                 doc.arg("--no-deps").env("RUSTDOCFLAGS", "-Dwarnings");
                 doc
             }
-            Self::Wgpu => test::command(Device::Wgpu, &[built_for]),
+            Self::Wgpu => {
+                let mut test = test::command(Device::Wgpu, &[built_for]);
+                test.arg(test::OPS);
+                test
+            }
             Self::Extend => {
                 let manifest = ["test", "--manifest-path", "docs/guide/extend/Cargo.toml"];
                 let mut test = cmd::cargo();

@@ -26,6 +26,9 @@ pub enum Device {
 /// The program that runs the tests, and how to get it.
 pub const NEXTEST: (&str, &str) = ("cargo-nextest", "`cargo install cargo-nextest --locked`");
 
+/// The tests of the ops, which are all that runs on GPUs.
+pub const OPS: &str = "ops::";
+
 impl Device {
     fn name(self) -> &'static str {
         match self {
@@ -54,7 +57,12 @@ pub fn run(args: &TestArgs) -> Result<()> {
     if args.device == Device::Flex && cmd::find_program(program).is_none() {
         bail!("{program} is missing: {hint}");
     }
-    cmd::run(command(args.device, &[args.device]).args(&args.args))
+    let mut command = command(args.device, &[args.device]);
+    let named = args.args.iter().any(|arg| !arg.to_string_lossy().starts_with('-'));
+    if args.device != Device::Flex && !named {
+        command.arg(OPS);
+    }
+    cmd::run(command.args(&args.args))
 }
 
 /// The test run for `device`, in a build for `devices`. A device that is asked for and missing fails the tests instead of
@@ -74,7 +82,7 @@ pub fn command(device: Device, devices: &[Device]) -> Command {
         command.env("CUBECL_AUTOTUNE_LEVEL", "minimal");
         // In one process, one after the other: a process for each test, as nextest has it, compiles the same kernels again and
         // again, which takes a software rasterizer over a minute a test.
-        command.args(["ops::", "--", "--test-threads", "1"]);
+        command.args(["--", "--test-threads", "1"]);
     }
     if device == Device::Wgpu
         && let Some(driver) = software_vulkan()

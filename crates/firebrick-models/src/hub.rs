@@ -134,11 +134,16 @@ mod network {
         let names: Vec<String> = api.info()?.siblings.into_iter().map(|s| s.rfilename).collect();
         // What a folder is opened by: others may be a second copy of the weights, or an adapter.
         let weights = |stem: &str, ending: &str| -> Vec<String> {
-            let index = format!("{ending}.index.json");
-            let ours = |n: &&String| {
-                !n.contains('/') && n.starts_with(stem) && (n.ends_with(ending) || n.ends_with(&index))
-            };
-            names.iter().filter(ours).cloned().collect()
+            let (single, index) = (format!("{stem}{ending}"), format!("{stem}{ending}.index.json"));
+            if names.contains(&single) {
+                return vec![single];
+            }
+            let other = |n: &str| n.starts_with("consolidated") || n.starts_with("adapter_");
+            let shard = |n: &&String| !n.contains('/') && n.ends_with(ending) && !other(n);
+            match names.contains(&index) {
+                true => names.iter().filter(shard).cloned().chain([index]).collect(),
+                false => Vec::new(),
+            }
         };
         let safetensors = weights("model", ".safetensors");
         let weights = if safetensors.is_empty() { weights("pytorch_model", ".bin") } else { safetensors };
