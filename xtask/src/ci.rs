@@ -61,8 +61,9 @@ pub fn run(args: &CiArgs) -> Result<ExitCode> {
         }
         eprintln!("\n==> [{}/{}] {}: {}", n + 1, steps.len(), step.name(), step.what());
         let start = Instant::now();
-        // A software rasterizer compiles its kernels on one core.
+        // A software rasterizer compiles its kernels on one core, once the tests are built.
         if step == Step::Wgpu && steps.contains(&Step::Extend) {
+            cmd::run(&mut test::build(built_for))?;
             beside = Some(Beside::start(Step::Extend, built_for)?);
         }
         let result = match beside.take_if(|other| other.step == step) {

@@ -65,6 +65,13 @@ pub fn run(args: &TestArgs) -> Result<()> {
     cmd::run(command.args(&args.args))
 }
 
+/// Builds what runs on `device`.
+pub fn build(device: Device) -> Command {
+    let mut command = cmd::cargo_with(&["test", "--workspace", "--test", "it", "--no-run"]);
+    command.args(Device::build_arguments(&[device], "firebrick-cli"));
+    command
+}
+
 /// The test run for `device`, in a build for `devices`. A device that is asked for and missing fails the tests instead of
 /// skipping them; others are left alone.
 pub fn command(device: Device, devices: &[Device]) -> Command {
