@@ -62,14 +62,16 @@ pub fn run(args: &CiArgs) -> Result<ExitCode> {
         eprintln!("\n==> [{}/{}] {}: {}", n + 1, steps.len(), step.name(), step.what());
         let start = Instant::now();
         // A software rasterizer compiles its kernels on one core, once the tests are built.
-        if step == Step::Wgpu && steps.contains(&Step::Extend) {
-            cmd::run(&mut test::build(built_for))?;
-            beside = Some(Beside::start(Step::Extend, built_for)?);
-        }
-        let result = match beside.take_if(|other| other.step == step) {
+        let begun = match step == Step::Wgpu && steps.contains(&Step::Extend) {
+            true => cmd::run(&mut test::build(built_for))
+                .and_then(|()| Beside::start(Step::Extend, built_for))
+                .map(|other| beside = Some(other)),
+            false => Ok(()),
+        };
+        let result = begun.and_then(|()| match beside.take_if(|other| other.step == step) {
             Some(other) => other.finish(),
             None => step.run(built_for),
-        };
+        });
         if let Err(error) = result {
             // The last step has said by itself what failed.
             if step != Step::Test {
@@ -237,7 +239,7 @@ impl Step {
                 doc
             }
             Self::Wgpu => {
-                let mut test = test::command(Device::Wgpu, &[built_for]);
+                let mut test = test::command(Device::Wgpu, built_for);
                 test.arg(test::OPS);
                 test
             }
@@ -253,7 +255,7 @@ impl Step {
                 test
             }
             Self::Test => {
-                let mut test = test::command(Device::Flex, &[built_for]);
+                let mut test = test::command(Device::Flex, built_for);
                 test.args(["--locked", "--profile", "ci"]);
                 test
             }

@@ -57,7 +57,7 @@ pub fn run(args: &TestArgs) -> Result<()> {
     if args.device == Device::Flex && cmd::find_program(program).is_none() {
         bail!("{program} is missing: {hint}");
     }
-    let mut command = command(args.device, &[args.device]);
+    let mut command = command(args.device, args.device);
     let named = args.args.iter().any(|arg| !arg.to_string_lossy().starts_with('-'));
     if args.device != Device::Flex && !named {
         command.arg(OPS);
@@ -65,23 +65,33 @@ pub fn run(args: &TestArgs) -> Result<()> {
     cmd::run(command.args(&args.args))
 }
 
-/// Builds what runs on `device`.
-pub fn build(device: Device) -> Command {
-    let mut command = cmd::cargo_with(&["test", "--workspace", "--test", "it", "--no-run"]);
-    command.args(Device::build_arguments(&[device], "firebrick-cli"));
+/// The tests that run on a GPU, in a build for `built_for`.
+fn gpu_tests(built_for: Device) -> Command {
+    let mut command = cmd::cargo_with(&["test", "--workspace", "--test", "it"]);
+    command.args(Device::build_arguments(&[built_for], "firebrick-cli"));
     command
 }
 
-/// The test run for `device`, in a build for `devices`. A device that is asked for and missing fails the tests instead of
+/// Builds the tests that run on a GPU.
+pub fn build(built_for: Device) -> Command {
+    let mut command = gpu_tests(built_for);
+    command.arg("--no-run");
+    command
+}
+
+/// The test run for `device`, in a build for `built_for`. A device that is asked for and missing fails the tests instead of
 /// skipping them; others are left alone.
-pub fn command(device: Device, devices: &[Device]) -> Command {
+pub fn command(device: Device, built_for: Device) -> Command {
     let mut command = match device {
-        Device::Flex => cmd::cargo_with(&["nextest", "run", "--workspace"]),
-        Device::Wgpu | Device::Cuda => cmd::cargo_with(&["test", "--workspace", "--test", "it"]),
+        Device::Flex => {
+            let mut nextest = cmd::cargo_with(&["nextest", "run", "--workspace"]);
+            nextest.args(Device::build_arguments(&[built_for], "firebrick-cli"));
+            nextest
+        }
+        Device::Wgpu | Device::Cuda => gpu_tests(built_for),
     };
-    command.args(Device::build_arguments(devices, "firebrick-cli"));
     command.env("FIREBRICK_REQUIRE_DEVICE", device.name()).env("FIREBRICK_DEVICE", device.name());
-    if devices.contains(&Device::Wgpu) && std::env::var_os("XDG_RUNTIME_DIR").is_none() {
+    if built_for == Device::Wgpu && std::env::var_os("XDG_RUNTIME_DIR").is_none() {
         // Without it Wayland's library complains wherever devices are looked for.
         command.env("XDG_RUNTIME_DIR", std::env::temp_dir());
     }
@@ -134,10 +144,10 @@ mod tests {
 
     #[test]
     fn a_gpu_run_requires_its_device() {
-        let shown = |device, devices: &[Device]| cmd::show(&command(device, devices));
-        assert!(shown(Device::Wgpu, &[Device::Wgpu]).contains("FIREBRICK_REQUIRE_DEVICE=wgpu"));
-        assert!(shown(Device::Cuda, &[Device::Cuda]).contains("FIREBRICK_REQUIRE_DEVICE=cuda"));
+        let shown = |device, built_for| cmd::show(&command(device, built_for));
+        assert!(shown(Device::Wgpu, Device::Wgpu).contains("FIREBRICK_REQUIRE_DEVICE=wgpu"));
+        assert!(shown(Device::Cuda, Device::Cuda).contains("FIREBRICK_REQUIRE_DEVICE=cuda"));
         // Whatever the build can do.
-        assert!(shown(Device::Flex, &[Device::Wgpu]).contains("FIREBRICK_REQUIRE_DEVICE=flex"));
+        assert!(shown(Device::Flex, Device::Wgpu).contains("FIREBRICK_REQUIRE_DEVICE=flex"));
     }
 }
