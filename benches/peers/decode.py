@@ -1,4 +1,4 @@
-"""llama.cpp on a prompt of 256 tokens, or on 32 tokens after it: `decode.py FILE.gguf prompt|tokens THREADS`
+"""llama.cpp on a prompt of 512 tokens, or on 64 tokens after it: `decode.py FILE.gguf prompt|tokens THREADS`
 
 Through llama-cpp-python, or through the server of xllamacpp, which times its own work.
 """
@@ -8,7 +8,7 @@ import sys
 
 from turns import missing, take_turns
 
-PROMPT, TOKENS = 256, 32
+PROMPT, TOKENS = 512, 64
 path, what, threads = sys.argv[1], sys.argv[2], int(sys.argv[3])
 
 

@@ -1,4 +1,4 @@
-//! Generation: a prompt of 256 tokens in one pass, then 32 tokens one at a time; in f32, and from the blocks of a Q4_0 file.
+//! Generation: a prompt of 512 tokens in one pass, then 64 tokens one at a time; in f32, and from the blocks of a Q4_0 file.
 
 use std::path::PathBuf;
 
@@ -12,8 +12,8 @@ use firebrick_tensor::ops::PackedInputs;
 use super::{forward_flop, head_flop, linear_weights, load, tokens};
 use crate::{Bench, Bound, Case, Peer};
 
-const PROMPT: usize = 256;
-const TOKENS: usize = 32;
+const PROMPT: usize = 512;
+const TOKENS: usize = 64;
 
 /// A model in one form.
 struct Subject<'a> {

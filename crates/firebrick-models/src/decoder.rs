@@ -79,6 +79,9 @@ struct Layer {
     mlp_post_norm: Option<Param<Tensor<1>>>,
 }
 
+/// Below so many tokens a product is over before a thread that sleeps has woken up.
+const FEW_TOKENS: usize = 8;
+
 /// The flat values of a weight, by site and shape.
 type Values<'a> = dyn FnMut(Site, &[usize]) -> Result<Tensor<1>, ModelError> + 'a;
 
@@ -388,6 +391,14 @@ impl Decoder {
     /// # Panics
     /// If the run has a cache and segments, or segments of another shape than `tokens`.
     pub fn hidden(&self, tokens: Tensor<2, Int>, run: &mut Run<'_>) -> Tensor<3> {
+        let [batch, length] = tokens.dims();
+        if batch * length < FEW_TOKENS {
+            return ops::awake(|| self.residual_stream(tokens, run));
+        }
+        self.residual_stream(tokens, run)
+    }
+
+    fn residual_stream(&self, tokens: Tensor<2, Int>, run: &mut Run<'_>) -> Tensor<3> {
         let length = tokens.dims()[1];
         // A layer that a brick skips holds nothing: the fullest one knows the position.
         let held = |cache: &KvCache| (0..self.layers.len()).map(|l| cache.len(l)).max();

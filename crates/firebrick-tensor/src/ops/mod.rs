@@ -7,6 +7,7 @@
 mod adamw;
 mod attention;
 mod attention_cpu;
+mod awake;
 mod cpu;
 mod cross_entropy;
 mod gelu;
@@ -31,6 +32,7 @@ mod swiglu;
 
 pub use adamw::{AdamWOptions, adamw};
 pub use attention::{AttentionOptions, Segments, attention, segmented_attention};
+pub use awake::awake;
 pub use cross_entropy::cross_entropy;
 pub use gelu::gelu;
 pub use grouped_matmul::grouped_matmul;

@@ -343,10 +343,13 @@ impl<'a> Weight<'a> {
     }
 
     /// Outputs of a task where each weight is read once: a part of 2^17 weights or so, and of outputs whose words for a block of inputs
-    /// stay in the first-level cache.
+    /// stay in the first-level cache. The tasks are equal and their number even where that can be.
     pub fn task(&self) -> usize {
         let parts = (self.layout.d_in * self.d_out).div_ceil(1 << 17);
-        self.d_out.div_ceil(parts).next_multiple_of(16).clamp(64, COLUMNS)
+        let size = |parts: usize| self.d_out.div_ceil(parts).next_multiple_of(16).clamp(64, COLUMNS);
+        let first = (parts - parts % 2).max(2);
+        let even = |parts: &usize| size(*parts) * parts == self.d_out;
+        (first..=2 * parts.max(1)).step_by(2).find(even).map_or(size(parts), size)
     }
 
     /// Words of word row `row`, from column `first` on.
