@@ -5,6 +5,31 @@ use anyhow::{Context, Result, bail};
 use std::path::Path;
 use std::process::Command;
 
+/// Packages that are built to tell libFuzzer where an input led: those that parse. Instrumenting all of burn takes gigabytes of memory.
+const INSTRUMENTED: &[&str] = &[
+    "firebrick-core",
+    "firebrick-merge",
+    "firebrick-models",
+    "firebrick-peft",
+    "firebrick-tensor",
+    "minijinja",
+    "safetensors",
+    "tokenizers",
+    "toml",
+];
+
+/// What such a package is compiled with, as cargo's configuration takes it; one unit of code generation, or the tables of the units
+/// would be thrown away when linking.
+const INSTRUMENTATION: &[&str] = &[
+    concat!(
+        r#"rustflags = ["-Cpasses=sancov-module", "-Cllvm-args=-sanitizer-coverage-level=4", "#,
+        r#""-Cllvm-args=-sanitizer-coverage-inline-8bit-counters", "-Cllvm-args=-sanitizer-coverage-pc-table", "#,
+        r#""-Cllvm-args=-sanitizer-coverage-trace-compares", "-Cdebug-assertions"]"#,
+    ),
+    "codegen-units = 1",
+    "opt-level = 1",
+];
+
 #[derive(clap::Args)]
 pub struct FuzzArgs {
     /// Targets to run, one after the other; all of them if none is named.
@@ -28,13 +53,12 @@ pub fn run(args: &FuzzArgs) -> Result<()> {
         println!("{}", chosen.join("\n"));
         return Ok(());
     }
-    if cmd::find_program("cargo-fuzz").is_none() {
-        bail!("cargo-fuzz is missing: `cargo install cargo-fuzz --locked`");
-    }
     // The versions of the workspace, so that what is fuzzed is what is tested.
     std::fs::copy(root.join("Cargo.lock"), root.join("fuzz/Cargo.lock"))?;
     for target in chosen {
-        std::fs::create_dir_all(root.join("fuzz/found").join(target))?;
+        for folder in ["found", "artifacts"] {
+            std::fs::create_dir_all(root.join("fuzz").join(folder).join(target))?;
+        }
         cmd::run(&mut command(target, args.seconds))?;
     }
     Ok(())
@@ -54,11 +78,18 @@ fn targets(root: &Path) -> Result<Vec<String>> {
 
 /// New inputs go to `fuzz/found`, which git ignores; inputs that fail to `fuzz/artifacts`.
 fn command(target: &str, seconds: u64) -> Command {
-    let mut fuzz = cmd::cargo_with(&["fuzz", "run", target]);
-    fuzz.args([format!("fuzz/found/{target}"), format!("fuzz/corpus/{target}")]);
-    fuzz.args(["--", "-timeout=10", "-rss_limit_mb=2048", "-max_len=65536"]);
-    fuzz.arg(format!("-max_total_time={seconds}"));
-    // Instrumentation is not stable; the compiler is the one that builds everything else.
+    let mut fuzz =
+        cmd::cargo_with(&["run", "--release", "--manifest-path", "fuzz/Cargo.toml", "--bin", target]);
+    fuzz.arg("-Zprofile-rustflags");
+    for package in INSTRUMENTED {
+        for setting in INSTRUMENTATION {
+            fuzz.args(["--config".into(), format!("profile.release.package.{package}.{setting}")]);
+        }
+    }
+    fuzz.args(["--".into(), format!("fuzz/found/{target}"), format!("fuzz/corpus/{target}")]);
+    fuzz.args(["-timeout=10", "-rss_limit_mb=2048", "-max_len=65536", "-print_final_stats=1"]);
+    fuzz.args([format!("-artifact_prefix=fuzz/artifacts/{target}/"), format!("-max_total_time={seconds}")]);
+    // Flags of packages are not stable; the compiler is the one that builds everything else.
     fuzz.env("RUSTC_BOOTSTRAP", "1");
     fuzz
 }
@@ -76,7 +107,8 @@ mod tests {
             assert!(root.join("fuzz/corpus").join(name).is_dir(), "{name}");
         }
         let shown = cmd::show(&command("gguf", 7));
-        assert!(shown.starts_with("RUSTC_BOOTSTRAP=1 cargo fuzz run gguf fuzz/found/gguf"), "{shown}");
+        assert!(shown.starts_with("RUSTC_BOOTSTRAP=1 cargo run --release --manifest-path fuzz/"), "{shown}");
+        assert!(shown.contains("-- fuzz/found/gguf fuzz/corpus/gguf -timeout"), "{shown}");
         assert!(shown.ends_with("-max_total_time=7"), "{shown}");
     }
 

@@ -49,7 +49,7 @@ enum Verb {
     Pretrain(Passthrough),
     /// Make the Python environment of the interchange tests in target/py.
     Python,
-    /// Fuzz the parsers with cargo-fuzz, which builds everything once more.
+    /// Fuzz the parsers with libFuzzer, which builds everything once more.
     Fuzz(fuzz::FuzzArgs),
     /// Check the rules of this repository that no other tool checks.
     Tidy,
