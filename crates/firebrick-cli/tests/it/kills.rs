@@ -191,11 +191,31 @@ fn a_killed_overwriting_leaves_the_old_or_the_new() {
 }
 
 #[test]
-#[ignore = "minutes: 50 moments for each verb"]
-fn killed_at_many_moments() {
+#[ignore = "minutes: 50 moments"]
+fn a_training_killed_at_many_moments() {
     train(MOMENTS.1);
+}
+
+#[test]
+#[ignore = "minutes: 50 moments"]
+fn a_merge_killed_at_many_moments() {
     merge(MOMENTS.1);
+}
+
+#[test]
+#[ignore = "minutes: 50 moments"]
+fn a_search_killed_at_many_moments() {
     search(MOMENTS.1);
+}
+
+#[test]
+#[ignore = "minutes: 50 moments"]
+fn a_quantization_killed_at_many_moments() {
     quantize(MOMENTS.1);
+}
+
+#[test]
+#[ignore = "minutes: 50 moments"]
+fn a_specialization_killed_at_many_moments() {
     specialize(MOMENTS.1);
 }
