@@ -20,9 +20,9 @@ pub struct ExpertUsage {
 pub struct ExpertProfile {
     /// The layer.
     pub layer: usize,
-    /// Tokens routed; slots where only counts are known.
+    /// Tokens routed; slots where only counts of slots are known.
     pub tokens: u64,
-    /// Share of all slots that each expert served; sums to 1.
+    /// Share of all slots that each expert served, or of all weight where experts are weighed and not chosen; sums to 1.
     pub load: Vec<f64>,
     /// Squared coefficient of variation of the loads: 0 if balanced, `experts - 1` if one serves all.
     pub variation: f64,
@@ -98,18 +98,24 @@ impl ExpertUsage {
 impl ExpertProfile {
     /// From how many slots each expert served, without co-activation.
     pub fn from_counts(layer: usize, counts: &[u64]) -> Self {
-        let (total, n) = (counts.iter().sum::<u64>(), counts.len() as f64);
-        let load: Vec<f64> = counts.iter().map(|c| *c as f64 / total.max(1) as f64).collect();
+        let weights: Vec<f64> = counts.iter().map(|c| *c as f64).collect();
+        Self::from_weights(layer, counts.iter().sum(), &weights)
+    }
+
+    /// From the sum over `tokens` tokens of the weight that each expert got, such as the gates of adapters; without co-activation.
+    pub fn from_weights(layer: usize, tokens: u64, weights: &[f64]) -> Self {
+        let (total, n) = (weights.iter().sum::<f64>(), weights.len() as f64);
+        let used = total > 0.0;
+        let load: Vec<f64> = weights.iter().map(|w| if used { w / total } else { 0.0 }).collect();
         let squares: f64 = load.iter().map(|f| (f * n - 1.0).powi(2)).sum();
         let entropy: f64 = load.iter().filter(|f| **f > 0.0).map(|f| -f * f.ln()).sum();
-        let used = total > 0;
         ExpertProfile {
             layer,
-            tokens: total,
+            tokens,
             variation: if used { squares / n } else { 0.0 },
             violation: if used { load.iter().copied().fold(0.0, f64::max) * n - 1.0 } else { 0.0 },
             entropy: if n > 1.0 { entropy / n.ln() } else { 0.0 },
-            dead: (0..counts.len()).filter(|e| load[*e] < 0.1 / n).collect(),
+            dead: (0..weights.len()).filter(|e| load[*e] < 0.1 / n).collect(),
             load,
             co_activation: Vec::new(),
         }
@@ -140,6 +146,11 @@ mod tests {
         assert_eq!((one.entropy, one.variation, one.violation), (0.0, 3.0, 3.0));
         assert_eq!((one.dead, one.load), (vec![0, 1, 3], vec![0.0, 0.0, 1.0, 0.0]));
         assert_eq!(one.co_activation[0], [0.0; 4], "an expert without tokens has no company");
+        let gates = ExpertProfile::from_weights(1, 9, &[0.0, 0.0, 9.0, 0.0]);
+        assert_eq!((gates.tokens, &gates.load, gates.entropy), (9, &vec![0.0, 0.0, 1.0, 0.0], 0.0));
+        let soft = ExpertProfile::from_weights(1, 8, &[1.0, 3.0, 2.0, 2.0]);
+        assert_eq!((soft.load.iter().sum::<f64>(), soft.violation), (1.0, 0.5));
+        assert_eq!(soft, ExpertProfile::from_counts(1, &[1, 3, 2, 2]));
         let none = ExpertProfile::from_counts(0, &[0, 0]);
         assert_eq!((none.entropy, none.variation, none.violation), (0.0, 0.0, 0.0));
     }

@@ -133,8 +133,9 @@ fn each_window(
         return Err(AnalysisError::TooFewTokens { have: window, need: 2 });
     }
     let chosen = spread(0, ids.len() / window, options.windows);
+    let all = chosen.len() * (window - 1);
     let mut task = Task::begin(progress, "fisher", Some(chosen.len() as u64), "windows");
-    let (device, mut all) = (decoder.device(), 0);
+    let device = decoder.device();
     for at in chosen {
         let text = &ids[at * window..(at + 1) * window];
         let labels: Vec<i32> = match options.labels {
@@ -156,7 +157,6 @@ fn each_window(
         for (site, gradient) in weight_gradients(decoder, tokens, sites, &loss) {
             visit(site, gradient, window - 1)?;
         }
-        all += window - 1;
         task.advance(1, "")?;
     }
     Ok(all)

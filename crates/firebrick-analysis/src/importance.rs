@@ -32,7 +32,7 @@ pub fn importance(
         return Err(AnalysisError::TooFewTokens { have: ids.len(), need: window });
     }
     let windows: Vec<_> = (0..count).map(|i| i * window..(i + 1) * window).collect();
-    let mut streams = embed(decoder, ids, &windows, BATCH);
+    let mut streams: Vec<_> = embed(decoder, &[], ids, &windows, BATCH).map(|(x, _)| x).collect();
     let family = decoder.config().family();
     let mut entries = BTreeMap::new();
     let layers = decoder.sites().layers();

@@ -49,7 +49,7 @@ pub use logit_lens::{LensLayer, LogitLens, logit_lens};
 pub use metric::Metric;
 pub use profile::{
     BitLoss, LinearProfile, Profile, ProfileOptions, RankLoss, ResidualProfile, SplitHalf, WeightSkew,
-    profile,
+    profile, profile_with,
 };
 pub use report::{
     Bar, Bars, Cell, Column, Heatmap, Item, Lines, Point, Report, Row, Scatter, Section, Series, Strips,

@@ -42,7 +42,9 @@ impl Brick for Probes {
     fn at(&self, site: Site, x: Tensor<3>, base: &mut Base<'_>, run: &mut Run<'_>) -> Tensor<3> {
         let input = self.inputs.then(|| x.clone().without_autodiff());
         let y = base(x, run).autodiff();
-        let zero = Tensor::<3>::zeros(y.dims(), &y.device()).autodiff().require_grad();
+        // One number seen everywhere: as a tensor of its own it would take as much memory as the output.
+        let zero = Tensor::<3>::zeros([1, 1, 1], &y.device()).without_autodiff().expand(y.dims());
+        let zero = zero.autodiff().require_grad();
         self.seen.borrow_mut().push(Probe { site, input, zero: zero.clone() });
         y + zero
     }

@@ -11,6 +11,7 @@ use firebrick_core::{Brick, LayerPlan, ResolvedPlan, Site, folder, write_atomic}
 use firebrick_models::hub::HubModel;
 use firebrick_models::tokenizer::Tokenizer;
 use firebrick_models::{EncodedWeight, EncoderFiles, Export, Model, ModelError, ModelFiles};
+use firebrick_moe::AdapterRouter;
 use firebrick_peft::LoraBank;
 use firebrick_peft::hf;
 use firebrick_quant::{PackedLinear, QuantizedMatrix};
@@ -194,6 +195,37 @@ pub fn adapters(dirs: &[PathBuf], model: &Model, device: &Device) -> Result<Vec<
     dirs.iter().map(|dir| Ok(hf::load(dir, model.decoder.sites(), device)?.0)).collect()
 }
 
+/// A router over adapters, and what it routes over.
+pub struct Routed {
+    pub router: AdapterRouter,
+    /// By slot.
+    pub names: Vec<String>,
+    pub banks: Vec<LoraBank>,
+}
+
+/// Loads a router as `specialize` writes it, and its adapters: those of `dirs` whose folders have their names.
+pub fn routed(router: &Path, dirs: &[PathBuf], model: &Model, device: &Device) -> Result<Routed> {
+    let (loaded, names) = AdapterRouter::load(router, device)?;
+    let (width, d_model) = (loaded.width(), model.decoder.config().d_model);
+    if width != d_model {
+        bail!("{}: a router of width {width} for a model of width {d_model}", router.display());
+    }
+    let called = |name: &String| dirs.iter().find(|dir| dir.file_name().is_some_and(|f| f == name.as_str()));
+    let of = |(slot, name): (usize, &String)| {
+        let Some(dir) = called(name) else {
+            let what = format!("--router {}: no --adapter folder is called `{name}`", router.display());
+            return Err(Usage(what).into());
+        };
+        Ok(hf::load(dir, model.decoder.sites(), device)?.0.with_slot(slot))
+    };
+    let banks = names.iter().enumerate().map(of).collect::<Result<Vec<_>>>()?;
+    if dirs.len() != names.len() {
+        let what = format!("--router {} routes over {}", router.display(), names.join(", "));
+        return Err(Usage(format!("{what}; there are {} of --adapter", dirs.len())).into());
+    }
+    Ok(Routed { router: loaded, names, banks })
+}
+
 /// Reads a plan and what it means for the model.
 pub fn plan(path: &Path, files: &ModelFiles) -> Result<ResolvedPlan> {
     LayerPlan::load(path)?.resolve(files.sites()).with_context(|| path.display().to_string())
@@ -298,11 +330,7 @@ pub fn check_output(path: &Path, unfinished: Option<&Path>, global: &Global) -> 
 
 /// Refuses a target that an export to it would refuse, before the work that leads there.
 pub fn check_export(export: Export<'_>, out: &Path, global: &Global, terminal: &Terminal) -> Result<()> {
-    let plan = export.plan(out, &executor(global, terminal))?;
-    match plan.problems.is_empty() {
-        true => Ok(()),
-        false => Err(Usage(plan.problems.join("; ")).into()),
-    }
+    Ok(export.check(out, &executor(global, terminal))?)
 }
 
 /// [`check_output`] of a single file; makes its folder.

@@ -38,5 +38,5 @@ pub use progress::{Cancelled, Event, Progress, Silent, Task};
 pub use read::{MAX_SETTINGS, read_file, read_text};
 pub use run::{Mode, Run};
 pub use seed::Seed;
-pub use selector::{Selector, SelectorError, closest};
+pub use selector::{Selector, SelectorError, bounded_regex, closest};
 pub use site::{ParseSiteError, Part, Site, SiteEntry, SiteKind, SiteSet, SiteTable};

@@ -40,6 +40,12 @@ impl<'a> Run<'a> {
         Run { bricks, ..Run::default() }
     }
 
+    /// The same pass going on with these bricks in place of the others; all state stays.
+    pub fn with_bricks<'b>(self, bricks: &'b [&'b dyn Brick]) -> Run<'b> {
+        let Run { bricks: _, state, losses, mode, seed, tokens } = self;
+        Run { bricks, state, losses, mode, seed, tokens }
+    }
+
     /// The bricks in force, the last one on top.
     pub fn bricks(&self) -> &'a [&'a dyn Brick] {
         self.bricks
@@ -129,6 +135,20 @@ mod tests {
         let run = Run::new(&bricks);
         assert!(!run.is_bare(here) && run.is_bare(there));
         assert_eq!(run.bricks().len(), 1);
+    }
+
+    #[test]
+    fn a_pass_goes_on_with_other_bricks() {
+        let skip = Skip { sites: SiteSet::from_iter([Site::layer(1, Part::Block)]) };
+        let bricks: [&dyn Brick; 1] = [&skip];
+        let mut run = Run::new(&bricks);
+        run.insert(3u32);
+        (run.mode, run.seed) = (Mode::Train, Seed(5));
+        run.add_loss("z", Tensor::from_floats([0.5], &Device::flex()));
+        let run = run.with_bricks(&[]);
+        assert!(run.is_bare(Site::layer(1, Part::Block)));
+        assert_eq!((run.get::<u32>(), run.mode, run.seed), (Some(&3), Mode::Train, Seed(5)));
+        assert_eq!(run.losses().len(), 1);
     }
 
     #[test]

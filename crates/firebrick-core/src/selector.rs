@@ -34,7 +34,19 @@ mod parse;
 
 /// Longest text that is read.
 pub(crate) const MAX_TEXT: usize = 64 * 1024;
+/// Most bytes of a compiled pattern.
 const MAX_REGEX: usize = 1 << 20;
+
+/// Compiles a regular expression from a file or a command line, of at most 1 MiB.
+///
+/// # Errors
+/// What is wrong with it, in one line.
+pub fn bounded_regex(source: &str) -> Result<Regex, String> {
+    RegexBuilder::new(source).size_limit(MAX_REGEX).build().map_err(|e| {
+        let text = e.to_string();
+        text.lines().last().unwrap_or_default().trim_start_matches("error: ").to_string()
+    })
+}
 
 /// A pattern over sites, such as `layers.4-7.mlp.{up,down}, head`; the grammar stands at the top of `selector.rs`.
 ///

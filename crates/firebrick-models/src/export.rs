@@ -188,6 +188,15 @@ impl<'a> Export<'a> {
         Ok(executor.plan(&self, &target)?)
     }
 
+    /// Fails where [`Export::write`] would fail before it computes anything; reads no weights and writes nothing.
+    ///
+    /// # Errors
+    /// As [`Export::write`], but for what only the writing itself finds.
+    pub fn check(mut self, path: &Path, executor: &Executor<'_>) -> Result<(), ModelError> {
+        let target = self.target(path)?;
+        Ok(executor.check(&self, &target)?)
+    }
+
     /// Writes the model to `path`. Weights that are not read from files are hashed first, so that an interrupted export
     /// of other weights is not taken up.
     ///

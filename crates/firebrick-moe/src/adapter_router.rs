@@ -17,6 +17,7 @@ use firebrick_tensor::block::DType;
 use firebrick_tensor::checkpoint::{Checkpoint, Metadata, TensorSpec, write_safetensors};
 use firebrick_tensor::ops::{Segments, rms_norm};
 use firebrick_train::{AdamW, Batches, TextData, TrainError, token_tensor};
+use serde::{Deserialize, Serialize};
 
 use crate::router::top_k;
 use crate::{AdapterGates, MoeError};
@@ -30,6 +31,14 @@ pub struct AdapterRouter {
     bias: Param<Tensor<1>>,
     #[module(skip)]
     sites: SiteSet,
+    top_k: Option<usize>,
+}
+
+/// What stands in `router.json`.
+#[derive(Serialize, Deserialize)]
+struct RouterFile {
+    adapters: Vec<String>,
+    #[serde(default)]
     top_k: Option<usize>,
 }
 
@@ -60,6 +69,11 @@ impl AdapterRouter {
     /// Number of adapters routed over.
     pub fn adapters(&self) -> usize {
         self.bias.lazy_shape()[0]
+    }
+
+    /// Width of the embeddings that are routed by.
+    pub fn width(&self) -> usize {
+        self.weight.lazy_shape()[0]
     }
 
     /// Weight `[d_model, adapters]` and bias `[adapters]`.
@@ -133,20 +147,20 @@ impl AdapterRouter {
         let tensors: Vec<_> =
             specs.into_iter().zip(values.map(|v| bytes(v.iter::<f32>().collect()))).collect();
         write_safetensors(dir.join("router.safetensors"), &Metadata::default(), &tensors)?;
-        let json = serde_json::json!({"adapters": adapters, "top_k": self.top_k});
-        let text = serde_json::to_string_pretty(&json).expect("names and a number") + "\n";
+        let settings = RouterFile { adapters: adapters.to_vec(), top_k: self.top_k };
+        let text = serde_json::to_string_pretty(&settings).expect("names and a number") + "\n";
         write_atomic(&dir.join("router.json"), text.as_bytes()).map_err(io)
     }
 
-    /// Reads what [`AdapterRouter::save`] wrote.
+    /// Reads what [`AdapterRouter::save`] wrote: the router, and the names of its adapters in the order of their slots.
     ///
     /// # Errors
-    /// If a file is missing, damaged or of the wrong shape.
-    pub fn load(dir: &Path, device: &Device) -> Result<Self, MoeError> {
+    /// If a file is missing, damaged or of the wrong shape, or there are not as many names as adapters.
+    pub fn load(dir: &Path, device: &Device) -> Result<(Self, Vec<String>), MoeError> {
         let path = dir.join("router.json");
         let text =
             read_text(&path, MAX_SETTINGS).map_err(|source| MoeError::Io { path: path.clone(), source })?;
-        let json: serde_json::Value =
+        let settings: RouterFile =
             serde_json::from_str(&text).map_err(|e| MoeError::Io { path: path.clone(), source: e.into() })?;
         let checkpoint = Checkpoint::open(dir.join("router.safetensors"))?;
         let (weight, bias) = (checkpoint.tensor("weight")?, checkpoint.tensor("bias")?);
@@ -159,13 +173,18 @@ impl AdapterRouter {
             let what = format!("{}: {adapters} weights for {biases} biases", checkpoint.path().display());
             return Err(MoeError::Shapes { problems: vec![what] });
         }
-        let top_k = json["top_k"].as_u64().map(|k| k as usize).filter(|k| *k > 0);
+        if settings.adapters.len() != adapters {
+            let what =
+                format!("{}: {} names for {adapters} adapters", path.display(), settings.adapters.len());
+            return Err(MoeError::Shapes { problems: vec![what] });
+        }
+        let top_k = settings.top_k.filter(|k| *k > 0);
         let mut router = AdapterRouter::new(d_model, adapters, top_k, Seed(0), device);
         let weight = TensorData::new(checkpoint.read_f32("weight")?, [d_model, adapters]);
         let bias = TensorData::new(checkpoint.read_f32("bias")?, [adapters]);
         router.weight = Param::from_data(weight, device);
         router.bias = Param::from_data(bias, device);
-        Ok(router)
+        Ok((router, settings.adapters))
     }
 }
 

@@ -9,18 +9,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use burn::tensor::{Device, Tensor, TensorData};
-use firebrick_core::{MAX_SETTINGS, Part, Site, SiteKind, SiteTable, read_text, write_atomic};
+use firebrick_core::{MAX_SETTINGS, Part, Site, SiteKind, SiteTable, bounded_regex, read_text, write_atomic};
 use firebrick_tensor::block::DType;
 use firebrick_tensor::checkpoint::{Checkpoint, Metadata, TensorSpec, write_safetensors};
-use regex::RegexBuilder;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use crate::PeftError;
 use crate::lora::{LoraBank, LoraSettings};
-
-/// Most bytes of a compiled pattern.
-const MAX_REGEX: usize = 1 << 20;
 
 /// Name of the configuration file in an adapter folder.
 pub const CONFIG_FILE: &str = "adapter_config.json";
@@ -426,7 +422,7 @@ pub fn read_all(dir: &Path, sites: &SiteTable) -> Result<AdapterFiles, PeftError
     let rank_pattern = patterns(&config.rank_pattern, &modules, count, &mut problems);
     let alpha_pattern = patterns(&config.alpha_pattern, &modules, Value::as_f64, &mut problems);
     let mut parts = Vec::new();
-    for (site, pair) in pairs {
+    for ((site, pair), module) in pairs.into_iter().zip(&modules) {
         let [Some((a, [r, a_in])), Some((b, [b_out, b_r]))] = pair else {
             problems.push(format!("`{site}` has only one of lora_A and lora_B"));
             continue;
@@ -440,7 +436,6 @@ pub fn read_all(dir: &Path, sites: &SiteTable) -> Result<AdapterFiles, PeftError
             ));
             continue;
         }
-        let module = module_path(sites, site)?;
         let rank = rank_pattern.get(module.as_str()).copied().unwrap_or(config.r);
         if rank != r {
             problems.push(format!("`{site}`: the configuration says rank {rank}, the tensors have {r}"));
@@ -542,18 +537,13 @@ fn patterns<'m, T: Copy>(
     let mut found = BTreeMap::new();
     for (key, value) in map {
         // One at a time: compiled they are far longer than in the file.
-        let regex = RegexBuilder::new(&format!(r"^(?:.*\.)?(?:{key})$")).size_limit(MAX_REGEX).build();
-        match (regex, read(value)) {
+        match (bounded_regex(&format!(r"^(?:.*\.)?(?:{key})$")), read(value)) {
             (Ok(regex), Some(value)) => {
                 for module in modules.iter().filter(|module| regex.is_match(module)) {
                     found.entry(module.as_str()).or_insert(value);
                 }
             }
-            (Err(e), _) => {
-                let text = e.to_string();
-                let why = text.lines().last().unwrap_or_default().trim_start_matches("error: ");
-                problems.push(format!("pattern `{key}`: not a regular expression: {why}"));
-            }
+            (Err(why), _) => problems.push(format!("pattern `{key}`: not a regular expression: {why}")),
             (_, None) => problems.push(format!("pattern `{key}`: {value} is no rank or alpha")),
         }
     }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 
 use burn::tensor::Tensor;
-use firebrick_core::{Progress, Run, Site, Task};
+use firebrick_core::{Brick, Progress, Run, Site, Task};
 use firebrick_models::{Decoder, token_tensor};
 
 use super::ProfileOptions;
@@ -18,6 +18,7 @@ use crate::weight_gradients::Probes;
 /// One window at a time, the whole model forwards and backwards; no gradient of any weight is computed.
 pub(super) fn measure(
     decoder: &Decoder,
+    bricks: &[&dyn Brick],
     ids: &[u32],
     windows: &[Range<usize>],
     options: &ProfileOptions,
@@ -31,7 +32,8 @@ pub(super) fn measure(
     let mut task = Task::begin(progress, "gradients", Some(windows.len() as u64), "windows");
     for window in windows {
         let probes = Probes::new(&sites, false);
-        let nll = decoder.nll(token_tensor(&[&ids[window.clone()]], &device), &mut Run::new(&[&probes]));
+        let all: Vec<&dyn Brick> = bricks.iter().copied().chain([&probes as &dyn Brick]).collect();
+        let nll = decoder.nll(token_tensor(&[&ids[window.clone()]], &device), &mut Run::new(&all));
         let gradients = nll.sum().backward();
         for probe in probes.into_seen() {
             let site = probe.site;
@@ -57,7 +59,7 @@ pub(super) fn measure(
 mod tests {
     use super::*;
     use burn::tensor::{Device, Int, TensorData};
-    use firebrick_core::{Base, Brick, Part, Seed, Silent, SiteSet};
+    use firebrick_core::{Base, Part, Seed, Silent, SiteSet};
     use firebrick_models::DecoderConfig;
 
     /// Adds `by` to one output of one token.
@@ -97,7 +99,7 @@ mod tests {
         }
         let ids: Vec<u32> = (0..9).map(|i| (i * 7 + 3) % 20).collect();
         let options = ProfileOptions::default();
-        let found = measure(&decoder, &ids, std::slice::from_ref(&(0..9)), &options, &Silent).unwrap();
+        let found = measure(&decoder, &[], &ids, std::slice::from_ref(&(0..9)), &options, &Silent).unwrap();
         assert_eq!(found.len(), 14);
         let loss = |site: Site, token: usize, output: usize, by: f32| -> f64 {
             let nudge = Nudge { sites: [site].into_iter().collect(), token, output, by };

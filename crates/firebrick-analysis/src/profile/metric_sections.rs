@@ -221,6 +221,9 @@ impl Profile {
         let widest = self.experts.iter().map(|e| e.load.len()).max()?;
         let mut loads =
             Heatmap::new("Load of every expert over its fair share", "expert", widest).shared_scale();
+        if self.expert_names.len() == widest {
+            loads = loads.columns(self.expert_names.iter().cloned());
+        }
         let mut table = Table::new("Every router").number_column("layer").number_column("tokens");
         for name in ["entropy", "squared variation", "largest violation", "dead experts"] {
             table = table.number_column(name);
@@ -242,7 +245,7 @@ impl Profile {
             }),
         );
         let mut section = Section::new("Experts")
-            .text("1 is a fair share of the tokens; entropy 1 is a balanced router, 0 one that uses one expert.")
+            .text("1 is a fair share of the tokens, or of the weight that a router gives; entropy 1 is a balanced router, 0 one that uses one expert.")
             .heatmap(loads)
             .strips(strips)
             .table(table);

@@ -153,9 +153,12 @@ pub struct Profile {
     /// Hessian of the linear layers.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub hessian: Vec<HessianProfile>,
-    /// Experts, layer by layer; whoever ran the router puts them here.
+    /// Experts, or adapters that a router weighs, layer by layer; whoever ran the router puts them here.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub experts: Vec<ExpertProfile>,
+    /// Names of the experts, where they have any.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub expert_names: Vec<String>,
 }
 
 /// What a block or sublayer does to the residual stream.
@@ -274,6 +277,21 @@ impl ProfileOptions {
         problems
     }
 
+    /// What cannot be measured with these bricks in force.
+    fn problems_with(&self, bricks: &[&dyn Brick]) -> Vec<String> {
+        let curvature = [Metric::Fisher, Metric::Hessian].into_iter().filter(|m| self.wants(*m));
+        let mut problems: Vec<String> = match bricks.is_empty() {
+            true => Vec::new(),
+            false => curvature.map(|m| format!("{m} is measured without bricks only")).collect(),
+        };
+        let last = [Part::Norm, Part::Head].map(Site::global);
+        let at_last = bricks.iter().flat_map(|b| last.into_iter().filter(|s| b.sites().contains(*s)));
+        if self.wants(Metric::Lens) {
+            problems.extend(at_last.map(|site| format!("lens is measured without bricks at {site} only")));
+        }
+        problems
+    }
+
     /// The grid that weights are rounded on at `bits` bits.
     pub fn grid(&self, bits: u8) -> Grid {
         Grid { bits, group: self.group, kind: self.kind, clip: self.clip }
@@ -343,7 +361,30 @@ pub fn profile(
     options: &ProfileOptions,
     progress: &dyn Progress,
 ) -> Result<Profile, AnalysisError> {
+    profile_with(decoder, &[], &[], ids, options, progress)
+}
+
+/// [`profile`] of `decoder` with `bricks` in force, the last one on top; `taps` are there in the one forward pass only, which each batch
+/// of windows goes through with a [`Run`] of its own, and see what bricks leave in it.
+///
+/// A linear layer's numbers are those of the decoder's weight, for the inputs and the gradients that it has under the bricks.
+///
+/// # Errors
+/// As [`profile`]. With bricks no [`Metric::Fisher`] and [`Metric::Hessian`], and no [`Metric::Lens`] with bricks at the last norm or the
+/// head: these run without them.
+pub fn profile_with(
+    decoder: &Decoder,
+    bricks: &[&dyn Brick],
+    taps: &[&dyn Brick],
+    ids: &[u32],
+    options: &ProfileOptions,
+    progress: &dyn Progress,
+) -> Result<Profile, AnalysisError> {
     check(decoder, ids, options)?;
+    let problems = options.problems_with(bricks);
+    if !problems.is_empty() {
+        return Err(AnalysisError::Options { problems });
+    }
     let windows = options.windows(ids.len());
     let skipped = options.skipped();
     let tokens = windows.iter().map(|w| w.len() - skipped).sum();
@@ -352,15 +393,20 @@ pub fn profile(
     let each = options.moment_tokens(decoder, windows.len()).min(windows[0].len() - skipped);
     let summed = each * windows.len();
     let curvature = match options.wants(Metric::Linear) {
-        true => gradients::measure(decoder, ids, &spread_over(&windows, options), options, progress)?,
+        true => {
+            let windows = spread_over(&windows, options);
+            gradients::measure(decoder, bricks, ids, &windows, options, progress)?
+        }
         false => BTreeMap::new(),
     };
-    let mut streams = embed(decoder, ids, &windows, options.batch);
+    let company: Vec<&dyn Brick> = bricks.iter().chain(taps).copied().collect();
+    let (mut streams, mut runs): (Vec<Tensor<3>>, Vec<Run<'static>>) =
+        embed(decoder, &company, ids, &windows, options.batch).unzip();
     let mut across = layers::AcrossLayers::new(ids, &windows, options);
     across.see(0, &streams)?;
     let (mut residual, mut linear) = (Vec::new(), Vec::new());
     let (mut attention, mut activation) = (Vec::new(), Vec::new());
-    let mut flows: Vec<(Site, TokenFlow)> = Vec::new();
+    let mut halved: Vec<(Site, [f64; 2])> = Vec::new();
     let mut task = Task::begin(progress, "profile", Some(layers as u64), "layers");
     for layer in 0..layers {
         let here = decoder.sites().all().filter(|s| s.layer == Some(layer));
@@ -373,17 +419,20 @@ pub fn profile(
         let moments = SecondMoments::new(&weighted).skipping(skipped).at_most(each);
         let flow = ResidualFlow::new(&changed);
         let inside = layers::InsideLayer::new(&here, windows.len(), options);
-        let mut bricks: Vec<&dyn Brick> = vec![&moments, &flow];
+        let mut bricks = company.clone();
+        bricks.extend([&moments as &dyn Brick, &flow]);
         bricks.extend(inside.bricks());
-        for x in &mut streams {
-            *x = decoder.block(layer, x.clone(), &mut Run::new(&bricks));
+        for (x, run) in streams.iter_mut().zip(&mut runs) {
+            let mut here = std::mem::take(run).with_bricks(&bricks);
+            *x = decoder.block(layer, x.clone(), &mut here);
+            *run = here.with_bricks(&[]);
             progress.check()?;
         }
         for site in changed.iter() {
             let flow = flow.read(site, skipped)?;
             let (influence, update) = (Estimate::of(&flow.influence), Estimate::of(&flow.update));
             residual.push(ResidualProfile { site, influence, update });
-            flows.push((site, flow));
+            halved.push((site, halves(&flow)));
         }
         across.see(layer + 1, &streams)?;
         attention.extend(inside.attention()?);
@@ -404,6 +453,7 @@ pub fn profile(
             what: "the gradient of its output is not finite".into(),
         });
     }
+    drop((streams, runs));
     let (similarity, lens) = across.finish(decoder, progress)?;
     let name = if options.model.is_empty() { &decoder.config().model_type } else { &options.model };
     Ok(Profile {
@@ -416,7 +466,7 @@ pub fn profile(
         text_hash: hash(ids),
         quantizer: nearest(),
         weight_skew: weight_skew(&linear, layers),
-        split_half: split_half(&flows),
+        split_half: split_half(&halved),
         residual,
         linear,
         attention,
@@ -426,6 +476,7 @@ pub fn profile(
         fisher: fisher(decoder, ids, &windows, options, progress)?,
         hessian: hessian(decoder, ids, &windows, options, progress)?,
         experts: Vec::new(),
+        expert_names: Vec::new(),
     })
 }
 
@@ -503,18 +554,20 @@ pub(crate) fn check(decoder: &Decoder, ids: &[u32], options: &ProfileOptions) ->
     }
 }
 
-/// The embedded windows, `[batch, window, d_model]` each.
+/// The embedded windows, `[batch, window, d_model]` each, and the runs that `bricks` were in.
 pub(crate) fn embed(
     decoder: &Decoder,
+    bricks: &[&dyn Brick],
     ids: &[u32],
     windows: &[Range<usize>],
     batch: usize,
-) -> Vec<Tensor<3>> {
-    let embed = |windows: &[Range<usize>]| {
+) -> impl Iterator<Item = (Tensor<3>, Run<'static>)> {
+    windows.chunks(batch).map(move |windows| {
         let windows: Vec<&[u32]> = windows.iter().map(|w| &ids[w.clone()]).collect();
-        decoder.embed(token_tensor(&windows, &decoder.device()), &mut Run::default())
-    };
-    windows.chunks(batch).map(embed).collect()
+        let mut run = Run::new(bricks);
+        let x = decoder.embed(token_tensor(&windows, &decoder.device()), &mut run);
+        (x, run.with_bricks(&[]))
+    })
 }
 
 fn hash(ids: &[u32]) -> String {
@@ -543,19 +596,21 @@ fn weight_skew(linear: &[LinearProfile], layers: usize) -> WeightSkew {
     }
 }
 
-fn split_half(flows: &[(Site, TokenFlow)]) -> SplitHalf {
-    let halves = |windows: &[Vec<f64>]| -> (f64, f64) {
-        let every = |start: usize| {
-            mean(&windows.iter().skip(start).step_by(2).flatten().copied().collect::<Vec<_>>())
-        };
-        match windows {
-            [only] => (mean(&only[..only.len() / 2]), mean(&only[only.len() / 2..])),
-            _ => (every(0), every(1)),
-        }
+/// The mean influence on every other window, and on those between; of one window on its two halves.
+fn halves(flow: &TokenFlow) -> [f64; 2] {
+    let every = |start: usize| {
+        mean(&flow.influence.iter().skip(start).step_by(2).flatten().copied().collect::<Vec<_>>())
     };
+    match &flow.influence[..] {
+        [only] => [mean(&only[..only.len() / 2]), mean(&only[only.len() / 2..])],
+        _ => [every(0), every(1)],
+    }
+}
+
+fn split_half(halved: &[(Site, [f64; 2])]) -> SplitHalf {
     let correlation = |blocks: bool| {
-        let of = flows.iter().filter(|(site, _)| (site.part == Part::Block) == blocks);
-        let (a, b): (Vec<f64>, Vec<f64>) = of.map(|(_, flow)| halves(&flow.influence)).unzip();
+        let of = halved.iter().filter(|(site, _)| (site.part == Part::Block) == blocks);
+        let (a, b): (Vec<f64>, Vec<f64>) = of.map(|(_, [a, b])| (*a, *b)).unzip();
         spearman(&a, &b)
     };
     SplitHalf { blocks: correlation(true), sublayers: correlation(false) }
@@ -667,7 +722,7 @@ mod tests {
     fn halves_that_agree_correlate() {
         let flow = |layer: usize, a: f64, b: f64| {
             let influence = vec![vec![a; 4], vec![b; 4]];
-            (Site::layer(layer, Part::Block), TokenFlow { update: influence.clone(), influence })
+            (Site::layer(layer, Part::Block), halves(&TokenFlow { update: influence.clone(), influence }))
         };
         let agree = split_half(&[flow(0, 1.0, 1.1), flow(1, 2.0, 2.5), flow(2, 3.0, 2.9)]);
         assert_eq!(agree, SplitHalf { blocks: Some(1.0), sublayers: None });

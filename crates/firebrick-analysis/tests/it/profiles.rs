@@ -1,8 +1,10 @@
+use std::cell::RefCell;
+
 use firebrick_analysis::{
     AnalysisError, ExpertUsage, Item, Metric, Profile, ProfileOptions, Report, SecondMoments,
-    SimilarityOptions, cka, layer_grams, profile,
+    SimilarityOptions, cka, layer_grams, profile, profile_with,
 };
-use firebrick_core::{Brick, Cancelled, Event, Part, Progress, Run, Seed, Silent, Site, SiteSet};
+use firebrick_core::{Base, Brick, Cancelled, Event, Part, Progress, Run, Seed, Silent, Site, SiteSet};
 use firebrick_models::Decoder;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
@@ -238,6 +240,88 @@ fn one_pass_gives_every_metric_and_each_is_what_its_own_function_says() {
         }
         assert_eq!(Profile::from_json(&alone.to_json().unwrap()).unwrap(), alone);
     }
+}
+
+/// The update `delta: [d_in, d_out]` of the weight at one site, in activation space.
+struct Update {
+    sites: SiteSet,
+    delta: Tensor<2>,
+}
+
+impl Brick for Update {
+    fn sites(&self) -> &SiteSet {
+        &self.sites
+    }
+
+    fn at(&self, _: Site, x: Tensor<3>, base: &mut Base<'_>, run: &mut Run<'_>) -> Tensor<3> {
+        base(x.clone(), run) + x.matmul(self.delta.clone().unsqueeze_dim(0))
+    }
+}
+
+/// Notes where it was called, and whether the run still has what was left in it at the embedding.
+struct Log {
+    sites: SiteSet,
+    seen: RefCell<Vec<(Site, Option<usize>)>>,
+}
+
+impl Brick for Log {
+    fn sites(&self) -> &SiteSet {
+        &self.sites
+    }
+
+    fn at(&self, site: Site, x: Tensor<3>, base: &mut Base<'_>, run: &mut Run<'_>) -> Tensor<3> {
+        if site.part == Part::Embed {
+            run.insert(self.seen.borrow().len());
+        }
+        self.seen.borrow_mut().push((site, run.get::<usize>().copied()));
+        base(x, run)
+    }
+}
+
+#[test]
+fn bricks_are_in_force_and_taps_see_one_pass() {
+    let (decoder, device) = (decoder(), Device::flex());
+    let site = Site::layer(1, Part::MlpDown);
+    let delta = TensorData::new(Seed(4).normal("delta", 48 * 32, 0.2), [48, 32]);
+    let update = Update { sites: [site].into_iter().collect(), delta: Tensor::from_data(delta, &device) };
+    let blocks = decoder.sites().all().filter(|s| matches!(s.part, Part::Block | Part::Embed));
+    let log = Log { sites: blocks, seen: RefCell::default() };
+    let with = |bricks: &[&dyn Brick], taps: &[&dyn Brick], options: &ProfileOptions| {
+        profile_with(&decoder, bricks, taps, &ids(200), options, &Silent)
+    };
+    let found = with(&[&update], &[&log], &options()).unwrap();
+
+    // Two batches, each in a run of its own from the embedding to the last block; the passes for gradients are not among them.
+    let embed = Site::global(Part::Embed);
+    let mut expected = vec![(embed, Some(0)), (embed, Some(1))];
+    expected.extend((0..4).flat_map(|l| (0..2).map(move |batch| (Site::layer(l, Part::Block), Some(batch)))));
+    assert_eq!(*log.seen.borrow(), expected);
+
+    // As the model that has the update in its weight.
+    let weight = decoder.weight(site).unwrap() + update.delta.clone().transpose();
+    let merged = measured(&decoder.clone().with_weight(site, weight));
+    let plain = measured(&decoder);
+    let lens = |p: &Profile| p.lens.as_ref().unwrap().layers[4].nll;
+    let gap = |a: f64, b: f64| (a / b - 1.0).abs();
+    let far = |p: &Profile| {
+        let pairs =
+            found.residual.iter().zip(&p.residual).map(|(a, b)| gap(a.influence.mean, b.influence.mean));
+        let gradients =
+            found.linear.iter().zip(&p.linear).map(|(a, b)| gap(a.gradient_energy, b.gradient_energy));
+        pairs.chain(gradients).chain([gap(lens(&found), lens(p))]).fold(0.0, f64::max)
+    };
+    assert!(far(&merged) < 1e-3, "{}", far(&merged));
+    assert!(far(&plain) > 0.05, "control: the update is felt, {}", far(&plain));
+    assert_eq!(with(&[], &[&log], &options()).unwrap(), plain, "taps change nothing");
+
+    let head = Update { sites: [Site::global(Part::Head)].into_iter().collect(), ..update };
+    let metrics = [Metric::Fisher, Metric::Hessian, Metric::Lens].into();
+    let Err(AnalysisError::Options { problems }) =
+        with(&[&head], &[], &ProfileOptions { metrics, ..options() })
+    else {
+        panic!("accepted")
+    };
+    assert_eq!(problems.len(), 3, "{problems:?}");
 }
 
 #[test]

@@ -6,16 +6,17 @@ use anyhow::{Context, Result, bail};
 use burn::tensor::Device;
 use clap::Args;
 use firebrick_analysis::{
-    Metric, Profile as Measured, ProfileOptions, RankBudget, Report, Section, SimilarityOptions, bit_front,
-    bit_plans, cka, layer_grams, profile, rank_plans,
+    ExpertProfile, Metric, Profile as Measured, ProfileOptions, RankBudget, Report, Section,
+    SimilarityOptions, bit_front, bit_plans, cka, layer_grams, profile_with, rank_plans,
 };
-use firebrick_core::Seed;
+use firebrick_core::{Brick, Seed};
 use firebrick_models::{Model, ModelFiles};
+use firebrick_moe::ExpertTap;
 use firebrick_quant::{GptqConfig, gptq_bit_losses};
 use serde_json::json;
 
 use crate::args::{Global, Metrics, Quantizer, Usage};
-use crate::models;
+use crate::models::{self, Routed};
 use crate::ui::Terminal;
 
 #[derive(Args)]
@@ -23,6 +24,13 @@ pub struct Profile {
     /// Model: a folder, a .gguf file, `embedded`, or a fetched name.
     #[arg(long, value_name = "M")]
     model: String,
+    /// PEFT adapter folder, in force while everything but fisher and hessian is measured; may be given more than once.
+    #[arg(long, value_name = "DIR")]
+    adapter: Vec<PathBuf>,
+    /// Folder of a router over the adapters, as `specialize` writes it: every token is weighed, and the profile says how much each layer
+    /// uses each adapter. The adapters' folders have the names that it knows them by.
+    #[arg(long, value_name = "DIR", requires = "adapter")]
+    router: Option<PathBuf>,
     /// Calibration text.
     #[arg(long, value_name = "FILE")]
     data: PathBuf,
@@ -40,7 +48,7 @@ pub struct Profile {
     #[arg(long, value_name = "FILE")]
     before: Option<PathBuf>,
     /// Another model of the same vocabulary, whose layers are compared with this one's.
-    #[arg(long, value_name = "M")]
+    #[arg(long, value_name = "M", conflicts_with = "adapter")]
     against: Option<String>,
     /// Mean bits per weight of the plan it suggests.
     #[arg(long, default_value_t = 4.0, value_name = "BITS")]
@@ -64,6 +72,13 @@ impl Profile {
         let linear = metrics.contains(&Metric::Linear);
         if !linear && self.quantizer == Quantizer::Gptq {
             return Err(Usage("--quantizer gptq plans bits, which needs the metric linear".into()).into());
+        }
+        let plain = [Metric::Fisher, Metric::Hessian].into_iter().find(|m| metrics.contains(m));
+        if let Some(metric) = plain.filter(|_| !self.adapter.is_empty()) {
+            return Err(Usage(format!("--metrics {metric}: not measured with --adapter")).into());
+        }
+        if self.quantizer == Quantizer::Gptq && !self.adapter.is_empty() {
+            return Err(Usage("--quantizer gptq: not measured with --adapter".into()).into());
         }
         let least = ProfileOptions::default().bits.into_iter().min().map_or(2.0, f64::from);
         if linear && !(self.mean_bits.is_finite() && self.mean_bits >= least) {
@@ -100,7 +115,23 @@ impl Profile {
             seed: Seed(global.seed),
             ..ProfileOptions::default()
         };
-        let found = profile(&model.decoder, &data.ids, &options, terminal)?;
+        let (banks, routed) = match &self.router {
+            Some(router) => {
+                let Routed { router, names, banks } = models::routed(router, &self.adapter, &model, &device)?;
+                (banks, Some((router, names)))
+            }
+            None => (models::adapters(&self.adapter, &model, &device)?, None),
+        };
+        let mut bricks = models::bricks(&None, &banks);
+        bricks.extend(routed.iter().map(|(router, _)| router as &dyn Brick));
+        let tap = ExpertTap::new(&model.decoder.sites().all());
+        let tap = tap.skipping(usize::from(options.skip_first_token));
+        let mut found = profile_with(&model.decoder, &bricks, &[&tap], &data.ids, &options, terminal)?;
+        let usage = tap.read().into_iter();
+        found.experts = usage
+            .map(|(layer, used)| ExpertProfile::from_weights(layer, used.tokens, &used.weights))
+            .collect();
+        found.expert_names = routed.map_or(Vec::new(), |(_, names)| names);
         let found = match self.quantizer {
             Quantizer::Rtn => found,
             Quantizer::Gptq => {
@@ -116,6 +147,8 @@ impl Profile {
             .fact("model", &model.name)
             .fact("tokens", found.tokens)
             .sections(found.sections());
+        let names = self.adapter.iter().map(|dir| dir.display().to_string()).collect::<Vec<_>>();
+        let report = if names.is_empty() { report } else { report.fact("adapters", names.join(", ")) };
         let report = compared.into_iter().fold(report, Report::section);
         let report = before.iter().fold(report, |report, b| report.section(found.change_section(b)));
         models::write_folder(&self.out, |folder| {

@@ -57,7 +57,7 @@ impl Pipeline<'_> {
             Ok(rows)
         })?;
         variants.extend(specialists);
-        let router = AdapterRouter::load(&self.out.join("router"), &self.inner)?;
+        let (router, _) = AdapterRouter::load(&self.out.join("router"), &self.inner)?;
         let mut mixture: Vec<&dyn Brick> = banks.iter().map(|b| b as &dyn Brick).collect();
         mixture.push(&router);
         variants.push(measure("routed adapters", None, &base, &mixture)?);

@@ -19,6 +19,7 @@ mod memory;
 mod merge_search;
 mod methods;
 mod outputs;
+mod profiles;
 mod python;
 mod specialize;
 mod train;

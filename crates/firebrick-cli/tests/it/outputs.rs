@@ -75,6 +75,17 @@ fn wrong_targets_and_settings_are_found_before_the_work() {
 }
 
 #[test]
+fn a_plan_that_cannot_work_is_a_failure_in_every_verb_that_exports() {
+    let dir = prepare();
+    let before = files(dir.path());
+    let exports = |verb: &Vec<&str>| ["convert", "quantize", "prune"].contains(&verb[0]);
+    for verb in writers("out").iter().filter(|verb| exports(verb)) {
+        exits(dir.path(), &[&verb[..], &["--max-memory", "1"]].concat(), 1, "memory");
+    }
+    assert!(files(dir.path()) == before);
+}
+
+#[test]
 fn a_dry_run_writes_nothing() {
     let dir = prepare();
     let before = files(dir.path());

@@ -115,14 +115,9 @@ impl<'a> Parser<'a> {
             return self.fail(span, "expected a regular expression after `re:`");
         }
         self.at = self.text.len();
-        match RegexBuilder::new(source).size_limit(MAX_REGEX).build() {
+        match bounded_regex(source) {
             Ok(regex) => Ok(Pattern::Tensor(TensorRegex(regex))),
-            Err(e) => {
-                let reason = e.to_string();
-                let reason =
-                    reason.lines().last().unwrap_or_default().trim_start_matches("error: ").to_string();
-                self.fail(span, format!("not a regular expression: {reason}"))
-            }
+            Err(reason) => self.fail(span, format!("not a regular expression: {reason}")),
         }
     }
 

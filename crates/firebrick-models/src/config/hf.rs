@@ -52,6 +52,9 @@ const KNOWN: &[&str] = &[
 /// Keys that change what a model computes, in a way that the wiring does not know.
 const REFUSED: &[&str] = &["use_bidirectional_attention"];
 
+/// The window where a configuration says nothing of one.
+const SILENT_WINDOW: usize = 4096;
+
 const FULL: &str = "full_attention";
 const SLIDING: &str = "sliding_attention";
 
@@ -232,13 +235,15 @@ impl<'a> Reader<'a> {
 
     /// The window, and for each layer whether it has it.
     fn windows(&mut self, family: &Family, layers: usize) -> (Option<usize>, Vec<bool>) {
-        let window = |r: &mut Self| r.given("sliding_window").map(|_| r.size("sliding_window"));
+        // Where nothing is said, not even null, transformers has a window.
+        let window = |r: &mut Self| match r.map.contains_key("sliding_window") {
+            true => r.given("sliding_window").map(|_| r.size("sliding_window")),
+            false => Some(SILENT_WINDOW),
+        };
         match family.settings.windows {
             Windows::Never => (None, Vec::new()),
             Windows::All => {
-                // What Mistral means where nothing is said, not even null.
-                let silent = !self.map.contains_key("sliding_window");
-                let window = if silent { Some(4096) } else { window(self) };
+                let window = window(self);
                 if window.is_some() && self.layer_types().is_some_and(|types| types.contains(&false)) {
                     let name = family.model_type;
                     self.problems.push(format!("`layer_types` without windows are not supported in {name}"));
@@ -247,9 +252,8 @@ impl<'a> Reader<'a> {
             }
             Windows::From => {
                 let on = self.flag_or("use_sliding_window", false);
-                let silent = !self.map.contains_key("sliding_window");
                 let types = self.layer_types();
-                let window = if silent { Some(4096) } else { window(self) }.filter(|_| on);
+                let window = window(self).filter(|_| on);
                 if window.is_none() {
                     return (None, Vec::new());
                 }
@@ -258,7 +262,7 @@ impl<'a> Reader<'a> {
                 (window, types.unwrap_or_else(by_depth))
             }
             Windows::AllBut(default) => {
-                let size = self.size_or("sliding_window", 4096);
+                let size = self.size_or("sliding_window", SILENT_WINDOW);
                 let newer = self.size_or("_sliding_window_pattern", default);
                 let period = self.size_or("sliding_window_pattern", newer);
                 if period == 0 {

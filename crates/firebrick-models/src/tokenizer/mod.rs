@@ -307,29 +307,26 @@ impl Tokenizer {
 
     /// Names the special tokens in the object of a `config.json`; null where there is none.
     pub fn put_ids(&self, config: &mut Json) {
-        config["bos_token_id"] = self.special.bos.into();
-        config["pad_token_id"] = self.special.pad.into();
-        config["eos_token_id"] = match &self.special.eos[..] {
-            [] => Json::Null,
-            [one] => (*one).into(),
-            many => many.into(),
-        };
+        for (name, id) in self.special_ids() {
+            config[name] = id;
+        }
     }
 
     /// `generation_config.json` with the ids that transformers' `generate` needs.
     fn generation(&self) -> Map<String, Json> {
+        let there = self.special_ids().into_iter().filter(|(_, id)| !id.is_null());
+        there.map(|(name, id)| (name.to_string(), id)).collect()
+    }
+
+    /// The ids of the special tokens by transformers' names: null, a number, or a list where there are several.
+    fn special_ids(&self) -> [(&'static str, Json); 3] {
         let Special { bos, eos, pad, .. } = &self.special;
-        let end: Option<Json> = match eos[..] {
-            [] => None,
-            [id] => Some(id.into()),
-            _ => Some(eos.clone().into()),
+        let end = match &eos[..] {
+            [] => Json::Null,
+            [one] => (*one).into(),
+            many => many.into(),
         };
-        let ids = [
-            ("bos_token_id", bos.map(Json::from)),
-            ("eos_token_id", end),
-            ("pad_token_id", pad.map(Json::from)),
-        ];
-        ids.into_iter().filter_map(|(name, id)| Some((name.to_string(), id?))).collect()
+        [("bos_token_id", (*bos).into()), ("eos_token_id", end), ("pad_token_id", (*pad).into())]
     }
 
     /// Makes encoding add a begin and an end token, or nothing.

@@ -7,6 +7,7 @@ mod diff;
 mod encoder;
 mod export;
 mod families;
+mod gemma3;
 mod generate;
 mod minilm;
 mod model;
@@ -25,6 +26,19 @@ fn minilm() -> Option<PathBuf> {
     let required = std::env::var("FIREBRICK_REQUIRE").unwrap_or_default();
     assert!(!required.contains("minilm"), "{} is required and missing", path.display());
     println!("skipped: `cargo xtask model minilm` fetches the model this test needs");
+    None
+}
+
+/// The file of Gemma 3 270M; none where nobody put it, unless `FIREBRICK_REQUIRE` names `gemma3`.
+fn gemma3() -> Option<PathBuf> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let path = root.join("target/models/gemma3/gemma-3-270m-q4_k_m.gguf");
+    if path.exists() {
+        return Some(path);
+    }
+    let required = std::env::var("FIREBRICK_REQUIRE").unwrap_or_default();
+    assert!(!required.contains("gemma3"), "{} is required and missing", path.display());
+    println!("skipped: CONTRIBUTING.md says under which terms to fetch the model this test needs, and how");
     None
 }
 

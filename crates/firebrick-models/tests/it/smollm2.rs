@@ -17,15 +17,15 @@ fn golden() -> Value {
     serde_json::from_str(include_str!("../golden/smollm2.json")).unwrap()
 }
 
-fn ids(value: &Value) -> Vec<u32> {
+pub fn ids(value: &Value) -> Vec<u32> {
     value.as_array().unwrap().iter().map(|v| v.as_u64().unwrap() as u32).collect()
 }
 
-fn floats(value: &Value) -> Vec<f64> {
+pub fn floats(value: &Value) -> Vec<f64> {
     value.as_array().unwrap().iter().map(|v| v.as_f64().unwrap()).collect()
 }
 
-fn tensor(ids: &[u32]) -> Tensor<2, Int> {
+pub fn tensor(ids: &[u32]) -> Tensor<2, Int> {
     let n = ids.len();
     let ids: Vec<i32> = ids.iter().map(|i| *i as i32).collect();
     Tensor::from_data(TensorData::new(ids, [1, n]), &Device::flex())

@@ -1,7 +1,7 @@
 use burn::tensor::{Device, Tensor, TensorData};
 use firebrick_core::{Brick, Mode, Part, Run, Seed, Site};
 use firebrick_moe::{
-    AuxNorm, Balance, Dispatch, ExpertBank, ExpertLoads, MoeLayer, RouterConfig, TopKRouter,
+    AuxNorm, Balance, Dispatch, ExpertBank, ExpertLoads, ExpertTap, MoeLayer, RouterConfig, TopKRouter,
     switch_balance_loss,
 };
 use firebrick_tensor::ops::swiglu;
@@ -248,4 +248,26 @@ fn losses_are_added_in_training_and_averaged_over_layers() {
     }
     let got = run.total_loss().unwrap().into_scalar::<f32>() as f64;
     assert!((got - want).abs() < 1e-5 * want, "{got} {want}");
+}
+
+#[test]
+fn a_tap_counts_the_slots_of_every_pass() {
+    let (r, block) = (random([12, 4, 6, 3, 2], true, 1), Site::layer(0, Part::Block));
+    let (layer, tap) = (layer(&r, &Device::flex()), ExpertTap::new(&[block].into_iter().collect()));
+    let bricks: [&dyn Brick; 2] = [&layer, &tap];
+    let x = tensor(&r.x, [1, 12, 4], &Device::flex());
+    let pass = |run: &mut Run<'_>| {
+        run.at(block, x.clone(), &mut |x, run: &mut Run<'_>| run.at(SITE, x, &mut |_, _| panic!("replaced")));
+    };
+    // Two passes of one run, whose loads add up, and another run.
+    let (mut twice, mut once) = (Run::new(&bricks), Run::new(&bricks));
+    pass(&mut twice);
+    pass(&mut twice);
+    pass(&mut once);
+    let found = &tap.read()[&0];
+    let slots: Vec<f64> =
+        once.get::<ExpertLoads>().unwrap().counts[&0].iter().map(|n| 3.0 * *n as f64).collect();
+    assert_eq!((found.tokens, &found.weights), (36, &slots));
+    assert_eq!(found.weights.iter().sum::<f64>(), 72.0, "top_k times the tokens");
+    assert!(found.weights.iter().filter(|w| **w > 0.0).count() > 1, "control: not all to one");
 }

@@ -98,6 +98,29 @@ impl Executor<'_> {
         Ok(plan)
     }
 
+    /// Fails where [`run`](Executor::run) would fail before it computes anything; reads no tensors and writes nothing.
+    ///
+    /// # Errors
+    /// A plan with problems, or an output that exists.
+    pub fn check(&self, transform: &dyn Transform, target: &Target) -> Result<(), StreamError> {
+        self.possible(transform, target)?;
+        target.check(self.overwrite)
+    }
+
+    /// What is prepared, unless its plan has problems.
+    fn possible<'t>(
+        &self,
+        transform: &'t dyn Transform,
+        target: &Target,
+    ) -> Result<Prepared<'t>, StreamError> {
+        let prepared = self.prepare(transform, target)?;
+        if prepared.plan.problems.is_empty() {
+            return Ok(prepared);
+        }
+        let StreamPlan { transform, problems, .. } = prepared.plan;
+        Err(StreamError::Plan { transform, problems })
+    }
+
     /// Runs `transform` and puts the output in place.
     ///
     /// # Errors
@@ -105,11 +128,7 @@ impl Executor<'_> {
     /// the first failure in the order of the output, a cancellation, or an output that came to exist meanwhile. The old
     /// output, if any, is then untouched, and finished parts stay in `.NAME.partial` for the next run.
     pub fn run(&self, transform: &dyn Transform, target: &Target) -> Result<StreamReport, StreamError> {
-        let prepared = self.prepare(transform, target)?;
-        if !prepared.plan.problems.is_empty() {
-            let StreamPlan { transform, problems, .. } = prepared.plan;
-            return Err(StreamError::Plan { transform, problems });
-        }
+        let prepared = self.possible(transform, target)?;
         self.progress.check()?;
         staging::recover(target)?;
         target.check(self.overwrite)?;
