@@ -1,8 +1,8 @@
 //! Logit distillation (Hinton et al., arXiv 1503.02531): `(1 - soft) CE + soft T^2 D(teacher, student)`.
 
-use burn::tensor::{Device, Int, Tensor};
+use burn::tensor::{Int, Tensor};
 use firebrick_core::{Brick, Part, Run, Site};
-use firebrick_models::Decoder;
+use firebrick_models::{Decoder, constant_on};
 use firebrick_tensor::ops::{Divergence, linear_cross_entropy, linear_kl};
 use serde::{Deserialize, Serialize};
 
@@ -113,19 +113,10 @@ impl LogitKd {
     }
 }
 
-/// The same values as a constant on `device`.
-fn constant_on(t: Tensor<2>, device: &Device) -> Tensor<2> {
-    let t = t.without_autodiff().to_device(&device.clone().inner());
-    match device.gradient_checkpointing_strategy() {
-        Some(strategy) => t.autodiff().with_gradient_checkpointing_strategy(strategy),
-        None => t,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use burn::tensor::TensorData;
+    use burn::tensor::{Device, TensorData};
     use firebrick_core::Seed;
     use firebrick_models::DecoderConfig;
     use firebrick_peft::{LoraBank, LoraConfig};

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 use firebrick_core::read_file;
+use firebrick_models::chat::ChatTemplate;
 use firebrick_tensor::block::DType;
 use firebrick_tensor::stream::Card;
 use serde_json::Value as Json;
@@ -220,6 +221,9 @@ pub(crate) fn chat_template(
         return Some(text.to_owned());
     }
     if asked.contains('{') {
+        if let Err(error) = ChatTemplate::new(asked, None, None) {
+            problems.add(config.places.chat_template, format!("`chat_template`: {error}"));
+        }
         return Some(asked.to_owned());
     }
     let known = chat_templates::NAMES.iter().copied().chain(["auto"]);
@@ -227,7 +231,7 @@ pub(crate) fn chat_template(
         "`chat_template: {asked}` is neither a name that is known nor a template; {}",
         suggestion(asked, known)
     );
-    problems.add(config.place, text);
+    problems.add(config.places.chat_template, text);
     None
 }
 

@@ -48,8 +48,8 @@ pub use error::MergeError;
 pub use firebrick_models::token_alignment;
 pub use merge::Merge;
 pub use methods::{
-    GlobalParameters, MergeMethod, ModelParameters, Numerics, Parameter, Prepared, Rectified, TensorMerge,
-    Values, merge_tensor, prepare, rectify,
+    GlobalParameters, MergeMethod, ModelParameters, Numerics, Parameter, Prepared, TensorMerge, Values,
+    merge_tensor, prepare,
 };
 pub use plan::{MergePlan, ParameterValues, PlannedSource, PlannedTensor};
 pub use stages::Stages;

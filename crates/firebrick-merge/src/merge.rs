@@ -15,7 +15,7 @@ use crate::plan::{self, MergePlan, PlannedSource, PlannedTensor};
 use crate::rows::Rows;
 use crate::vocabulary::Vocabulary;
 use crate::yaml::Problems;
-use crate::{GlobalParameters, MergeError, ModelParameters, TensorMerge, Values, folder, prepare};
+use crate::{GlobalParameters, MergeError, ModelParameters, Numerics, TensorMerge, Values, folder, prepare};
 
 /// Elements of inputs that are put together before they are merged.
 const CHUNK: usize = 1 << 15;
@@ -69,13 +69,28 @@ impl Merge {
         let plan = plan::plan(&config, &models, vocabulary.as_ref(), &mut problems);
         for tensor in plan.tensors.iter().filter(|t| t.vocabulary) {
             // Rows may also come from a model that only the tokenizer names.
-            let found = models.iter().filter_map(|m| Some((m, m.tensor(&tensor.name)?.0)));
-            for (model, name) in found.filter(|(m, name)| m.update(name).is_some()) {
-                let text = format!(
-                    "the adapter of `{}` changes `{name}`, whose rows change places",
-                    model.reference
-                );
-                problems.add(config.place, text);
+            let merged = |m: usize| tensor.sources.iter().any(|s| s.model == m);
+            for (m, model) in models.iter().enumerate() {
+                let (place, reference) = (config.place_of(&model.reference), &model.reference);
+                let read = !merged(m) && vocabulary.as_ref().is_some_and(|v| v.reads(m));
+                match model.tensor(&tensor.name) {
+                    Some((name, _)) if model.update(name).is_some() => problems.add(
+                        place,
+                        format!("the adapter of `{reference}` changes `{name}`, whose rows change places"),
+                    ),
+                    Some((name, stored)) if read && stored.shape.get(1..) != tensor.shape.get(1..) => {
+                        let (theirs, ours) = (&stored.shape, &tensor.shape);
+                        problems.add(
+                            place,
+                            format!("rows of `{name}` {theirs:?} of `{reference}` do not fit the output's {ours:?}"),
+                        );
+                    }
+                    None if read => problems.add(
+                        place,
+                        format!("`{reference}` has tokens that the output takes, but no `{}`", tensor.name),
+                    ),
+                    _ => {}
+                }
             }
         }
         let chat_template = folder::chat_template(&config, &models, &mut problems);
@@ -279,7 +294,9 @@ impl Transform for Merge {
             let spec = TensorSpec::new(tensor.name.clone(), tensor.dtype, tensor.shape.clone());
             let count = tensor.sources.len();
             let plain = tensor.sources.iter().all(|s| self.is_plain(tensor, s));
-            let scratch = method.scratch_bytes(elements, count);
+            let rounded = self.config.numerics == Numerics::Mergekit
+                && matches!(self.held(tensor), DType::BF16 | DType::F16);
+            let scratch = method.scratch_bytes(elements, count, rounded);
             let columns = elements / tensor.shape.first().copied().unwrap_or(1).max(1);
             match (plain, tensor.copied || method.elementwise()) {
                 (true, true) => OutputSpec::elementwise(spec, reads),

@@ -15,7 +15,7 @@ use serde::Serialize;
 
 use crate::config::{MergeConfig, Module, Parameters, Slice, SliceSource, knows_a_base};
 use crate::input::InputModel;
-use crate::methods::MergeMethod;
+use crate::methods::{MergeMethod, magprune_fits};
 use crate::names;
 use crate::vocabulary::Vocabulary;
 use crate::yaml::{Place, Problems};
@@ -375,11 +375,11 @@ impl<'a> Planner<'a> {
         let rows = usize::from(vocabulary.is_some());
         for (path, other, _) in shapes.iter().filter(|(_, other, _)| other.get(rows..) != shape.get(rows..)) {
             let hint = match by_token && vocabulary.is_none() {
-                true => "; with a `tokenizer` the rows of the vocabularies are brought together",
+                true => " (with a `tokenizer` the rows of the vocabularies are brought together)",
                 false => "",
             };
-            let text = format!("`{name}` has shape {other:?} in `{path}` and {shape:?} in `{first}`{hint}");
-            self.note(spot.slice.place, text, "");
+            let text = format!("shape {other:?} in `{path}` and {shape:?} in `{first}`{hint}: ");
+            self.note(spot.slice.place, text, format!("`{name}`"));
         }
         if let Some(vocabulary) = vocabulary {
             shape[0] = vocabulary.rows();
@@ -387,14 +387,8 @@ impl<'a> Planner<'a> {
         let dtype = self.dtype(name, copied, &shapes, base, spot);
         if copied {
             self.check_copies(name, &sources, spot);
-        } else if method == MergeMethod::Linear && global.get("normalize").is_some_and(|n| *n != 0.0) {
-            let weights: Vec<f64> =
-                sources.iter().filter_map(|s| s.parameters.get("weight").copied()).collect();
-            // As the method adds them.
-            let total: f32 = weights.iter().map(|w| *w as f32).sum();
-            if total == 0.0 && weights.len() == inputs.len() {
-                self.note(spot.slice.place, "weights add up to 0 at ", format!("`{name}`"));
-            }
+        } else if sources.len() == inputs.len() && weights_cancel(method, &sources, base, &global) {
+            self.note(spot.slice.place, "weights add up to 0 at ", format!("`{name}`"));
         }
         let vocabulary = vocabulary.is_some();
         self.tensors.push(PlannedTensor {
@@ -467,6 +461,13 @@ impl<'a> Planner<'a> {
                 None if is_base => {}
                 None => missing.push(p.name),
             }
+        }
+        // DELLA's, which a gradient can take there in some layers only.
+        if let (false, Some(density), Some(epsilon)) = (is_base, values.get("density"), values.get("epsilon"))
+            && !magprune_fits(*density, *epsilon)
+        {
+            let text = format!("`density` of model `{}` is within `epsilon` of 0 or 1 at ", source.model);
+            self.note(source.place, text, format!("`{input}`"));
         }
         for name in missing {
             self.note(
@@ -555,6 +556,28 @@ impl<'a> Planner<'a> {
                 self.note(*place, format!("`{name}`: the selector `{selector}` takes {why}"), "");
             }
         }
+    }
+}
+
+/// Whether a method would divide by a sum of weights that is 0.
+fn weights_cancel(
+    method: MergeMethod,
+    sources: &[PlannedSource],
+    base: Option<usize>,
+    global: &ParameterValues,
+) -> bool {
+    let on = |switch: &str| global.get(switch).is_some_and(|v| *v != 0.0);
+    let others = sources.iter().enumerate().filter(|(i, _)| Some(*i) != base);
+    let weights: Option<Vec<f64>> = others.map(|(_, s)| s.parameters.get("weight").copied()).collect();
+    let Some(weights) = weights else { return false };
+    match method {
+        // As the method adds them.
+        MergeMethod::Linear => on("normalize") && weights.iter().map(|w| *w as f32).sum::<f32>() == 0.0,
+        // A single model is taken as it is.
+        MergeMethod::Multislerp => {
+            on("normalize_weights") && sources.len() > 1 && weights.iter().sum::<f64>() == 0.0
+        }
+        _ => false,
     }
 }
 

@@ -5,6 +5,7 @@ use std::path::{Component, Path};
 use firebrick_core::{MAX_SETTINGS, read_text};
 
 use crate::config::MergeConfig;
+use crate::input::InputModel;
 use crate::yaml::Problems;
 use crate::{Merge, MergeError};
 
@@ -39,7 +40,8 @@ impl Stages {
             let mut parts = Path::new(name).components();
             if !matches!((parts.next(), parts.next()), (Some(Component::Normal(part)), None) if part == name)
             {
-                problems.add(config.place, format!("`name: {name}` should be the plain name of a folder"));
+                problems
+                    .add(config.places.name, format!("`name: {name}` should be the plain name of a folder"));
             }
         }
         let names: Vec<String> = rest.iter().filter_map(|c| c.name.clone()).collect();
@@ -74,6 +76,26 @@ impl Stages {
     /// The documents, in order; the last one is the merge proper.
     pub fn configs(&self) -> &[MergeConfig] {
         &self.configs
+    }
+
+    /// Opens every model that is no result of another document, so that one that is missing does not turn up after hours.
+    ///
+    /// # Errors
+    /// Lists every model that cannot be opened, with line and column.
+    pub fn check_models(&self, path: &Path) -> Result<(), MergeError> {
+        let mut problems = Problems::default();
+        let result = |model: &str| self.configs.iter().any(|c| c.name.as_deref() == Some(model));
+        for config in &self.configs {
+            for model in config.models().into_iter().filter(|m| !result(&m.path)) {
+                if let Err(error) = InputModel::open(model) {
+                    problems.add(config.place_of(model), error);
+                }
+            }
+        }
+        match problems.is_empty() {
+            true => Ok(()),
+            false => Err(MergeError::Mismatch { path: path.into(), problems: problems.into_lines() }),
+        }
     }
 
     /// Opens the merge of one document; the results of others are folders of their names in `results`.

@@ -58,6 +58,16 @@ impl Vocabulary {
         models.into_iter().any(|m| self.of(m).is_some())
     }
 
+    /// Whether a row of the output comes from `model`.
+    pub fn reads(&self, model: usize) -> bool {
+        let from = |row: &Row| match row {
+            Row::One(m, _) => *m == model,
+            Row::Mean(rows) => rows.iter().any(|(m, _)| *m == model),
+            Row::Zero | Row::Pad => false,
+        };
+        self.by_model.iter().flatten().flatten().any(from)
+    }
+
     /// The tokenizer that the output's is made from.
     pub fn basis(&self) -> &Tokenizer {
         &self.basis
@@ -141,8 +151,9 @@ impl Vocabulary {
         let mut by_model = vec![None; models.len()];
         for &model in &merged {
             let row = |id: usize, token: &Option<String>| match token {
-                // Rows without a token are those of the basis.
-                None => Row::One(basis, id),
+                // Rows without a token are those of the basis, as far as it goes.
+                None if embedding_rows(&models[basis]).is_some_and(|rows| id < rows) => Row::One(basis, id),
+                None => Row::Zero,
                 Some(token) => {
                     let own = read[&model].1.get(token).map(|id| Row::One(model, *id));
                     match (rules.get(token.as_str()), own) {
@@ -205,9 +216,9 @@ fn tokenizer_json(tokenizer: &Tokenizer) -> Result<Json, String> {
     serde_json::from_slice(bytes).map_err(|e| e.to_string())
 }
 
-/// Ids by token, of those that the embedding has a row for.
+/// Ids by token, of those that the embedding has a row for; none where there is no embedding.
 fn ids(tokenizer: &Tokenizer, rows: Option<usize>) -> HashMap<String, usize> {
-    let count = tokenizer.vocab_size().min(rows.unwrap_or(usize::MAX));
+    let count = tokenizer.vocab_size().min(rows.unwrap_or(0));
     (0..count).filter_map(|id| Some((tokenizer.token(id as u32)?, id))).collect()
 }
 

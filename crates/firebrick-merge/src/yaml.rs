@@ -1,10 +1,11 @@
 //! YAML as a tree in which everything has a line and a column, and the list of what is wrong in it.
 
+use std::collections::HashMap;
 use std::fmt;
 
 use firebrick_core::closest;
 use serde::de::{Deserialize, Deserializer, Error, MapAccess, SeqAccess, Visitor};
-use serde_saphyr::{Location, Spanned};
+use serde_saphyr::{DuplicateKeyPolicy, Location, NonFiniteFloatPolicy, Spanned};
 
 /// A place in a text, both counted from 1; 0 where it is not known.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -46,12 +47,41 @@ pub(crate) enum Yaml {
 impl Node {
     /// The documents of a text, empty ones left out.
     pub fn documents(text: &str) -> Result<Vec<Node>, String> {
-        serde_saphyr::from_multiple(text).map_err(|e| {
+        // What has a place is a problem among others, see `check`: the parser would end at the first.
+        let options = serde_saphyr::options! {
+            duplicate_keys: DuplicateKeyPolicy::PassThrough,
+            non_finite_float_policy: NonFiniteFloatPolicy::PassThrough,
+        };
+        serde_saphyr::from_multiple_with_options(text, options).map_err(|e| {
             // The parser's message goes on with an excerpt of the text.
             let text = e.to_string();
             let line = text.lines().next().unwrap_or_default().trim_start_matches("error: ");
             line.replacen(" column ", ", column ", 1)
         })
+    }
+
+    /// Reports what means nothing anywhere: keys that are there twice, numbers that are not finite.
+    pub fn check(&self, problems: &mut Problems) {
+        match &self.value {
+            Yaml::Number(n) if !n.is_finite() => {
+                problems.add(self.place, format!("{n} is not a finite number"))
+            }
+            Yaml::List(items) => items.iter().for_each(|item| item.check(problems)),
+            Yaml::Map(entries) => {
+                let mut lines: HashMap<&str, u64> = HashMap::new();
+                for (key, node) in entries {
+                    if let Some(line) = lines.get(key.text.as_str()) {
+                        problems.add(
+                            key.place,
+                            format!("duplicate key `{}`, given on line {line} already", key.text),
+                        );
+                    }
+                    lines.entry(&key.text).or_insert(key.place.line);
+                    node.check(problems);
+                }
+            }
+            _ => {}
+        }
     }
 
     /// The value under `key`; `None` for null, and where this is no map.
@@ -245,9 +275,17 @@ mod tests {
         assert_eq!((second[0].0.place.line, &second[0].1.value), (6, &Yaml::Null));
         assert_eq!(documents[1].get("b"), None);
         assert!(Node::documents("a: [").unwrap_err().starts_with("line "));
-        let infinite = Node::documents("b: 1\na: .inf").unwrap_err();
-        assert!(infinite.starts_with("line 2, column 4: ") && infinite.contains("`.inf`"), "{infinite}");
-        assert!(Node::documents("a: 1\na: 2\n").unwrap_err().contains("duplicate"));
+        let mut problems = Problems::default();
+        let twice = Node::documents("a: .inf\nb: {c: 1, c: [.nan]}\na: 1e999\n").unwrap();
+        twice[0].check(&mut problems);
+        let expected = [
+            "line 1, column 4: inf is not a finite number",
+            "line 2, column 11: duplicate key `c`, given on line 2 already",
+            "line 2, column 15: NaN is not a finite number",
+            "line 3, column 1: duplicate key `a`, given on line 1 already",
+            "line 3, column 4: inf is not a finite number",
+        ];
+        assert_eq!(problems.into_lines(), expected);
     }
 
     #[test]

@@ -8,6 +8,7 @@
 mod attention_taps;
 pub mod chat;
 mod config;
+mod constant;
 mod decoder;
 mod diff;
 mod encoder;
@@ -26,6 +27,7 @@ mod weights;
 
 pub use attention_taps::AttentionTaps;
 pub use config::{Activation, Biases, DecoderConfig, GgufTensors, NormPlacement};
+pub use constant::constant_on;
 pub use decoder::Decoder;
 pub use diff::{Diff, Stored, SumDiff, TensorDiff, ValueDiff, diff, diff_checkpoints};
 pub use encoder::{

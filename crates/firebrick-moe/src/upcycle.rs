@@ -3,7 +3,8 @@
 use burn::module::Param;
 use burn::tensor::{Device, Tensor, TensorData};
 use firebrick_core::{Part, Seed, Site};
-use firebrick_models::{Activation, Decoder};
+use firebrick_models::{Activation, Decoder, constant_on};
+use firebrick_train::ordered_sum;
 use serde::{Deserialize, Serialize};
 
 use crate::{ExpertBank, MoeError, MoeLayer, RouterConfig, TopKRouter};
@@ -97,10 +98,10 @@ pub fn upcycle(
             let noise: Vec<f32> = (0..experts).flat_map(draw).collect();
             let noise = TensorData::new(noise, [experts, d_in, d_out]);
             let noise = Tensor::<3>::from_data(noise, &stack.device());
-            let size = dense.square().mean().sqrt().reshape([1, 1, 1]);
+            let size = (ordered_sum(dense.square()) / (d_in * d_out) as f64).sqrt().reshape([1, 1, 1]);
             stack = stack + noise * size;
         }
-        Param::from_tensor(on(stack, device))
+        Param::from_tensor(constant_on(stack, device))
     };
     let part = |&layer: &usize| {
         let router = TopKRouter::new(d_model, router.clone(), Site::layer(layer, Part::Mlp), seed, device)?;
@@ -108,12 +109,4 @@ pub fn upcycle(
         Ok((layer, router, ExpertBank { gate, up, down }))
     };
     MoeLayer::from_parts(layers.iter().map(part).collect::<Result<_, MoeError>>()?)
-}
-
-/// `t`, a constant on `device` without autodiff, with the autodiff association of `device`.
-fn on(t: Tensor<3>, device: &Device) -> Tensor<3> {
-    match device.gradient_checkpointing_strategy() {
-        Some(strategy) => t.autodiff().with_gradient_checkpointing_strategy(strategy),
-        None => t,
-    }
 }

@@ -63,6 +63,7 @@ pub use lars::{Lars, LarsForm};
 pub use layer_rates::{layer_decay, site_groups};
 pub use mixture::{Draw, Mixture, Sampler, Stage, dmt, multi_task, sequential, specialist_or_generalist};
 pub use optimizer::Group;
+pub use params::ordered_sum;
 pub use recompute::recompute;
 pub use retrieval::{RetrievalReport, pearson, rank, recall_at, reciprocal_rank, retrieval, spearman};
 pub use rows::{Average, Batch, Rows, held_out_loss};

@@ -98,13 +98,22 @@ pub(crate) fn flat<const D: usize>(tensor: Tensor<D>) -> Tensor<1> {
 /// Elements added up in one piece: burn-flex adds up longer tensors in an order that depends on its threads.
 const PIECE: usize = 1 << 21;
 
+/// The sum of all elements of `x` as `[1]`, in an order that their number alone sets: the same for any number of threads.
+pub fn ordered_sum<const D: usize>(x: Tensor<D>) -> Tensor<1> {
+    sum_of(&flat(x), |piece| piece)
+}
+
 /// The sum of the squares of `x` as `[1]`, in an order that its length alone sets.
 pub(crate) fn squares(x: &Tensor<1>) -> Tensor<1> {
+    sum_of(x, |piece| piece.square())
+}
+
+fn sum_of(x: &Tensor<1>, f: impl Fn(Tensor<1>) -> Tensor<1>) -> Tensor<1> {
     let n = x.dims()[0];
     if n <= PIECE {
-        return x.clone().square().sum();
+        return f(x.clone()).sum();
     }
-    let piece = |at: usize| x.clone().narrow(0, at, PIECE.min(n - at)).square().sum();
+    let piece = |at: usize| f(x.clone().narrow(0, at, PIECE.min(n - at))).sum();
     (0..n).step_by(PIECE).map(piece).reduce(|a, b| a + b).expect("at least one piece")
 }
 
@@ -134,15 +143,18 @@ mod tests {
     use firebrick_core::Seed;
 
     #[test]
-    fn sums_of_squares_do_not_depend_on_threads() {
+    fn sums_do_not_depend_on_threads() {
         let values = Seed(1).normal("values", 2 * PIECE + 12_345, 1.0);
         let want: f64 = values.iter().map(|v| f64::from(*v).powi(2)).sum();
         let x = Tensor::<1>::from_floats(values.as_slice(), &Device::flex());
+        let matrix = x.clone().square().reshape([1, values.len()]);
         let found = [1, 2, 3].map(|threads| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            pool.install(|| squares(&x).into_scalar::<f32>())
+            pool.install(|| {
+                [squares(&x), ordered_sum::<2>(matrix.clone())].map(|sum| sum.into_scalar::<f32>())
+            })
         });
-        assert!(found.iter().all(|sum| *sum == found[0]), "{found:?}");
-        assert!((f64::from(found[0]) / want - 1.0).abs() < 1e-4, "{found:?} instead of {want}");
+        assert!(found.iter().flatten().all(|sum| *sum == found[0][0]), "{found:?}");
+        assert!((f64::from(found[0][0]) / want - 1.0).abs() < 1e-4, "{found:?} instead of {want}");
     }
 }

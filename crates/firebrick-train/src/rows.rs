@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use firebrick_core::{Brick, Progress, Run};
+use firebrick_core::{Brick, Progress, Run, Seed};
 use firebrick_models::{Decoder, token_tensor};
 use firebrick_tensor::ops::Segments;
 use serde::{Deserialize, Serialize};
@@ -139,6 +139,13 @@ impl<'a> Rows<'a> {
         }
         let packed = Some(Packing { weights, starts, padding });
         Ok(Rows { window, ids: Cow::Owned(ids), packed })
+    }
+
+    /// `count` rows, each drawn from all of them by the stream `name` of `seed`.
+    pub fn draw(&self, count: usize, seed: Seed, name: &str) -> Vec<usize> {
+        let all = self.count();
+        let row = |u: &f32| (((u + 0.5) * all as f32) as usize).min(all - 1);
+        seed.uniform(name, count, 0.5).iter().map(row).collect()
     }
 
     /// Tokens in a row.

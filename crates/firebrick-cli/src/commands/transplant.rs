@@ -50,6 +50,12 @@ impl Transplant {
             "{shared} tokens of {} are {}'s, {filled} are made ({method})",
             donor.name, model.name
         ));
+        if transplant.untrained() > 0 {
+            terminal.say(&format!(
+                "{} of the shared tokens have rows that were never trained; no row is made of them",
+                transplant.untrained()
+            ));
+        }
         let (width, fits) =
             (donor.config.d_model, [TransplantMethod::Omp, TransplantMethod::CommonInterpolation]);
         if filled > 0 && fits.contains(&self.method) && 8 * self.k > width {

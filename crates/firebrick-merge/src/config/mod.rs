@@ -14,7 +14,7 @@ pub(crate) use read::knows_a_base;
 pub use value::{Filter, Parameters, Value};
 
 use crate::methods::{MergeMethod, Numerics};
-use crate::yaml::Place;
+use crate::yaml::{Place, Problems};
 
 /// A model as a configuration names it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -96,6 +96,15 @@ pub struct MergeConfig {
     /// Of the random methods.
     pub seed: u64,
     pub(crate) place: Place,
+    pub(crate) places: Places,
+}
+
+/// Where keys stand whose values are checked against the models; nowhere for what is not given.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(crate) struct Places {
+    pub base_model: Place,
+    pub chat_template: Place,
+    pub name: Place,
 }
 
 /// Which tokens the output has.
@@ -146,6 +155,16 @@ pub enum TokenSource {
     Zero,
 }
 
+impl TokenSource {
+    /// The model whose row it is.
+    pub(crate) fn model(&self) -> Option<&ModelRef> {
+        match self {
+            TokenSource::Model(m) | TokenSource::Token(m, _) | TokenSource::Row(m, _) => Some(m),
+            TokenSource::Zero => None,
+        }
+    }
+}
+
 impl MergeConfig {
     /// Reads YAML text of one document.
     ///
@@ -153,10 +172,10 @@ impl MergeConfig {
     /// Every problem of the text, one line each, in the order of the text and with line and column.
     pub fn parse(text: &str) -> Result<Self, Vec<String>> {
         let mut documents = Self::parse_all(text)?;
-        match documents.len() {
-            1 => Ok(documents.remove(0)),
-            n => Err(vec![format!("there are {n} documents, one is expected here")]),
-        }
+        let mut problems = Problems::default();
+        let others = documents.iter().skip(1);
+        others.for_each(|other| problems.add(other.place, "another document; one is expected here"));
+        if problems.is_empty() { Ok(documents.remove(0)) } else { Err(problems.into_lines()) }
     }
 
     /// Reads the documents of a YAML text, which can take the results of others as models by their `name`.
@@ -173,10 +192,7 @@ impl MergeConfig {
         let sources = slices().flat_map(|s| s.sources.iter().map(|s| &s.model));
         let tokens = self.tokenizer.iter().flat_map(|t| {
             let named = if let TokenizerSource::Model(model) = &t.source { Some(model) } else { None };
-            let rules = t.tokens.iter().filter_map(|rule| match rule.source.as_ref()? {
-                TokenSource::Model(m) | TokenSource::Token(m, _) | TokenSource::Row(m, _) => Some(m),
-                TokenSource::Zero => None,
-            });
+            let rules = t.tokens.iter().filter_map(|rule| rule.source.as_ref()?.model());
             named.into_iter().chain(rules)
         });
         let all = sources
@@ -212,11 +228,20 @@ impl MergeConfig {
         }
     }
 
-    /// Where a model is named first.
+    /// Where a model is named: as one that is merged, as a base, or by the tokenizer.
     pub(crate) fn place_of(&self, model: &ModelRef) -> Place {
         let slices = || self.modules.iter().flat_map(|m| &m.slices);
-        let source = slices().flat_map(|s| &s.sources).find(|s| s.model == *model);
-        source.map_or(self.place, |s| s.place)
+        let sources = slices().flat_map(|s| &s.sources).map(|s| (Some(&s.model), s.place));
+        let bases = slices().map(|s| (s.base_model.as_ref(), s.place));
+        let base = (self.base_model.as_ref(), self.places.base_model);
+        let tokens = self.tokenizer.iter().flat_map(|t| {
+            let named = if let TokenizerSource::Model(model) = &t.source { Some(model) } else { None };
+            let rules =
+                t.tokens.iter().map(|rule| (rule.source.as_ref().and_then(TokenSource::model), rule.place));
+            std::iter::once((named, t.place)).chain(rules)
+        });
+        let mut all = sources.chain(bases).chain([base]).chain(tokens);
+        all.find(|(named, _)| *named == Some(model)).map_or(self.place, |(_, place)| place)
     }
 
     /// The base of `slice`.

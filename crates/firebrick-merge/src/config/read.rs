@@ -5,8 +5,8 @@ use std::ops::Range;
 use firebrick_tensor::block::DType;
 
 use super::{
-    MergeConfig, ModelRef, Module, Parameters, Slice, SliceSource, TokenRule, TokenSource, TokenizerConfig,
-    TokenizerSource, Value,
+    MergeConfig, ModelRef, Module, Parameters, Places, Slice, SliceSource, TokenRule, TokenSource,
+    TokenizerConfig, TokenizerSource, Value,
 };
 use crate::methods::{MergeMethod, Numerics};
 use crate::yaml::{Node, Place, Problems, Yaml, suggestion};
@@ -29,8 +29,11 @@ const TOP: &[&str] = &[
     "name",
 ];
 
-/// Parameters whose values are shares.
-const SHARES: &[&str] = &["density", "gamma", "epsilon", "select_topk"];
+/// Most that a weight or factor can be: sums of products with weights stay finite in f32.
+const LARGEST: f64 = 1e30;
+
+/// Most steps of an iteration.
+const MOST_STEPS: f64 = 1e6;
 
 /// Accepted everywhere: how mergekit stores masks, without effect on the result.
 const INT8_MASK: &str = "int8_mask";
@@ -40,6 +43,7 @@ pub(super) fn documents(text: &str) -> Result<Vec<MergeConfig>, Vec<String>> {
     let mut problems = Problems::default();
     let mut configs = Vec::new();
     for node in nodes.iter().filter(|n| n.value != Yaml::Null) {
+        node.check(&mut problems);
         configs.extend(Reader { problems: &mut problems, method: None }.config(node));
     }
     if nodes.iter().all(|n| n.value == Yaml::Null) {
@@ -82,7 +86,13 @@ impl Reader<'_> {
         self.method = self.merge_method(node);
         let base_model = node.get("base_model").and_then(|n| self.model(n, "`base_model`"));
         let parameters = self.parameters(node, Level::Above, "`parameters`");
-        let modules = self.body(node, base_model.as_ref());
+        let place = |key: &str| node.get(key).map_or(node.place, |n| n.place);
+        let places = Places {
+            base_model: place("base_model"),
+            chat_template: place("chat_template"),
+            name: place("name"),
+        };
+        let modules = self.body(node, base_model.as_ref().map(|base| (base, places.base_model)));
         let (dtype, out_dtype) = (self.dtype(node, "dtype"), self.dtype(node, "out_dtype"));
         let numerics = match node.get("numerics").map(|n| (n, n.text().unwrap_or_default())) {
             None | Some((_, "f32")) => Numerics::F32,
@@ -92,13 +102,7 @@ impl Reader<'_> {
                 Numerics::F32
             }
         };
-        let compat = node.get("compat").is_some_and(|n| match n.number() {
-            Some(v) if v == 0.0 || v == 1.0 => v == 1.0,
-            _ => {
-                self.problems.add(n.place, format!("`compat` should be true or false, found {n}"));
-                false
-            }
-        });
+        let compat = self.switch(node, "compat", "`compat`");
         let seed = node.get("seed").map_or(0, |n| match n.count() {
             Some(seed) => seed as u64,
             None => {
@@ -123,9 +127,22 @@ impl Reader<'_> {
             compat,
             seed,
             place: node.place,
+            places,
         };
         self.fits(&config);
         Some(config)
+    }
+
+    /// A switch, off where it is not given.
+    fn switch(&mut self, node: &Node, key: &str, what: &str) -> bool {
+        let Some(found) = node.get(key) else { return false };
+        match found.number() {
+            Some(v) if v == 0.0 || v == 1.0 => v == 1.0,
+            _ => {
+                self.problems.add(found.place, format!("{what} should be true or false, found {found}"));
+                false
+            }
+        }
     }
 
     fn text(&mut self, node: &Node, key: &str) -> Option<String> {
@@ -170,7 +187,7 @@ impl Reader<'_> {
     }
 
     /// `models`, `slices` or `modules`.
-    fn body(&mut self, node: &Node, base: Option<&ModelRef>) -> Option<Vec<Module>> {
+    fn body(&mut self, node: &Node, base: Option<(&ModelRef, Place)>) -> Option<Vec<Module>> {
         let keys: Vec<&str> =
             ["models", "slices", "modules"].into_iter().filter(|k| node.get(k).is_some()).collect();
         match keys[..] {
@@ -188,6 +205,9 @@ impl Reader<'_> {
                 for (key, module) in entries {
                     let what = format!("module `{}`", key.text);
                     self.problems.map(module, &["models", "slices", "parameters"], &what);
+                    if !matches!(module.value, Yaml::Map(_)) {
+                        continue;
+                    }
                     let parameters = self.parameters(module, Level::Above, &format!("parameters of {what}"));
                     let name = Some(key.text.clone()).filter(|name| name != "default");
                     if let Some(slices) = self.slices(module, base, &what) {
@@ -236,22 +256,17 @@ impl Reader<'_> {
     }
 
     /// The slices of a module: the listed ones, or one of whole models, to which the base is added as mergekit does.
-    fn slices(&mut self, node: &Node, base: Option<&ModelRef>, what: &str) -> Option<Vec<Slice>> {
+    fn slices(&mut self, node: &Node, base: Option<(&ModelRef, Place)>, what: &str) -> Option<Vec<Slice>> {
         match (node.get("models"), node.get("slices")) {
             (Some(models), None) => {
                 let items = self.list(node, "models", what)?;
                 let read: Vec<_> = items.iter().map(|item| self.source(item, false)).collect();
                 let mut sources = read.into_iter().collect::<Option<Vec<_>>>()?;
-                if let Some(base) = base
+                if let Some((base, place)) = base
                     && sources.iter().all(|s| s.model != *base)
                 {
                     let parameters = Parameters::default();
-                    sources.push(SliceSource {
-                        model: base.clone(),
-                        layers: None,
-                        parameters,
-                        place: models.place,
-                    });
+                    sources.push(SliceSource { model: base.clone(), layers: None, parameters, place });
                 }
                 Some(vec![Slice {
                     sources,
@@ -418,8 +433,8 @@ impl Reader<'_> {
                 continue;
             }
             let Some(value) = Value::read(node, &format!("`{name}`"), self.problems) else { continue };
-            if SHARES.contains(&name) && value.numbers().iter().any(|v| !(0.0..=1.0).contains(v)) {
-                self.problems.add(node.place, format!("`{name}` should lie between 0 and 1"));
+            if let Some(range) = out_of_range(name, &value.numbers()) {
+                self.problems.add(node.place, format!("`{name}` should {range}"));
             }
             read.push((name.to_owned(), value, key.place));
         }
@@ -483,14 +498,10 @@ impl Reader<'_> {
     fn token_rule(&mut self, token: &str, place: Place, node: &Node) -> Option<TokenRule> {
         let what = format!("token `{token}`");
         self.problems.map(node, &["source", "force"], &what);
-        let force = node.get("force").and_then(Node::number);
-        if let Some(found) = node.get("force")
-            && force.is_none()
-        {
-            self.problems
-                .add(found.place, format!("`force` of {what} should be true or false, found {found}"));
+        if token.is_empty() {
+            self.problems.add(place, "a token is an empty text");
         }
-        let force = force.unwrap_or(0.0) != 0.0;
+        let force = self.switch(node, "force", &format!("`force` of {what}"));
         let rule = |source| Some(TokenRule { token: token.to_owned(), source, force, place });
         let Some(found) = node.get("source") else {
             if force {
@@ -521,6 +532,15 @@ impl Reader<'_> {
                     (None, Some(id)) if id.count().is_some() => {
                         rule(Some(TokenSource::Row(model, id.count().unwrap_or_default())))
                     }
+                    (None, Some(id)) => {
+                        let text = format!("`token_id` of {what} should be a whole number, found {id}");
+                        self.problems.add(id.place, text);
+                        None
+                    }
+                    (Some(t), None) => {
+                        self.problems.add(t.place, format!("`token` of {what} should be a text, found {t}"));
+                        None
+                    }
                     _ => {
                         let text = format!("the source of {what} needs a `token` or a `token_id`");
                         self.problems.add(found.place, text);
@@ -550,8 +570,7 @@ impl Reader<'_> {
             for slice in &module.slices {
                 let base = config.base_of(slice).filter(|_| knows_a_base(method));
                 let is_base = |s: &SliceSource| base == Some(&s.model);
-                if let Some(base) = base.filter(|_| method.needs_base() && !slice.sources.iter().any(is_base))
-                {
+                if let Some(base) = base.filter(|_| !slice.sources.iter().any(is_base)) {
                     let text = format!("the base `{base}` is no source of this slice, as {name} needs it");
                     self.problems.add(slice.place, text);
                 }
@@ -590,6 +609,26 @@ impl Reader<'_> {
 /// Whether `method` sets the base apart; for others it is one of the models, and needs parameters like them.
 pub(crate) fn knows_a_base(method: MergeMethod) -> bool {
     !matches!(method, MergeMethod::Linear | MergeMethod::Passthrough | MergeMethod::Karcher)
+}
+
+/// What the values of a parameter should be, where some are not; what is not finite has been reported.
+fn out_of_range(name: &str, values: &[f64]) -> Option<String> {
+    let all = |fits: &dyn Fn(f64) -> bool| values.iter().filter(|v| v.is_finite()).all(|v| fits(*v));
+    let (fit, range) = match name {
+        "density" | "gamma" | "epsilon" | "select_topk" => {
+            (all(&|v| (0.0..=1.0).contains(&v)), "lie between 0 and 1".to_owned())
+        }
+        "normalize" | "rescale" | "nuslerp_flatten" | "nuslerp_row_wise" | "filter_wise"
+        | "normalize_weights" | INT8_MASK => (all(&|v| v == 0.0 || v == 1.0), "be true or false".to_owned()),
+        "max_iter" => (
+            all(&|v| v.fract() == 0.0 && (0.0..=MOST_STEPS).contains(&v)),
+            format!("be a whole number from 0 to {MOST_STEPS}"),
+        ),
+        "eps" => (all(&|v| v > 0.0 && v <= LARGEST), format!("lie above 0 and not above {LARGEST:e}")),
+        "tol" | "alpha" => (all(&|v| (0.0..=LARGEST).contains(&v)), format!("lie between 0 and {LARGEST:e}")),
+        _ => (all(&|v| v.abs() <= LARGEST), format!("lie between -{LARGEST:e} and {LARGEST:e}")),
+    };
+    (!fit).then_some(range)
 }
 
 /// What is wrong with a parameter of this name in this place.

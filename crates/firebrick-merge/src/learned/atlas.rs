@@ -76,10 +76,7 @@ pub fn atlas_negation(
         return Err(MergeError::Settings { problems });
     }
     let objective = &mut |decoder: &Decoder, batch: &Batch, seed: Seed| {
-        let rows = seed.uniform("control", batch.tokens.dims()[0], 0.5);
-        let count = control.count();
-        let rows: Vec<usize> =
-            rows.iter().map(|u| (((u + 0.5) * count as f32) as usize).min(count - 1)).collect();
+        let rows = control.draw(batch.tokens.dims()[0], seed, "control");
         let kept = control.batch(&rows, &batch.tokens.device()).nll(decoder, &mut Run::default());
         kept - batch.nll(decoder, &mut Run::default())
     };

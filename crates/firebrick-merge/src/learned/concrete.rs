@@ -10,7 +10,7 @@ use burn::tensor::activation::sigmoid;
 use burn::tensor::{Device, Tensor, TensorData};
 use firebrick_core::{Progress, Seed, Site};
 use firebrick_models::Decoder;
-use firebrick_train::{Batch, Mixture, Schedule, TrainConfig, TrainReport, fit_passes};
+use firebrick_train::{Batch, Mixture, Schedule, TrainConfig, TrainReport, fit_passes, ordered_sum};
 
 use super::adamerging::entropy;
 use super::composed::{Coefficients, Composed, Granularity};
@@ -90,7 +90,7 @@ impl Sample {
     /// `m = sigmoid((x + ln u - ln (1 - u)) / temperature)`.
     fn new(logits: Tensor<2>, noise: Tensor<2>, temperature: f64) -> Self {
         let relaxed = sigmoid((logits + noise) / temperature);
-        let mean = relaxed.clone().mean().reshape([1, 1]);
+        let mean = mean(relaxed.clone());
         let free = mean.clone().greater_elem(LEAST_MEAN).float();
         Sample { relaxed, mean: mean.clamp_min(LEAST_MEAN), free }
     }
@@ -104,10 +104,16 @@ impl Sample {
     fn backward(&self, gradient: Tensor<2>, temperature: f64) -> Tensor<2> {
         let n = gradient.shape().num_elements() as f64;
         // Of the mean, through which every element scales every other.
-        let through = (gradient.clone() * self.mask()).sum().reshape([1, 1]) * self.free.clone() / n;
+        let through = ordered_sum(gradient.clone() * self.mask()).reshape([1, 1]) * self.free.clone() / n;
         let relaxed = (gradient - through) / self.mean.clone();
         relaxed * self.relaxed.clone() * (self.relaxed.clone() * -1.0 + 1.0) / temperature
     }
+}
+
+/// The mean of all elements as `[1, 1]`, the same for any number of threads.
+fn mean(x: Tensor<2>) -> Tensor<2> {
+    let n = x.shape().num_elements() as f64;
+    (ordered_sum(x) / n).reshape([1, 1])
 }
 
 /// `ln u - ln (1 - u)` for uniform `u`, from the stream of `site`.
@@ -149,7 +155,7 @@ impl ConcreteMask {
     pub fn binary(&self) -> BTreeMap<Site, Tensor<2>> {
         let mask = |logits: &Param<Tensor<2>>| {
             let kept = logits.val().without_autodiff().greater_elem(0.0).float();
-            let mean = kept.clone().mean().reshape([1, 1]).clamp_min(LEAST_MEAN);
+            let mean = mean(kept.clone()).clamp_min(LEAST_MEAN);
             kept / mean
         };
         self.sites.iter().copied().zip(self.logits.iter().map(mask)).collect()
@@ -227,10 +233,7 @@ fn inner_step(
 ) -> Option<Coefficients> {
     let mut total: Option<Tensor<2>> = None;
     for (name, rows) in data.sources() {
-        let draws = seed.uniform(&format!("concrete/inner/{name}"), inner.rows, 0.5);
-        let count = rows.count();
-        let drawn: Vec<usize> =
-            draws.iter().map(|u| (((u + 0.5) * count as f32) as usize).min(count - 1)).collect();
+        let drawn = rows.draw(inner.rows, seed, &format!("concrete/inner/{name}"));
         let batch = rows.batch(&drawn, device);
         let (_, gradient) = masked.gradient(start, &mut |decoder| entropy(decoder, &batch))?;
         total = Some(match total {

@@ -30,7 +30,7 @@ fn centre(cosines: &Gram, inverse: &[f64], steps: usize, tol: f64) -> Vec<f64> {
     let alpha = 1.0 / kept.len() as f64;
     kept.iter().for_each(|m| c[*m] = alpha);
     let norm = cosines.norm_of(&c);
-    if norm < tol {
+    if norm <= tol {
         c.fill(0.0);
         c[*first] = 1.0;
     } else {
@@ -50,7 +50,8 @@ fn centre(cosines: &Gram, inverse: &[f64], steps: usize, tol: f64) -> Vec<f64> {
             step[*m] += factor;
         }
         let length = cosines.norm_of(&step);
-        if length < tol {
+        // With a `tol` of 0 a step of no length is the last one too.
+        if length <= tol {
             break;
         }
         c.iter_mut().zip(step).for_each(|(c, s)| *c = length.cos() * *c + length.sin() * s / length);
@@ -84,7 +85,7 @@ fn centre_rounded(tensor: &TensorMerge<'_>, rounded: &Rounded) -> Vec<f32> {
         u = rounded.zip(&u, unit, |u, v| u + r(alpha * v));
     }
     let length = norm(&u);
-    u = if length < tol { first.clone() } else { rounded.map(&u, |u| u / length) };
+    u = if length <= tol { first.clone() } else { rounded.map(&u, |u| u / length) };
     for _ in 0..tensor.global.max_iter as usize {
         let mut step = vec![0.0; n];
         for unit in &units {
@@ -98,7 +99,7 @@ fn centre_rounded(tensor: &TensorMerge<'_>, rounded: &Rounded) -> Vec<f32> {
             step = rounded.zip(&step, &tangent, |s, t| s + r(factor * t));
         }
         let length = norm(&step);
-        if length < tol {
+        if length <= tol {
             break;
         }
         let (cosine, sine) = (r(length.cos()), r(length.sin()));

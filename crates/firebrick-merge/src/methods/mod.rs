@@ -18,14 +18,13 @@ mod ram;
 mod rounding;
 mod sce;
 mod select;
-mod shape;
 mod slerp;
 mod sparsify;
 mod task_vectors;
 mod values;
 
 pub use parameters::{GlobalParameters, MergeMethod, ModelParameters, Parameter};
-pub use shape::{Rectified, rectify};
+pub(crate) use sparsify::magprune_fits;
 pub use values::Values;
 
 use std::ops::Range;
@@ -49,7 +48,7 @@ pub enum Numerics {
 /// One tensor to merge, with the parameters that hold for it.
 #[derive(Clone, Copy, Debug)]
 pub struct TensorMerge<'a> {
-    /// The models, in the order of the configuration; all of `shape` (see [`rectify`]).
+    /// The models, in the order of the configuration; all of `shape`.
     pub inputs: &'a [Values<'a>],
     /// Which of them is the base.
     pub base: Option<usize>,

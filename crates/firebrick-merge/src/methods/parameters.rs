@@ -176,14 +176,25 @@ impl MergeMethod {
         }
     }
 
-    /// Bytes that a merge of a tensor of `elements` allocates at most, beside a few MB for pieces.
-    pub fn scratch_bytes(self, elements: usize, models: usize) -> u64 {
+    /// Bytes that a merge of a tensor of `elements` allocates at most. `rounded` says whether every intermediate result is rounded, see
+    /// [`Numerics::Mergekit`](super::Numerics::Mergekit): then methods that know angles hold whole vectors in f32.
+    pub fn scratch_bytes(self, elements: usize, models: usize, rounded: bool) -> u64 {
         let pieces = (8 * 4 * super::values::PIECE * (models + 2)) as u64;
         let (elements, models) = (elements as u64, models as u64);
         let tables = 8 * (1 << 17) * (models + 1);
+        // Of each model the vector, its unit vector and its tangent; beside them base, centre, one tangent more and the result.
+        let vectors = 4 * elements * (3 * models + 4);
         pieces
             + match self {
                 _ if self.elementwise() => 0,
+                MergeMethod::Karcher
+                | MergeMethod::Nuslerp
+                | MergeMethod::Multislerp
+                | MergeMethod::ModelStock
+                    if rounded =>
+                {
+                    4 * tables + vectors
+                }
                 MergeMethod::DareTies | MergeMethod::DareLinear => models * elements / 8,
                 MergeMethod::Della | MergeMethod::DellaLinear => models * elements / 4,
                 _ => 4 * tables,

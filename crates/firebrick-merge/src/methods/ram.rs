@@ -35,7 +35,7 @@ pub(super) fn ram(tensor: &TensorMerge<'_>, plus: bool) -> Result<Kernel, String
         })?;
         for (gain, counts) in gains.iter_mut().zip(counts.chunks_exact(2)) {
             let rho = counts[1] as f64 / (counts[0] as f64).max(tensor.global.epsilon);
-            *gain = (1.0 + tensor.global.r * rho.clamp(0.0, tensor.global.alpha)) as f32;
+            *gain = (1.0 + tensor.global.r * rho.max(0.0).min(tensor.global.alpha)) as f32;
         }
     }
     Ok(Box::new(move |_, inputs, out| {

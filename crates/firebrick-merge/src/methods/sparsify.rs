@@ -149,8 +149,7 @@ fn check(tensor: &TensorMerge<'_>, how: Sparsifier, of: &[usize]) -> Result<(), 
         if how == Sparsifier::Outliers && !(0.0..=1.0).contains(&p.gamma) {
             problems.push(format!("gamma {} of model {m} is not between 0 and 1", p.gamma));
         }
-        let drops = p.density > 0.0 && p.density < 1.0;
-        if how == Sparsifier::Magprune && drops && !(p.density > p.epsilon && p.density + p.epsilon < 1.0) {
+        if how == Sparsifier::Magprune && !magprune_fits(p.density, p.epsilon) {
             problems.push(format!(
                 "density {} of model {m} is within epsilon {} of 0 or 1",
                 p.density, p.epsilon
@@ -158,6 +157,11 @@ fn check(tensor: &TensorMerge<'_>, how: Sparsifier, of: &[usize]) -> Result<(), 
         }
     }
     if problems.is_empty() { Ok(()) } else { Err(problems.join("; ")) }
+}
+
+/// Whether the keep probabilities of DELLA, from `density - epsilon` to `density + epsilon`, are some; at 0 and 1 nothing is drawn.
+pub(crate) fn magprune_fits(density: f64, epsilon: f64) -> bool {
+    density <= 0.0 || density >= 1.0 || (density > epsilon && density + epsilon < 1.0)
 }
 
 /// The magnitudes of a piece of task vector `m`.

@@ -16,8 +16,6 @@ pub struct Values<'a> {
     stored: Stored<'a>,
     elements: usize,
     load: Rounding,
-    /// Columns stored and columns used, where an embedding is cut.
-    cut: Option<(usize, usize)>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -29,7 +27,7 @@ enum Stored<'a> {
 impl<'a> From<&'a [f32]> for Values<'a> {
     fn from(values: &'a [f32]) -> Self {
         let elements = values.len();
-        Values { stored: Stored::F32(values), elements, load: Rounding::Exact, cut: None }
+        Values { stored: Stored::F32(values), elements, load: Rounding::Exact }
     }
 }
 
@@ -49,31 +47,13 @@ impl<'a> Values<'a> {
             Ok(values) if dtype == DType::F32 => Stored::F32(values),
             _ => Stored::Encoded(dtype, bytes),
         };
-        Ok(Values { stored, elements, load: Rounding::Exact, cut: None })
+        Ok(Values { stored, elements, load: Rounding::Exact })
     }
 
     /// Rounded to `dtype` when read, as a model that is loaded in that type.
     pub fn rounded_to(self, dtype: DType) -> Self {
         let same = matches!(self.stored, Stored::Encoded(stored, _) if stored == dtype);
         Values { load: if same { Rounding::Exact } else { Rounding::to(dtype) }, ..self }
-    }
-
-    /// The leading `[rows, columns]` of a matrix of `stored` columns.
-    ///
-    /// # Errors
-    /// If it has fewer rows or columns.
-    pub fn leading(self, stored: usize, rows: usize, columns: usize) -> Result<Self, String> {
-        if self.cut.is_some()
-            || columns > stored
-            || rows.checked_mul(stored).is_none_or(|n| n > self.elements)
-        {
-            return Err(format!(
-                "a matrix of {stored} columns and {} elements has no leading [{rows}, {columns}]",
-                self.elements
-            ));
-        }
-        let cut = (columns != stored).then_some((stored, columns));
-        Ok(Values { elements: rows * columns, cut, ..self })
     }
 
     /// Number of elements.
@@ -92,25 +72,11 @@ impl<'a> Values<'a> {
         range: Range<usize>,
         buffer: &'b mut Vec<f32>,
     ) -> Result<&'b [f32], String> {
-        if let (Stored::F32(values), None, Rounding::Exact) = (self.stored, self.cut, self.load) {
+        if let (Stored::F32(values), Rounding::Exact) = (self.stored, self.load) {
             return Ok(&values[range]);
         }
         buffer.resize(range.len(), 0.0);
-        match self.cut {
-            None => self.decode(range, buffer)?,
-            Some((stored, used)) => {
-                let mut at = range.start;
-                let mut out = &mut buffer[..];
-                while at < range.end {
-                    let (row, column) = (at / used, at % used);
-                    let count = (used - column).min(range.end - at);
-                    let (head, rest) = out.split_at_mut(count);
-                    let start = row * stored + column;
-                    self.decode(start..start + count, head)?;
-                    (at, out) = (at + count, rest);
-                }
-            }
-        }
+        self.decode(range, buffer)?;
         if self.load != Rounding::Exact {
             buffer.iter_mut().for_each(|v| *v = self.load.round(*v));
         }

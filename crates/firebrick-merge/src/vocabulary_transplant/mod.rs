@@ -3,11 +3,13 @@
 //!
 //! Rows of tokens that both have are copied from the model. The rows of all others are made from the model's own: orthogonal matching
 //! pursuit writes the donor's row of such a token as a combination of the donor's rows of shared tokens, and the same
-//! coefficients combine the model's rows of those. Embedding and head are made each from the donor's; a donor without a
+//! coefficients combine the model's rows of those. Shared tokens with a row that was never trained, in either, are combined with none
+//! (mergekit's filter of poorly trained tokens has the same aim). Embedding and head are made each from the donor's; a donor without a
 //! head of its own gives its embedding for both.
 
 mod pieces;
 mod sparse;
+mod untrained;
 
 use std::collections::VecDeque;
 use std::path::Path;
@@ -28,6 +30,7 @@ pub use sparse::{Combination, nearest, omp};
 
 use crate::{MergeError, folder};
 use pieces::Pieces;
+use untrained::untrained;
 
 /// Rows that are fitted together.
 const BATCH: usize = 64;
@@ -147,6 +150,9 @@ pub struct VocabularyTransplant<'a> {
     /// Ids of the model that have a token.
     tokens: Vec<u32>,
     tensors: Vec<Planned>,
+    /// Shared tokens with an untrained row, by id of the donor's tokenizer; what they are made of is copied, and no other row is made of
+    /// them.
+    untrained: Vec<u32>,
 }
 
 impl<'a> VocabularyTransplant<'a> {
@@ -173,9 +179,14 @@ impl<'a> VocabularyTransplant<'a> {
         }
         let (rows, tokens) = rows(model, donor, settings.method)?;
         let tensors = tensors(model, donor, rows.len());
-        let transplant = VocabularyTransplant { model, donor, settings, rows, tokens, tensors };
+        let untrained = Vec::new();
+        let mut transplant =
+            VocabularyTransplant { model, donor, settings, rows, tokens, tensors, untrained };
         if transplant.filled() > 0 {
             transplant.check(&mut problems)?;
+            if problems.is_empty() && settings.method.fits() {
+                transplant.leave_out_untrained(&mut problems)?;
+            }
         }
         match problems.is_empty() {
             true => Ok(transplant),
@@ -205,6 +216,46 @@ impl<'a> VocabularyTransplant<'a> {
             problems.push(format!("{} and {} share no token", self.model.name, self.donor.name));
         }
         Ok(())
+    }
+
+    /// Finds the shared tokens that no row is made of.
+    fn leave_out_untrained(&mut self, problems: &mut Vec<String>) -> Result<(), MergeError> {
+        let mut seen: Vec<(bool, &str)> = Vec::new();
+        let mut left_out = vec![false; self.rows.len()];
+        for planned in &self.tensors {
+            let Some(theirs) = &planned.donor else { continue };
+            for read in [(false, planned.stored.as_str()), (true, theirs.as_str())] {
+                if seen.contains(&read) {
+                    continue;
+                }
+                seen.push(read);
+                let files = if read.0 { self.donor } else { self.model };
+                let untrained = untrained(&files.checkpoint, read.1)?;
+                for (donor, own) in shared(&self.rows) {
+                    let row = if read.0 { donor } else { own } as usize;
+                    left_out[donor as usize] |= untrained.get(row) == Some(&true);
+                }
+            }
+        }
+        self.untrained = (0u32..).zip(left_out).filter(|(_, out)| *out).map(|(id, _)| id).collect();
+        if self.anchors().is_empty() {
+            let (shared, model, donor) = (self.shared(), &self.model.name, &self.donor.name);
+            problems.push(format!(
+                "of {shared} tokens that {model} and {donor} share none has trained rows in both"
+            ));
+        }
+        Ok(())
+    }
+
+    /// Shared tokens that rows are made of, by their ids in the donor and in the model.
+    fn anchors(&self) -> Vec<(u32, u32)> {
+        shared(&self.rows).filter(|(donor, _)| self.untrained.binary_search(donor).is_err()).collect()
+    }
+
+    /// Shared tokens of which no row is made, as theirs were never trained: near 0, or the same as several others. Always 0 for methods
+    /// that combine none.
+    pub fn untrained(&self) -> usize {
+        self.untrained.len()
     }
 
     /// Tokens of the donor that the model has.
@@ -276,7 +327,7 @@ impl<'a> VocabularyTransplant<'a> {
 
     /// Most bytes that [`VocabularyTransplant::transplant`] holds, of rows of this many elements in the donor and the output.
     fn scratch(&self, theirs: usize, width: usize) -> u64 {
-        let shared = self.shared();
+        let shared = self.shared() - self.untrained();
         let k = self.settings.k.min(shared).min(theirs);
         let fits = if self.rows.contains(&Row::Fit) {
             8 * (shared * (theirs + 3 * BATCH) + BATCH * theirs * (k + 6) + BATCH * k * k)
@@ -318,6 +369,7 @@ impl Transform for VocabularyTransplant<'_> {
         // The tokenizers, in what they do to the rows.
         let mut hash = Sha256::new();
         self.rows.iter().for_each(|row| hash.update(format!("{row:?}\n")));
+        self.untrained.iter().for_each(|id| hash.update(format!("{id}\n")));
         let rows: String = hash.finalize().iter().map(|b| format!("{b:02x}")).collect();
         let TransplantSettings { method, k } = self.settings;
         serde_json::json!({ "method": method.name(), "k": method.fits().then_some(k), "rows": rows })
@@ -325,8 +377,14 @@ impl Transform for VocabularyTransplant<'_> {
 
     fn card(&self) -> Card {
         let method = self.settings.method.name();
+        let untrained = match self.untrained() {
+            0 => String::new(),
+            n => format!(
+                " {n} shared tokens have rows that were never trained, and others are not made of them."
+            ),
+        };
         let text = format!(
-            "## Vocabulary transplant\n\n`{}` with the tokenizer of `{}`: {} of {} tokens are the model's own, {} are made (`{method}`).\n",
+            "## Vocabulary transplant\n\n`{}` with the tokenizer of `{}`: {} of {} tokens are the model's own, {} are made (`{method}`).{untrained}\n",
             self.model.name,
             self.donor.name,
             self.shared(),
@@ -355,7 +413,7 @@ struct Fitter<'a> {
     own: &'a Input<'a>,
     theirs: &'a Input<'a>,
     width: usize,
-    /// The donor's rows of shared tokens.
+    /// The donor's rows of the shared tokens that rows are made of.
     atoms: Matrix,
     /// The model's ids of the same tokens.
     ids: Vec<u32>,
@@ -368,11 +426,7 @@ impl<'a> Fitter<'a> {
         theirs: &'a Input<'a>,
         width: usize,
     ) -> Result<Self, String> {
-        let shared = (0u32..).zip(&transplant.rows).filter_map(|(donor, row)| match row {
-            Row::Own(id) => Some((donor, *id)),
-            _ => None,
-        });
-        let (donor, ids): (Vec<u32>, Vec<u32>) = shared.unzip();
+        let (donor, ids): (Vec<u32>, Vec<u32>) = transplant.anchors().into_iter().unzip();
         let atoms = matrix(theirs, &donor, transplant.donor.config.d_model)?;
         Ok(Fitter { settings: transplant.settings, own, theirs, width, atoms, ids })
     }
@@ -394,6 +448,14 @@ impl<'a> Fitter<'a> {
         };
         found.map_err(|e| e.to_string())?.par_iter().map(combine).collect()
     }
+}
+
+/// Tokens that both have, by their ids in the donor and in the model.
+fn shared(rows: &[Row]) -> impl Iterator<Item = (u32, u32)> {
+    (0u32..).zip(rows).filter_map(|(donor, row)| match row {
+        Row::Own(id) => Some((donor, *id)),
+        _ => None,
+    })
 }
 
 /// A row of a matrix with `width` columns.

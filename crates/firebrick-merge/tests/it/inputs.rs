@@ -16,7 +16,7 @@ fn model() -> PathBuf {
 }
 
 /// An adapter of rank 2 on a query projection and one of rank 1 on a layer of the MLP.
-fn adapter(folder: &Path, seed: f32) {
+pub fn adapter(folder: &Path, seed: f32) {
     std::fs::create_dir_all(folder).unwrap();
     let config = serde_json::json!({
         "peft_type": "LORA", "r": 2, "lora_alpha": 3, "rank_pattern": {"down_proj": 1}, "target_modules": ["q_proj", "down_proj"],

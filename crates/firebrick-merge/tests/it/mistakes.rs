@@ -1,12 +1,56 @@
 //! Configurations with mistakes: one message that lists all of them with line and column, and nothing written.
 
-use std::path::Path;
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
 
-use firebrick_merge::{Merge, MergeError};
+use firebrick_merge::{MergeError, Stages};
+use firebrick_tensor::block::DType;
+use firebrick_tensor::checkpoint::{Checkpoint, Metadata, TensorSpec, write_safetensors};
+use serde_json::{Value, json};
 
+use crate::inputs;
 use crate::merges::model;
 
-/// Models `a` and `b` of two layers, `deep` of three, `wide` with another vocabulary, `odd` with a tensor of integers.
+const MISTAKES: &str = include_str!("mistakes.txt");
+
+/// A configuration, and the beginnings of all lines of its message in their order.
+type Case = (String, Vec<&'static str>);
+
+fn cases() -> Vec<Case> {
+    let text = MISTAKES.lines().filter(|line| !line.starts_with("# "));
+    let mut cases: Vec<Case> = Vec::new();
+    for line in text {
+        if line == "===" {
+            cases.push(Case::default());
+            continue;
+        }
+        let case = cases.last_mut().expect("a case begins with ===");
+        match line.strip_prefix("--> ") {
+            Some(expected) => case.1.push(expected),
+            None => case.0 += &format!("{line}\n"),
+        }
+    }
+    cases
+}
+
+fn copy(from: &Path, to: &Path, files: &[&str]) {
+    std::fs::create_dir_all(to).unwrap();
+    for file in files {
+        std::fs::copy(from.join(file), to.join(file)).unwrap();
+    }
+}
+
+/// Tensors in a folder of their own.
+fn save(folder: &Path, file: &str, tensors: &[(TensorSpec, Vec<u8>)]) {
+    std::fs::create_dir_all(folder).unwrap();
+    write_safetensors(folder.join(file), &Metadata::default(), tensors).unwrap();
+}
+
+fn f32s(name: &str, shape: &[usize]) -> (TensorSpec, Vec<u8>) {
+    (TensorSpec::new(name, DType::F32, shape), vec![0; 4 * shape.iter().product::<usize>()])
+}
+
+/// Models of a few tensors without anything beside them, whole ones in `g`, and what is none.
 fn models(root: &Path) {
     let names = |layers: usize| -> Vec<String> {
         let mut names = vec!["model.embed_tokens.weight".to_owned()];
@@ -14,7 +58,9 @@ fn models(root: &Path) {
         names.push("model.norm.weight".to_owned());
         names
     };
-    for (name, layers, rows) in [("a", 2, 3), ("b", 2, 3), ("deep", 3, 3), ("wide", 2, 4)] {
+    for (name, layers, rows) in
+        [("a", 2, 3), ("b", 2, 3), ("deep", 3, 3), ("wide", 2, 4), ("lacks", 1, 3), ("badconfig", 2, 3)]
+    {
         let names = names(layers);
         let shape = |n: &str| if n.contains("embed") { vec![rows, 2] } else { vec![2] };
         let shapes: Vec<Vec<usize>> = names.iter().map(|n| shape(n)).collect();
@@ -22,248 +68,64 @@ fn models(root: &Path) {
             names.iter().zip(&shapes).map(|(n, s)| (n.as_str(), s.as_slice(), 1.0)).collect();
         model(root, name, &tensors);
     }
+    model(root, "flat", &[("x", &[2], 1.0), ("y", &[2], 1.0)]);
+    model(root, "bare", &[]);
+    for (name, last) in [("ints", 1i64), ("ints_too", 2)] {
+        let ids = [0, last].iter().flat_map(|id| id.to_le_bytes()).collect();
+        let ids = (TensorSpec::new("model.position_ids", DType::I64, [2]), ids);
+        save(&root.join(name), "model.safetensors", &[f32s("model.layers.0.w", &[2]), ids]);
+    }
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/config/models");
+    let [tensors, config, tokenizer] = ["model.safetensors", "config.json", "tokenizer.json"];
+    for name in ["a", "b", "tied", "wide"] {
+        copy(&golden.join(name), &root.join("g").join(name), &[tensors, config, tokenizer]);
+    }
+    copy(&golden.join("odd"), &root.join("g/odd"), &[tensors, config]);
+    // Twice as wide, of another family, without a tokenizer, with a damaged one.
+    let a = golden.join("a");
+    let twice = |n: &usize| if *n == 13 { 13 } else { 2 * n };
+    let checkpoint = Checkpoint::open(&a).unwrap();
+    let wider =
+        checkpoint.tensors().iter().map(|t| f32s(&t.name, &t.shape.iter().map(twice).collect::<Vec<_>>()));
+    save(&root.join("fat"), tensors, &wider.collect::<Vec<_>>());
+    copy(&a, &root.join("fat"), &[tokenizer]);
+    let mut wider: Value = serde_json::from_slice(&std::fs::read(a.join(config)).unwrap()).unwrap();
+    for (key, value) in [("hidden_size", 8), ("intermediate_size", 12), ("head_dim", 4)] {
+        wider[key] = value.into();
+    }
+    std::fs::write(root.join("fat").join(config), wider.to_string()).unwrap();
+    let foreign = [f32s("transformer.wte.weight", &[13, 4]), f32s("transformer.h.0.w", &[4])];
+    save(&root.join("foreign"), tensors, &foreign);
+    copy(&a, &root.join("foreign"), &[tokenizer]);
+    copy(&a, &root.join("mute"), &[tensors, config]);
+    copy(&a, &root.join("garbled"), &[tensors, config]);
+    std::fs::write(root.join("garbled").join(tokenizer), "{").unwrap();
+    // Adapters.
+    inputs::adapter(&root.join("lora"), 0.0);
+    let embed = "base_model.model.model.embed_tokens.lora_embedding_";
+    let factors = [f32s(&format!("{embed}A"), &[2, 13]), f32s(&format!("{embed}B"), &[4, 2])];
+    save(&root.join("embed"), "adapter_model.safetensors", &factors);
+    let settings = json!({"peft_type": "LORA", "r": 2, "lora_alpha": 3, "target_modules": ["embed_tokens"]});
+    std::fs::write(root.join("embed/adapter_config.json"), settings.to_string()).unwrap();
+    // No models.
+    std::fs::write(root.join("badconfig").join(config), "[").unwrap();
     std::fs::write(root.join("damaged.safetensors"), b"not a checkpoint").unwrap();
+    std::fs::write(root.join("fake.gguf"), b"GGUF and nothing else").unwrap();
+    std::fs::write(root.join("note.txt"), b"a note").unwrap();
+    std::fs::create_dir(root.join("empty")).unwrap();
+    std::fs::create_dir(root.join("shards")).unwrap();
+    let index = json!({"weight_map": {"w": "model-00001-of-00001.safetensors"}});
+    std::fs::write(root.join("shards/model.safetensors.index.json"), index.to_string()).unwrap();
 }
 
-/// Each text with the beginnings of all lines that the message has, in their order. `@` is the folder of the models.
-const MISTAKES: &[(&str, &[&str])] = &[
-    // What is not YAML, or not a map.
-    ("merge_method: [", &["line 1, column"]),
-    ("a: 1\na: 2\n", &["line 2, column 1: duplicate"]),
-    ("- linear\n", &["line 1, column 1: the configuration should be a map, found a list of 1"]),
-    ("", &["the text is empty"]),
-    ("linear", &["line 1, column 1: the configuration should be a map, found `linear`"]),
-    // Keys.
-    (
-        "merge_metod: linear\nmodels: [{model: '@a', weight: 1}]\n",
-        &[
-            "line 1, column 1: `merge_method` is missing",
-            "line 1, column 1: unknown key `merge_metod` in the configuration; did you mean `merge_method`?",
-            "line 2, column 24: unknown key `weight` in an entry of `models`; known: model, parameters",
-        ],
-    ),
-    (
-        "merge_method: linear\nModels: [{model: '@a'}]\nparameters: {weight: 1}\n",
-        &[
-            "line 1, column 1: one of `models`, `slices` and `modules` is needed, found none of them",
-            "line 2, column 1: unknown key `Models` in the configuration; did you mean `models`?",
-        ],
-    ),
-    (
-        "merge_method: linear\nmodels: [{model: '@a'}]\nslices: []\nparameters: {weight: 1}\n",
-        &["line 1, column 1: one of `models`, `slices` and `modules` is needed, found models and slices"],
-    ),
-    // Methods.
-    (
-        "merge_method: lineer\nmodels: [{model: '@a', parameters: {weight: x}}]\n",
-        &[
-            "line 1, column 15: there is no merge_method `lineer`; did you mean `linear`?",
-            "line 2, column 45: `weight` should be a number, a list of numbers, or a list of {filter, value}, found `x`",
-        ],
-    ),
-    (
-        "merge_method: 3\nmodels: [{model: '@a'}]\n",
-        &["line 1, column 15: `merge_method` should be a name, found 3"],
-    ),
-    (
-        "merge_method: ties\nmodels:\n- {model: '@a', parameters: {weight: 1}}\n- model: '@b'\n",
-        &["line 1, column 1: ties needs `base_model`", "line 4, column 3: model `@b` has no `weight`"],
-    ),
-    (
-        "merge_method: slerp\nbase_model: '@a'\nmodels: [{model: '@a'}, {model: '@b'}, {model: '@deep'}]\n",
-        &[
-            "line 1, column 1: slerp needs the parameter `t`",
-            "line 3, column 9: slerp merges 1 to 2 models, there are 3",
-        ],
-    ),
-    (
-        "merge_method: passthrough\nmodels: [{model: '@a'}, {model: '@b'}]\n",
-        &["line 2, column 9: passthrough merges 1 models, there are 2"],
-    ),
-    (
-        "merge_method: model_stock\nbase_model: '@a'\nmodels: [{model: '@b'}]\n",
-        &["line 3, column 9: model_stock merges 3 or more models, there are 2"],
-    ),
-    (
-        "merge_method: linear\nbase_model: '@b'\nmodels: [{model: '@a', parameters: {weight: 1}}]\n",
-        &["line 3, column 9: model `@b` has no `weight`"],
-    ),
-    // Parameters.
-    (
-        "merge_method: slerp\nbase_model: '@a'\nmodels:\n- {model: '@a'}\n- {model: '@b', parameters: {t: 0.5}}\nparameters: {weight: 1, tt: 2}\n",
-        &[
-            "line 1, column 1: slerp needs the parameter `t`",
-            "line 5, column 30: `t` holds for all models at once",
-            "line 6, column 14: slerp has no parameter `weight` (`parameters`); it is one of linear, nuslerp",
-            "line 6, column 25: slerp has no parameter `tt` (`parameters`); did you mean `t`?",
-        ],
-    ),
-    (
-        "merge_method: ties\nbase_model: '@a'\nmodels:\n- model: '@b'\n  parameters: {density: 1.5, weight: [], gamma: 0.1}\n",
-        &[
-            "line 4, column 3: model `@b` has no `weight`",
-            "line 5, column 25: `density` should lie between 0 and 1",
-            "line 5, column 38: `weight` is an empty list",
-            "line 5, column 42: ties has no parameter `gamma` (parameters of a model); it is one of breadcrumbs",
-        ],
-    ),
-    (
-        "merge_method: linear\nmodels: [{model: '@a'}]\nparameters:\n  weight:\n  - {filter: mlp}\n  - {fliter: attn, value: 1}\n  - {select: 'layers.x', value: 1}\n  - {filter: 3, value: {value: 1}}\n",
-        &[
-            "line 2, column 10: model `@a` has no `weight`",
-            "line 5, column 5: `weight`: `value` is missing beside the filter",
-            "line 6, column 6: unknown key `fliter` in `weight`; did you mean `filter`?",
-            "line 7, column 14: `weight`: ",
-            "line 8, column 14: `weight`: `filter` should be a text, found 3",
-            "line 8, column 24: `weight`: `value` should be a number or a list of numbers",
-        ],
-    ),
-    (
-        "merge_method: linear\nmodels: [{model: '@a'}]\nparameters: 1\n",
-        &[
-            "line 2, column 10: model `@a` has no `weight`",
-            "line 3, column 13: `parameters` should be a map, found 1",
-        ],
-    ),
-    ("merge_method: linear\nmodels: [{model: '@a'}]\nparameters: {weight: .inf}\n", &["line 3, column 22: "]),
-    // Types and switches.
-    (
-        "merge_method: linear\nmodels: [{model: '@a'}]\nparameters: {weight: 1}\ndtype: int8\nout_dtype: 16\nnumerics: f64\ncompat: 2\nseed: -1\n",
-        &[
-            "line 4, column 8: `dtype` should be float32, float16 or bfloat16, found `int8`",
-            "line 5, column 12: `out_dtype` should be float32, float16 or bfloat16, found 16",
-            "line 6, column 11: `numerics` should be f32 or mergekit, found `f64`",
-            "line 7, column 9: `compat` should be true or false, found 2",
-            "line 8, column 7: `seed` should be a whole number",
-        ],
-    ),
-    // Models.
-    (
-        "merge_method: linear\nmodels:\n- 'a'\n- {parameters: {weight: 1}}\n- {model: 5}\n- {model: '+b'}\n- {model: {model: {path: '@a', revision: main}, lore: x}}\n",
-        &[
-            "line 3, column 3: an entry of `models` should be a map, found `a`",
-            "line 4, column 3: `model` is missing in an entry of `models`",
-            "line 5, column 11: `model` should be a path, found 5",
-            "line 6, column 11: `model`: `+b` names no model",
-            "line 7, column 42: `revision` is one of the Hub",
-            "line 7, column 49: unknown key `lore` in `model`; did you mean `lora`?",
-        ],
-    ),
-    (
-        "merge_method: linear\nmodels: {}\n",
-        &["line 2, column 9: `models` of the configuration should be a list"],
-    ),
-    ("merge_method: linear\nmodels: []\n", &["line 2, column 9: `models` of the configuration is empty"]),
-    (
-        "merge_method: linear\nmodels: [{model: '@missing'}, {model: '@damaged.safetensors'}, {model: '@a'}]\nparameters: {weight: 1}\n",
-        &[
-            "line 2, column 10: there is no folder or file `@missing`",
-            "line 2, column 31: @damaged.safetensors",
-        ],
-    ),
-    // Slices.
-    (
-        "merge_method: passthrough\nslices:\n- sources: [{model: '@a', layer_range: [1]}]\n- sources: [{model: '@a'}]\n- sources: [{model: '@a', layer_range: [2, 1]}]\n- sources: []\n- source: []\n- 3\n",
-        &[
-            "line 3, column 40: `layer_range` should be two layer numbers",
-            "line 4, column 13: `layer_range` is missing",
-            "line 5, column 40: `layer_range` ends at 1, before it starts at 2",
-            "line 6, column 12: `sources` of a slice is empty",
-            "line 7, column 3: `sources` is missing in a slice",
-            "line 7, column 3: unknown key `source` in a slice; did you mean `sources`?",
-            "line 8, column 3: a slice should be a map, found 3",
-        ],
-    ),
-    (
-        "merge_method: slerp\nbase_model: '@a'\nparameters: {t: 0.5}\nslices:\n- sources:\n  - {model: '@b', layer_range: [0, 2]}\n  - {model: '@deep', layer_range: [0, 3]}\n",
-        &[
-            "line 5, column 3: the base `@a` is no source of this slice, as slerp needs it",
-            "line 7, column 5: `@deep` gives 3 layers to this slice, `@b` gives 2",
-        ],
-    ),
-    (
-        "merge_method: passthrough\nslices:\n- sources: [{model: '@a', layer_range: [0, 3]}]\n- sources: [{model: '@b', layer_range: [5, 9]}]\n",
-        &[
-            "line 3, column 13: `@a` has 2 layers, there are none up to 3 as `layer_range` says",
-            "line 4, column 13: `@b` has 2 layers, there are none up to 9",
-        ],
-    ),
-    (
-        "merge_method: passthrough\nslices:\n- sources: [{model: '@a', layer_range: [0, 0]}]\n",
-        &["line 1, column 1: the slices of the configuration have no layers"],
-    ),
-    // What the models have.
-    (
-        "merge_method: linear\nmodels: [{model: '@a'}, {model: '@deep'}, {model: '@wide'}]\nparameters: {weight: 1}\n",
-        &[
-            "line 2, column 9: `model.embed_tokens.weight` has shape [4, 2] in `@wide` and [3, 2] in `@a`; with a `tokenizer`",
-            "line 2, column 25: `@deep` has 3 layers, `@a` has 2",
-        ],
-    ),
-    (
-        "merge_method: linear\nmodels: [{model: '@a', parameters: {weight: 1}}, {model: '@b', parameters: {weight: -1}}]\n",
-        &[
-            "line 2, column 9: weights add up to 0 at `model.embed_tokens.weight`, `model.layers.0.mlp.weight`, `model.layers.1.mlp.weight`, `model.norm.weight`",
-        ],
-    ),
-    (
-        "merge_method: linear\nmodels:\n- model: '@a'\n  parameters: {weight: [{filter: mlp, value: 1}]}\n",
-        &[
-            "line 3, column 3: `weight` of model `@a`: no filter takes `model.embed_tokens.weight`, `model.norm.weight`",
-        ],
-    ),
-    (
-        "merge_method: slerp\nbase_model: '@a'\nmodels: [{model: '@b'}]\nparameters: {t: [{filter: nothing, value: 1}]}\n",
-        &["line 3, column 9: `t`: no filter takes `model.embed_tokens.weight`, "],
-    ),
-    (
-        "merge_method: linear\nmodels: [{model: '@a'}]\nparameters: {weight: [{select: mlp, value: 1}, {value: 2}]}\n",
-        &[
-            "line 3, column 14: `weight`: the selector `mlp` takes nothing: the sites of these models are not known",
-        ],
-    ),
-    // Modules.
-    (
-        "merge_method: linear\nparameters: {weight: 1}\nmodules:\n  vision_tower: {models: [{model: '@a'}]}\n",
-        &[
-            "line 1, column 1: the layers of no module are those behind `model.layers`",
-            "line 4, column 3: there is no module `vision_tower`; there are layers behind `model.layers`",
-        ],
-    ),
-    (
-        "merge_method: linear\nparameters: {weight: 1}\nmodules:\n  default: {models: [{model: '@a'}], slices: [], weight: 1}\n  other: {}\n",
-        &[
-            "line 4, column 46: module `default` has both `models` and `slices`",
-            "line 4, column 50: unknown key `weight` in module `default`",
-            "line 5, column 10: module `other` needs `models` or `slices`",
-        ],
-    ),
-    // Tokenizers.
-    (
-        "merge_method: linear\nmodels: [{model: '@a'}]\nparameters: {weight: 1}\ntokenizer_source: union\ntokenizer: {source: base}\nchat_template: 3\n",
-        &[
-            "line 5, column 12: both `tokenizer_source` and `tokenizer` are given",
-            "line 6, column 16: `chat_template` should be a text, found 3",
-        ],
-    ),
-    (
-        "merge_method: linear\nmodels: [{model: '@a'}]\nparameters: {weight: 1}\ntokenizer:\n  sorce: union\n  pad_to_multiple_of: 0\n  tokens:\n    x: {source: {kind: none}}\n    y: {force: true}\n    z: {source: {kind: model_token, model: '@a'}}\n",
-        &[
-            "line 5, column 3: unknown key `sorce` in `tokenizer`; did you mean `source`?",
-            "line 6, column 23: `pad_to_multiple_of` should be a whole number",
-            "line 8, column 24: `kind` of token `x` should be zero or model_token, found `none`",
-            "line 9, column 5: token `y` is forced to a `source` that is missing",
-            "line 10, column 17: the source of token `z` needs a `token` or a `token_id`",
-        ],
-    ),
-    (
-        "merge_method: linear\nmodels: [{model: '@a'}]\nparameters: {weight: 1}\ntokenizer_source: union\nchat_template: chatlm\n",
-        &[
-            "line 1, column 1: `chat_template: chatlm` is neither a name that is known nor a template; did you mean `chatml`?",
-            "line 4, column 19: the tokenizer of `@a`: ",
-        ],
-    ),
-];
+/// Opens a file as `firebrick merge` does.
+fn open(path: &Path) -> Result<(), MergeError> {
+    let stages = Stages::open(path)?;
+    if stages.configs().len() > 1 {
+        stages.check_models(path)?;
+    }
+    stages.merge(0, path, Path::new("nowhere")).map(drop)
+}
 
 #[test]
 fn every_mistake_is_listed_with_its_place() {
@@ -273,23 +135,28 @@ fn every_mistake_is_listed_with_its_place() {
     let before = files(root);
     let at = format!("{}/", root.display());
     let path = tempfile::NamedTempFile::new().unwrap();
-    assert!(MISTAKES.len() >= 30);
+    let cases = cases();
+    let distinct: HashSet<&String> = cases.iter().map(|(text, _)| text).collect();
+    assert!(distinct.len() >= 100 && distinct.len() == cases.len(), "{} of {}", distinct.len(), cases.len());
     let mut wrong = Vec::new();
-    for (text, expected) in MISTAKES {
+    for (text, expected) in &cases {
         std::fs::write(path.path(), text.replace('@', &at)).unwrap();
-        let problems = match Merge::open(path.path()) {
-            Err(MergeError::Config { problems, .. } | MergeError::Mismatch { problems, .. }) => problems,
-            Err(other) => panic!("{text}\n{other}"),
-            Ok(_) => panic!("{text}\nis accepted"),
+        let problems = match std::panic::catch_unwind(|| open(path.path())) {
+            Ok(Err(MergeError::Config { problems, .. } | MergeError::Mismatch { problems, .. })) => problems,
+            Ok(Err(other)) => vec![format!("another error: {other}")],
+            Ok(Ok(())) => vec!["it is accepted".to_owned()],
+            Err(_) => vec!["it panics".to_owned()],
         };
         let problems: Vec<String> = problems.iter().map(|p| placed(text, &at, p)).collect();
         let alike =
-            problems.len() == expected.len() && problems.iter().zip(*expected).all(|(p, e)| p.starts_with(e));
+            problems.len() == expected.len() && problems.iter().zip(expected).all(|(p, e)| p.starts_with(e));
         if !alike {
-            wrong.push(format!("{text}\nfound\n{}\nexpected\n{}", problems.join("\n"), expected.join("\n")));
+            let lines = |of: &[&str]| of.iter().map(|line| format!("--> {line}\n")).collect::<String>();
+            let found: Vec<&str> = problems.iter().map(String::as_str).collect();
+            wrong.push(format!("===\n{text}{}instead of\n{}", lines(&found), lines(expected)));
         }
     }
-    assert!(wrong.is_empty(), "{}", wrong.join("\n\n"));
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
     assert_eq!(files(root), before, "nothing is written");
 }
 
@@ -313,8 +180,16 @@ fn placed(text: &str, at: &str, problem: &str) -> String {
     format!("line {line}, column {}:{}", before + left + 1, rest.replace(at, "@"))
 }
 
-fn files(root: &Path) -> Vec<std::path::PathBuf> {
-    let mut found: Vec<_> = std::fs::read_dir(root).unwrap().map(|e| e.unwrap().path()).collect();
+/// Every file and folder.
+fn files(root: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(root).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            found.extend(files(&path));
+        }
+        found.push(path);
+    }
     found.sort();
     found
 }

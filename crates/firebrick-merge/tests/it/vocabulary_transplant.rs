@@ -441,6 +441,75 @@ fn heads_are_made_from_heads() {
     }
 }
 
+/// Rows that were never trained, in the model or in the donor, are copied for their own tokens and no other is made of them.
+#[test]
+fn untrained_rows_make_no_others() {
+    let root = tempfile::tempdir().unwrap();
+    let (own, theirs) = pair();
+    let shared: Vec<(usize, usize)> =
+        (0..400).filter_map(|id| Some((id as usize, own.id(&theirs.token(id).unwrap())? as usize))).collect();
+    // Of the donor four alike and one near 0, of the model three alike, one of which is one of those.
+    let (alike, small) = (&shared[10..14], shared[20]);
+    let ours = [shared[13], shared[30], shared[31]];
+    let left_out: HashSet<usize> =
+        alike.iter().chain([&small]).chain(&ours).map(|(donor, _)| *donor).collect();
+    let copy = |rows: &mut [f32], width: usize, ids: &[usize]| {
+        let first = rows[ids[0] * width..][..width].to_vec();
+        ids.iter().for_each(|id| rows[id * width..][..width].copy_from_slice(&first));
+    };
+    let model = with_rows(&tiny(1, 360, true, 16), 360, &|mut rows| {
+        copy(&mut rows, 16, &ours.map(|(_, own)| own));
+        rows
+    });
+    let donor = with_rows(&tiny(2, 400, true, 24), 400, &|mut rows| {
+        copy(&mut rows, 24, &alike.iter().map(|(donor, _)| *donor).collect::<Vec<_>>());
+        rows[small.0 * 24..][..24].iter_mut().for_each(|v| *v *= 1e-6);
+        rows
+    });
+    let model = save(root.path(), "model", &model, &own);
+    let donor = save(root.path(), "donor", &donor, &theirs);
+    let settings = TransplantSettings { k: 6, ..TransplantSettings::default() };
+    let transplant = VocabularyTransplant::new(&model, &donor, settings).unwrap();
+    assert_eq!((transplant.shared(), transplant.untrained()), (shared.len(), left_out.len()));
+    let out = ModelFiles::open(&transplanted(&model, &donor, settings, &root.path().join("out"))).unwrap();
+    let [ours, theirs, made] = [&model, &donor, &out].map(|files| matrix(&files.checkpoint, EMBEDDING));
+    // The rows made of these anchors.
+    let by = |anchors: &[(usize, usize)]| -> Vec<Vec<f64>> {
+        let atoms = Matrix::from_fn(anchors.len(), 24, |i, j| theirs[(anchors[i].0, j)]);
+        let combine = |combination: &Combination| {
+            let mut sum = vec![0.0; 16];
+            for (atom, c) in combination {
+                sum.iter_mut().zip(ours.row(anchors[*atom].1)).for_each(|(s, o)| *s += c * o);
+            }
+            sum
+        };
+        omp(&atoms, &theirs, 6).unwrap().iter().map(combine).collect()
+    };
+    let trained: Vec<(usize, usize)> =
+        shared.iter().copied().filter(|(donor, _)| !left_out.contains(donor)).collect();
+    let (expected, with_all) = (by(&trained), by(&shared));
+    let far = |a: &[f64], b: &[f64]| a.iter().zip(b).any(|(a, b)| (a - b).abs() > 1e-6 * a.abs().max(1.0));
+    let mut differs = 0;
+    for id in 0..400 {
+        match shared.iter().find(|pair| pair.0 == id) {
+            Some((_, own)) => assert_eq!(made.row(id), ours.row(*own), "{id} is copied"),
+            None => {
+                assert!(!far(&expected[id], made.row(id)), "{id}");
+                differs += usize::from(far(&with_all[id], made.row(id)));
+            }
+        }
+    }
+    assert!(differs > 0, "control: of untrained rows others would be made");
+    // Methods that combine none leave none out.
+    let zero = VocabularyTransplant::new(&model, &donor, self::settings(TransplantMethod::Zero)).unwrap();
+    assert_eq!(zero.untrained(), 0);
+    // Where no anchor is left, nothing can be made.
+    let blank = with_rows(&tiny(1, 360, true, 16), 360, &|rows| vec![0.5; rows.len()]);
+    let blank = save(root.path(), "blank", &blank, &own);
+    let error = VocabularyTransplant::new(&blank, &donor, settings).unwrap_err().to_string();
+    assert!(error.contains("none has trained rows"), "{error}");
+}
+
 #[test]
 fn simple_methods_are_what_they_say() {
     let root = tempfile::tempdir().unwrap();

@@ -6,7 +6,7 @@ use super::positioned::read_at;
 use super::provenance::FileRecord;
 use super::staging::Staging;
 use sha2::{Digest, Sha256};
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fs::File;
 use std::path::Path;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -98,9 +98,18 @@ impl FileTasks {
         match self.list[i].place {
             Place::Output(i) => {
                 let (path, file) = &staging.files[i];
-                file.sync_all().map_err(StreamError::io(path))?;
                 let len = prepared.files[i].layout.file_len();
-                self.sha256.then(|| sha256(path, file, len)).transpose()
+                if !self.sha256 {
+                    return file.sync_all().map(|()| None).map_err(StreamError::io(path));
+                }
+                // Waiting for the disk takes no processor.
+                std::thread::scope(|scope| {
+                    let synced = scope.spawn(|| file.sync_all());
+                    let hash = sha256(path, file, len);
+                    let synced = synced.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+                    synced.map_err(StreamError::io(path))?;
+                    hash.map(Some)
+                })
             }
             Place::Source(i, j) => {
                 let checkpoint = prepared.sources[i].checkpoint;
@@ -161,7 +170,7 @@ struct State {
     peak: u64,
     /// By file task: parts that still touch it.
     pending: Vec<usize>,
-    ready: Vec<usize>,
+    ready: BTreeSet<usize>,
     stopped: bool,
 }
 
@@ -184,7 +193,8 @@ impl<'a> Queue<'a> {
     pub(super) fn take(&self) -> Option<Taken<'_, 'a>> {
         let mut state = self.lock();
         loop {
-            let next = match state.ready.last() {
+            // The output's files first: the disk then works while sources are hashed.
+            let next = match state.ready.first() {
                 _ if state.stopped => return None,
                 Some(&task) => Some((Work::File(task), HASH_BUFFER as u64)),
                 None => self.parts.get(state.next).map(|part| (Work::Part(state.next), part.cost)),
@@ -195,7 +205,7 @@ impl<'a> Queue<'a> {
                 Some((work, cost)) if state.busy == 0 || state.in_flight.saturating_add(cost) <= self.cap => {
                     match work {
                         Work::Part(_) => state.next += 1,
-                        Work::File(_) => _ = state.ready.pop(),
+                        Work::File(_) => _ = state.ready.pop_first(),
                     }
                     state.busy += 1;
                     state.in_flight = state.in_flight.saturating_add(cost);
@@ -239,7 +249,7 @@ impl Drop for Taken<'_, '_> {
             for &task in &self.queue.tasks.touched[self.queue.parts[i].output] {
                 state.pending[task] -= 1;
                 if state.pending[task] == 0 {
-                    state.ready.push(task);
+                    state.ready.insert(task);
                 }
             }
         }

@@ -93,6 +93,7 @@ impl Merge {
                 ))
                 .into());
             }
+            stages.check_models(&self.config)?;
             if !global.resume {
                 models::discard(&results)?;
             }

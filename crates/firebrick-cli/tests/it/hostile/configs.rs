@@ -269,6 +269,9 @@ fn merges(files: &Files, cases: &mut Vec<Case>) {
             .with("x.yml", weight("1"))
             .odd("m/merges.txt", Odd::Pipe),
     );
+    let stages = "name: one\nmerge_method: linear\nmodels: [{model: m}]\nparameters: {weight: 1}\n---\nmerge_method: linear\nmodels: [{model: one}, {model: nowhere}]\nparameters: {weight: 1}\n";
+    let later = case("a model that the last document lacks", &["x.yml", "line 7, column 24", "nowhere"]);
+    cases.push(later.with("x.yml", stages));
     let own = Case::line("merge into a model", "merge x.yml m", files, &["--overwrite"]);
     cases.push(own.with("x.yml", weight("1")));
 }
