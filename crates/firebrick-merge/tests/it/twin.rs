@@ -1,14 +1,15 @@
 //! Twin-Merging: the identities in every family, and what it gains on the embedded model.
 
-use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use firebrick_core::{Brick, Run, Seed, Silent};
+use firebrick_core::{Brick, Run, Seed};
 use firebrick_merge::task_vectors::TaskVector;
 use firebrick_merge::twin::{Twin, TwinRouter, mean_hidden};
 use firebrick_models::{Activation, Biases, Decoder, DecoderConfig, Model, NormPlacement, token_tensor};
 use firebrick_moe::AdapterGates;
 use firebrick_tensor::linalg::Matrix;
-use firebrick_train::{TextData, TrainConfig, domain, fit};
+use firebrick_train::domain;
+
+use crate::specialists;
 
 const VOCAB: usize = 24;
 
@@ -184,14 +185,10 @@ fn most_of_the_specialists_gain_comes_back() {
     let model = Model::embedded(&device).unwrap();
     let config = model.decoder.config().clone();
     let base = TaskVector::of(&model.decoder).unwrap();
-    let text = |name: &str, held: bool| {
-        let domain = domain(name).unwrap();
-        let text = if held { domain.held_out_text() } else { domain.train_text() };
-        TextData::from_text(&text, &model.tokenizer).unwrap()
-    };
+    let text = |name: &str, held: bool| specialists::text(&model, domain(name).unwrap(), held);
     let names = ["glosses", "rust", "arithmetic"];
     let data = names.map(|n| text(n, false));
-    let held = names.map(|n| token_tensor(&text(n, true).spread(64, 6), &device));
+    let held = names.map(|n| token_tensor(&text(n, true).spread(specialists::WINDOW, 6), &device));
     let nll =
         |decoder: &Decoder, bricks: &[&dyn Brick], gates: Option<AdapterGates>, ids: &Tensor<2, Int>| {
             let mut run = Run::new(bricks);
@@ -200,20 +197,15 @@ fn most_of_the_specialists_gain_comes_back() {
         };
     for seed in 0..3 {
         let experts = data.each_ref().map(|text| {
-            let start = base.decoder(config.clone(), &Device::flex().autodiff()).unwrap().trainable();
-            let steps =
-                TrainConfig { steps: 20, batch: 2, window: 64, learning_rate: 1e-3, ..Default::default() };
-            let settings = TrainConfig { warmup: 2, seed, ..steps };
-            let loss = &mut |d: &Decoder, ids: Tensor<2, Int>, _| d.nll(ids, &mut Run::default()).mean();
-            let (tuned, _) = fit(start, &settings, text, loss, &Silent, false).unwrap();
-            TaskVector::of(&tuned.valid()).unwrap()
+            let settings = specialists::settings(20, 2, 1e-3, seed);
+            TaskVector::of(&specialists::fine_tuned(&model.decoder, text, &settings)).unwrap()
         });
         let task = |e| TaskVector::between(&base, e).unwrap();
         let shared = experts.iter().fold(base.clone(), |sum, e| sum.plus(&task(e), 0.3).unwrap());
         let twin = Twin::new(shared, &experts, |_, m| m.rows().min(m.cols()) / 10).unwrap();
         let decoder = twin.shared.decoder(config.clone(), &device).unwrap();
         let bank = twin.bank(&config, &device);
-        let windows: Vec<&[u32]> = data.iter().flat_map(|t| t.spread(64, 16)).collect();
+        let windows: Vec<&[u32]> = data.iter().flat_map(|t| t.spread(specialists::WINDOW, 16)).collect();
         let labels: Vec<usize> = (0..windows.len()).map(|i| i / 16).collect();
         let seen = mean_hidden(&decoder, token_tensor(&windows, &device));
         let router = TwinRouter::fit(seen, &labels, 3, 60, 5e-4, Seed(seed)).unwrap();
