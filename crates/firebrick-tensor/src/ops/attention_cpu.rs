@@ -1,8 +1,7 @@
 //! CPU kernel of [`attention`](super::attention): blocks of queries of one head, each with its scores in cache.
 //!
 //! A block computes scores only for the keys its mask lets through, so causal attention costs half and a window
-//! costs its width; memory is one block of scores for each thread. A single query, as in decoding, is no matrix product: parts
-//! of the keys are weighed by themselves and put together (Dao et al. 2023, "Flash-Decoding").
+//! costs its width; memory is one block of scores for each thread.
 
 use burn_backend::Shape;
 use burn_flex::FlexTensor;
@@ -15,10 +14,6 @@ use super::{AttentionOptions, Segments};
 
 /// Scores in a block, at most (for as long as that leaves 16 queries).
 const BLOCK_SCORES: usize = 1 << 17;
-
-/// Keys that are weighed together where there is one query: they and their values stay in the second-level cache for all queries
-/// that share them.
-const PART: usize = 128;
 
 /// Queries in a block, from the shape alone.
 fn block_queries(keys: usize) -> usize {
@@ -37,9 +32,6 @@ pub(super) fn forward(
     let [batch, heads, t, _] = problem.q.dims;
     let value_dim = problem.v.dims[3];
     let rows = block_queries(problem.k.dims[2]);
-    if t == 1 && problem.k.dims[2] > 0 && value_dim > 0 {
-        return cpu::tensor(one_query(&problem), Shape::new([batch, heads, t, value_dim]));
-    }
     let mut out = vec![0.0; batch * heads * t * value_dim];
     if value_dim > 0 {
         let mut tasks = Vec::new();
@@ -55,78 +47,6 @@ pub(super) fn forward(
         });
     }
     cpu::tensor(out, Shape::new([batch, heads, t, value_dim]))
-}
-
-/// `[batch, heads, value_dim]`, of one query each.
-fn one_query(problem: &Problem<'_>) -> Vec<f32> {
-    let [batch, heads, ..] = problem.q.dims;
-    let [_, kv_heads, keys, value_dim] = problem.v.dims;
-    let (group, parts, width) = (heads / kv_heads, keys.div_ceil(PART), 2 + value_dim);
-    let mut found = vec![0.0; batch * kv_heads * parts * group * width];
-    found.par_chunks_mut(group * width).enumerate().for_each(|(i, out)| {
-        Arch::new().dispatch(Part { problem, kv_head: i / parts, part: i % parts, out });
-    });
-    let mut out = vec![0.0; batch * heads * value_dim];
-    for (head, out) in out.chunks_exact_mut(value_dim).enumerate() {
-        let (kv_head, member) = (head / group, head % group);
-        let part = |i: usize| &found[((kv_head * parts + i) * group + member) * width..][..width];
-        let max = (0..parts).map(|i| part(i)[0]).fold(f32::NEG_INFINITY, cpu::larger);
-        let mut total = 0.0;
-        for (ends, values) in (0..parts).map(|i| part(i).split_at(2)) {
-            let share = cpu::exp(ends[0] - max);
-            total += share * ends[1];
-            out.iter_mut().zip(values).for_each(|(out, value)| *out += share * value);
-        }
-        let norm = 1.0 / total;
-        out.iter_mut().for_each(|v| *v *= norm);
-    }
-    out
-}
-
-/// Some keys of one head and their values, against the query of each head that shares them.
-struct Part<'a> {
-    problem: &'a Problem<'a>,
-    /// Numbered through the batch.
-    kv_head: usize,
-    part: usize,
-    /// For each query the largest score, the sum of `e^(score - largest)`, and the sum of values weighed by that.
-    out: &'a mut [f32],
-}
-
-impl WithSimd for Part<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, _: S) {
-        let Problem { q, k, v, options, .. } = self.problem;
-        let width = 2 + v.dims[3];
-        let group = self.out.len() / width;
-        let Block { from, to, .. } = self.problem.block(self.kv_head * group, 0, 1);
-        let first = (from + self.part * PART).min(to);
-        let keys = first..(first + PART).min(to);
-        let mut scores = [0.0; PART];
-        let scores = &mut scores[..keys.len()];
-        for (member, out) in self.out.chunks_exact_mut(width).enumerate() {
-            let query = q.row(self.kv_head * group + member);
-            for (score, key) in scores.iter_mut().zip(k.rows(self.kv_head, keys.clone())) {
-                let key = &key[..query.len()];
-                *score = options.scale as f32 * cpu::sum(query.len(), |i| query[i] * key[i]);
-            }
-            if let Some(cap) = options.softcap {
-                let cap = cap as f32;
-                scores.iter_mut().for_each(|score| *score = cap * cpu::tanh(*score / cap));
-            }
-            let max = cpu::max(scores);
-            scores.iter_mut().for_each(|score| *score = cpu::exp(*score - max));
-            let (ends, sums) = out.split_at_mut(2);
-            ends.copy_from_slice(&[max, cpu::sum(scores.len(), |i| scores[i])]);
-            for (&weight, value) in scores.iter().zip(v.rows(self.kv_head, keys.clone())) {
-                for (sum, value) in sums.iter_mut().zip(value) {
-                    *sum += weight * value;
-                }
-            }
-        }
-    }
 }
 
 pub(super) fn backward(

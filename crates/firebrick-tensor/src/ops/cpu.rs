@@ -6,7 +6,6 @@ use burn_backend::{Bytes, DType, Shape, TensorMetadata};
 use burn_flex::{FlexTensor, Layout};
 use faer::{Accum, MatMut, MatRef, Par, linalg::matmul::matmul};
 use rayon::prelude::*;
-use std::ops::Range;
 
 /// Elements of a block of rows: large enough to pay for a task, small enough for the L2 cache.
 const BLOCK: usize = 1 << 14;
@@ -147,9 +146,8 @@ pub(super) fn max(x: &[f32]) -> f32 {
     lanes.into_iter().fold(f32::NEG_INFINITY, larger)
 }
 
-/// The larger one, NaN if any is.
 #[inline(always)]
-pub(super) fn larger(a: f32, b: f32) -> f32 {
+fn larger(a: f32, b: f32) -> f32 {
     if a >= b || a.is_nan() { a } else { b }
 }
 
@@ -226,14 +224,6 @@ impl<'a> Heads<'a> {
         let (head, token) = (index / tokens, index % tokens);
         let at = head / heads * self.strides[0] + head % heads * self.strides[1] + token * self.strides[2];
         &self.data[at..][..d]
-    }
-
-    /// Some tokens of head `head` of all `batch * heads`.
-    #[inline(always)]
-    pub fn rows(&self, head: usize, tokens: Range<usize>) -> impl Iterator<Item = &'a [f32]> + use<'a> {
-        let Self { data, strides, dims: [_, heads, _, d] } = *self;
-        let at = head / heads * strides[0] + head % heads * strides[1];
-        tokens.map(move |token| &data[at + token * strides[2]..][..d])
     }
 
     /// Tokens `from..to` of one head of one sequence, `[to - from, d]`.

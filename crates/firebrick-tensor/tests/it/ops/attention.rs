@@ -141,16 +141,6 @@ fn several_blocks_of_queries() {
     check(true, shape(1, [1, 1], [140, 140], [8, 8]), options(true, Some(33), None));
 }
 
-/// Keys in one part, in whole parts, and with a rest.
-#[test]
-fn one_query_and_parts_of_the_keys() {
-    for keys in [2, 128, 256, 300] {
-        check(false, shape(2, [6, 2], [1, keys], [16, 12]), options(true, None, None));
-    }
-    check(false, shape(1, [2, 1], [1, 300], [64, 64]), options(true, Some(150), Some(0.8)));
-    check(false, shape(1, [3, 3], [1, 290], [7, 5]), options(false, None, None));
-}
-
 /// Rows of several documents; `lengths` are those of each row.
 fn check_documents(gpus: bool, heads: [usize; 2], d: usize, lengths: &[Vec<usize>], o: AttentionOptions) {
     let t: usize = lengths[0].iter().sum();
