@@ -1,5 +1,5 @@
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| {
+libfuzzer_sys::fuzz_target!(init: firebrick_fuzz::let_tokenizers_panic(), |data: &[u8]| {
     firebrick_fuzz::gguf_tokenizer(data);
 });

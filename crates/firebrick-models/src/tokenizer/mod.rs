@@ -408,13 +408,10 @@ fn guarded<T>(work: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, ModelEr
 }
 
 /// Templates of a post-processor that ask for tokens or texts that are not there, which the tokenizers crate finds out
-/// when it encodes.
+/// when it encodes. It takes templates by their form too, without a type.
 fn template_problems(processor: &Json) -> Vec<String> {
     let nested = processor["processors"].as_array().into_iter().flatten().flat_map(template_problems);
     let mut problems: Vec<String> = nested.collect();
-    if processor["type"] != "TemplateProcessing" {
-        return problems;
-    }
     for piece in ["single", "pair"].iter().flat_map(|name| processor[name].as_array()).flatten() {
         if let Some(token) = piece["SpecialToken"]["id"].as_str()
             && processor["special_tokens"].get(token).is_none()

@@ -358,6 +358,10 @@ fn damaged_folders_are_errors() {
     let nested = json!({"type": "Sequence", "processors": [template(json!([token("</s>")]), json!([3]))]});
     assert!(processed(nested).is_err());
     assert!(processed(template(json!([token("<s>"), a]), json!([4_000_000]))).is_err(), "no such row");
+    let mut untyped = template(json!([token("</s>"), a]), json!([3]));
+    untyped.as_object_mut().unwrap().remove("type");
+    let error = processed(untyped).unwrap_err().to_string();
+    assert!(error.contains("adds `</s>`, which it does not define"), "{error}");
     let normalized = |normalizer: Json| broken(&move |json| json["normalizer"] = normalizer.clone());
     assert!(normalized(json!({"type": "Precompiled", "precompiled_charsmap": "AAA="})).is_err());
     let replace = |pattern: Json| json!({"type": "Replace", "pattern": pattern, "content": "x"});
