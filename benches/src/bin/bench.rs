@@ -73,8 +73,7 @@ fn suites_help() -> String {
 fn main() -> Result<ExitCode> {
     let arguments = Arguments::parse();
     // As in the `firebrick` binary.
-    let threads = rayon::current_num_threads();
-    let _pool = rayon::ThreadPoolBuilder::new().num_threads(threads).use_current_thread().build()?;
+    let _pool = rayon::ThreadPoolBuilder::new().use_current_thread().build()?;
     if arguments.device.iter().any(|d| d == "list") {
         for device in list_devices() {
             let software = if device.software { ", software" } else { "" };

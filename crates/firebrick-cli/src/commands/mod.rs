@@ -34,7 +34,7 @@ pub fn run(cli: &Cli, terminal: &Terminal) -> Result<()> {
         rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?;
     }
     // This thread is one of a pool of its own: it works on what it asks for in place of sleeping until others have done it.
-    let threads = rayon::current_num_threads();
+    let threads = global.threads.unwrap_or(0); // 0: as many as rayon's global pool, which need not be started to know
     let _pool = rayon::ThreadPoolBuilder::new().num_threads(threads).use_current_thread().build()?;
     let idle = matches!(
         cli.verb,

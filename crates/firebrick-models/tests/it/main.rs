@@ -16,41 +16,32 @@ mod tokenizer;
 
 use std::path::{Path, PathBuf};
 
-/// The folder of all-MiniLM-L6-v2; none where it was not fetched, unless `FIREBRICK_REQUIRE` names `minilm`.
+/// `file` below `target/models`; none where it is not, unless `FIREBRICK_REQUIRE` names `model`. `how` says how it gets there.
+fn fetched(model: &str, file: &str, how: &str) -> Option<PathBuf> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/models").join(file);
+    if path.exists() {
+        return Some(path);
+    }
+    let required = std::env::var("FIREBRICK_REQUIRE").unwrap_or_default();
+    assert!(!required.contains(model), "{} is required and missing", path.display());
+    println!("skipped: {how} the model this test needs");
+    None
+}
+
+/// The folder of all-MiniLM-L6-v2.
 fn minilm() -> Option<PathBuf> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
-    let path = root.join("target/models/minilm");
-    if path.join("model.safetensors").exists() {
-        return Some(path);
-    }
-    let required = std::env::var("FIREBRICK_REQUIRE").unwrap_or_default();
-    assert!(!required.contains("minilm"), "{} is required and missing", path.display());
-    println!("skipped: `cargo xtask model minilm` fetches the model this test needs");
-    None
+    let file = fetched("minilm", "minilm/model.safetensors", "`cargo xtask model minilm` fetches")?;
+    file.parent().map(Path::to_path_buf)
 }
 
-/// The file of Gemma 3 270M; none where nobody put it, unless `FIREBRICK_REQUIRE` names `gemma3`.
+/// The file of Gemma 3 270M.
 fn gemma3() -> Option<PathBuf> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
-    let path = root.join("target/models/gemma3/gemma-3-270m-q4_k_m.gguf");
-    if path.exists() {
-        return Some(path);
-    }
-    let required = std::env::var("FIREBRICK_REQUIRE").unwrap_or_default();
-    assert!(!required.contains("gemma3"), "{} is required and missing", path.display());
-    println!("skipped: CONTRIBUTING.md says under which terms to fetch the model this test needs, and how");
-    None
+    let how = "CONTRIBUTING.md says under which terms to fetch, and how,";
+    fetched("gemma3", "gemma3/gemma-3-270m-q4_k_m.gguf", how)
 }
 
-/// The file of SmolLM2-135M-Instruct; none where it was not fetched, unless `FIREBRICK_REQUIRE` names `smollm2`.
+/// The file of SmolLM2-135M-Instruct.
 fn smollm2() -> Option<PathBuf> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
-    let path = root.join("target/models/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf");
-    if path.exists() {
-        return Some(path);
-    }
-    let required = std::env::var("FIREBRICK_REQUIRE").unwrap_or_default();
-    assert!(!required.contains("smollm2"), "{} is required and missing", path.display());
-    println!("skipped: `cargo xtask model smollm2` fetches the model this test needs");
-    None
+    let file = "smollm2/SmolLM2-135M-Instruct.Q4_1.gguf";
+    fetched("smollm2", file, "`cargo xtask model smollm2` fetches")
 }
