@@ -152,10 +152,17 @@ mod tests {
         };
         let suite = SUITES.iter().find(|s| s.name == "forward").unwrap();
         (suite.run)(&bench).unwrap();
+        let dtypes: Vec<&str> = bench.precisions().iter().map(|p| dtype(*p)).collect();
         let results = bench.results.into_inner();
-        let [m] = results.as_slice() else { panic!("one case a model: {results:?}") };
-        assert_eq!((m.case.as_str(), m.repeats, m.device.as_str()), ("embedded 2x256", 1, "flex"));
-        assert!(m.median > 0.0 && m.gflops.is_some_and(|g| g > 0.0), "{m:?}");
-        assert_eq!(m.share_of_peak, m.gflops.map(|g| g / 100.0));
+        assert!(
+            results.iter().map(|m| m.dtype.as_str()).eq(dtypes),
+            "a case for each precision: {results:?}"
+        );
+        for m in &results {
+            assert_eq!((m.case.as_str(), m.repeats, m.device.as_str()), ("embedded 2x256", 1, "flex"));
+            assert!(m.median > 0.0 && m.gflops.is_some_and(|g| g > 0.0), "{m:?}");
+            let peak = if m.dtype == "f32" { 100.0 } else { 200.0 };
+            assert_eq!(m.share_of_peak, m.gflops.map(|g| g / peak));
+        }
     }
 }
