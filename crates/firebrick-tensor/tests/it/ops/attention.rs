@@ -1,7 +1,7 @@
 use burn::tensor::{DType, Device, Tensor};
 use firebrick_tensor::ops::{AttentionOptions, Segments, attention, segmented_attention};
 
-use super::support::{Case, devices, devices_and, flat, host, normal};
+use super::support::{Case, devices, devices_and, flat, host, normal, of_products};
 
 #[derive(Clone, Debug)]
 struct Shape {
@@ -76,7 +76,7 @@ fn check(gpus: bool, shape: Shape, o: AttentionOptions) {
         reference: &|x| reference(x, &shape, &o, &right),
     };
     for device in devices_and(gpus) {
-        case.check(&device, 3e-6, Some(1e-6));
+        case.check(&device, of_products(&device, 3e-6), Some(1e-6));
         if s < 3 {
             continue;
         }
@@ -182,7 +182,7 @@ fn check_documents(gpus: bool, heads: [usize; 2], d: usize, lengths: &[Vec<usize
         reference: &|x| of(x, &|b, p| starts[b][p]),
     };
     for device in devices_and(gpus) {
-        case.check(&device, 3e-6, Some(1e-6));
+        case.check(&device, of_products(&device, 3e-6), Some(1e-6));
         case.refutes(&device, &|x| of(x, &|_, _| 0));
         case.refutes(&device, &|x| of(x, &|b, p| starts[b][p].saturating_sub(1)));
         if batch > 1 {

@@ -1,7 +1,7 @@
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use firebrick_tensor::ops::{Precision, cross_entropy, linear_cross_entropy};
 
-use super::support::{Case, below, devices, devices_and, error, flat, host, is_flex, normal};
+use super::support::{Case, below, devices, devices_and, error, flat, host, is_flex, normal, of_products};
 
 fn targets(values: &[usize], device: &Device) -> Tensor<1, Int> {
     let values: Vec<i32> = values.iter().map(|&v| v as i32).collect();
@@ -86,7 +86,7 @@ fn linear_cross_entropy_agrees_with_the_reference() {
             reference: &|t| reference(&product(&t[0], &t[1], d), &chosen),
         };
         for device in devices_and(n == 33) {
-            case.check(&device, 5e-6, Some(1e-9));
+            case.check(&device, of_products(&device, 5e-6), Some(1e-9));
             let other: Vec<usize> = chosen.iter().map(|&t| (t + 1) % vocab).collect();
             case.refutes(&device, &|t| reference(&product(&t[0], &t[1], d), &other));
         }
@@ -111,6 +111,7 @@ fn long_rows_agree_with_the_reference() {
 
 /// Values and gradients of `n` rows of 50021 logits.
 fn long_rows(device: &Device, n: usize, precision: Precision, tolerance: f64) {
+    let tolerance = of_products(device, tolerance);
     let (d, vocab) = (3, 50_021);
     let chosen = below("targets", n, vocab);
     let (hidden, weight) = (normal("hidden", n * d), normal("weight", d * vocab));

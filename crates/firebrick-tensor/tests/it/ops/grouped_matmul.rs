@@ -1,7 +1,7 @@
 use burn::tensor::{DType, Device, Tensor};
 use firebrick_tensor::ops::grouped_matmul;
 
-use super::support::{Case, devices, error, flat, host, normal};
+use super::support::{Case, devices, error, flat, host, normal, of_products};
 
 fn reference(x: &[f64], w: &[f64], d_in: usize, d_out: usize, offsets: &[usize]) -> Vec<f64> {
     let rows = x.len() / d_in;
@@ -37,7 +37,7 @@ fn agrees_with_the_reference() {
             reference: &|t| reference(&t[0], &t[1], d_in, d_out, offsets),
         };
         for device in devices() {
-            case.check(&device, 2e-6, Some(1e-9));
+            case.check(&device, of_products(&device, 2e-6), Some(1e-9));
             if experts > 1 {
                 let mut shifted = offsets.to_vec();
                 let inner = (1..experts).find(|&e| offsets[e] > 0 && offsets[e] < rows).expect("a border");

@@ -2,7 +2,9 @@ use burn::tensor::{DType, Device, Tensor};
 use firebrick_tensor::block::{DType as Block, decode, encode};
 use firebrick_tensor::ops::{PackedInputs, PackedMatrix, packed_matmul};
 
-use super::support::{Case, below, devices, devices_and, error, flat, host, is_flex, normal, wide};
+use super::support::{
+    Case, below, devices, devices_and, error, flat, host, is_flex, normal, of_products, wide,
+};
 
 struct Matrix {
     bits: u8,
@@ -127,7 +129,7 @@ fn products_agree_with_the_reference() {
             };
             // Only the CPU has another path for few rows.
             for device in devices_and(rows == 3 && i % 2 == 1 && i < 8) {
-                case.check(&device, 5e-6, (rows < 8).then_some(1e-9));
+                case.check(&device, of_products(&device, 5e-6), (rows < 8).then_some(1e-9));
                 if group > 1 && d_in > group {
                     let other = matrix.dense(group + 1);
                     case.refutes(&device, &|t| matrix.product(&t[0], &other));
@@ -161,7 +163,8 @@ fn scales_may_be_halves_and_groups_may_share_zero_points() {
                 let x = flat(&x, &device, DType::F32).reshape([rows, d_in]);
                 let got = packed_matmul(x, &packed, PackedInputs::Exact);
                 let e = error(&host(got.reshape([rows * d_out])), &want);
-                assert!(e < 5e-6, "{bits} bits, {rows} rows: off by {e:e} on {device:?}");
+                let bound = of_products(&device, 5e-6);
+                assert!(e < bound, "{bits} bits, {rows} rows: off by {e:e} on {device:?}");
             }
         }
     }
@@ -195,7 +198,8 @@ fn inputs_of_eight_bits_agree_with_the_same_arithmetic_in_f64() {
                 host(packed_matmul(x, &matrix.pack(&device, dtype), inputs).reshape([rows * d_out]))
             };
             let e = error(&of(DType::F32, PackedInputs::EightBits), &want);
-            assert!(e < 1e-5, "{bits} bits, group {group}, [{d_in}, {d_out}]: off by {e:e} on {device:?}");
+            let bound = of_products(&device, 1e-5);
+            assert!(e < bound, "{bits} bits, group {group}, [{d_in}, {d_out}]: off by {e:e} on {device:?}");
             // The composed body, which f64 takes on the CPU.
             if is_flex(&device) {
                 assert!(error(&of(DType::F64, PackedInputs::EightBits), &want) < 1e-9);
