@@ -73,10 +73,11 @@ impl Subject<'_> {
         bench.peer("decode.py", &[file.as_path(), what.as_ref()])
     }
 
-    /// A run with an empty cache.
+    /// A run with an empty cache: of f16, as the peer's, beside packed weights.
     fn begin(&self) -> Run<'_> {
         let mut run = Run::new(self.bricks);
-        run.insert(self.decoder.kv_cache(1, PROMPT + TOKENS));
+        let cache = self.decoder.kv_cache(1, PROMPT + TOKENS);
+        run.insert(if self.bricks.is_empty() { cache } else { cache.in_f16() });
         run
     }
 
@@ -107,7 +108,8 @@ impl Subject<'_> {
     fn one_by_one(&self, bench: &Bench<'_>) -> Result<()> {
         let c = &self.files.config;
         let ids = tokens(c.vocab, 1, PROMPT + TOKENS, &bench.device);
-        let cached = 4 * 2 * c.layers * c.kv_heads * c.head_dim * (PROMPT + TOKENS / 2);
+        let size = if self.bricks.is_empty() { 4 } else { 2 };
+        let cached = size * 2 * c.layers * c.kv_heads * c.head_dim * (PROMPT + TOKENS / 2);
         let case = Case {
             suite: "decode",
             name: format!("{} tokens {PROMPT}+{TOKENS}", self.name),

@@ -1,5 +1,7 @@
 //! The one idea: what sits at sites and changes or observes what flows through.
 
+use std::any::Any;
+
 use burn::tensor::Tensor;
 
 use crate::{Run, Site, SiteSet};
@@ -42,6 +44,12 @@ pub trait Brick {
 
     /// What happens at `site`: `x` is the site's input `[batch, tokens, d_in]`, `base` the site below this brick.
     fn at(&self, site: Site, x: Tensor<3>, base: &mut Base<'_>, run: &mut Run<'_>) -> Tensor<3>;
+
+    /// The weight with which this brick multiplies at `site`, if it does that and no more, without a look at what lies below. A wiring
+    /// that knows the type of the weight may do it in its place, together with other sites.
+    fn weight(&self, _site: Site) -> Option<&dyn Any> {
+        None
+    }
 }
 
 /// Leaves its sites out: the output is the input, and what lies below is never called.

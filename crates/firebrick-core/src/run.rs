@@ -56,6 +56,13 @@ impl<'a> Run<'a> {
         !self.bricks.iter().any(|b| b.sites().contains(site))
     }
 
+    /// The [`weight`](Brick::weight) of the brick at `site`, if exactly one brick sits there and gives one.
+    pub fn weight(&self, site: Site) -> Option<&'a dyn Any> {
+        let mut here = self.bricks.iter().filter(|b| b.sites().contains(site));
+        let only = here.next().filter(|_| here.next().is_none())?;
+        only.weight(site)
+    }
+
     /// Passes `x: [batch, tokens, d_in]` through `site`: the bricks there from the top down, then `wiring`.
     pub fn at(&mut self, site: Site, x: Tensor<3>, wiring: &mut Base<'_>) -> Tensor<3> {
         descend(self.bricks, site, x, wiring, self)
@@ -135,6 +142,32 @@ mod tests {
         let run = Run::new(&bricks);
         assert!(!run.is_bare(here) && run.is_bare(there));
         assert_eq!(run.bricks().len(), 1);
+    }
+
+    #[test]
+    fn the_weight_of_a_brick_is_given_where_it_sits_alone() {
+        struct Half(SiteSet);
+        impl Brick for Half {
+            fn sites(&self) -> &SiteSet {
+                &self.0
+            }
+            fn at(&self, _: Site, x: Tensor<3>, _: &mut Base<'_>, _: &mut Run<'_>) -> Tensor<3> {
+                x * 0.5
+            }
+            fn weight(&self, _: Site) -> Option<&dyn Any> {
+                Some(&0.5f32)
+            }
+        }
+        let [alone, shared] = [1, 2].map(|l| Site::layer(l, Part::MlpUp));
+        let half = Half(SiteSet::from_iter([alone, shared]));
+        let skip = Skip { sites: SiteSet::from_iter([shared, Site::global(Part::Head)]) };
+        let bricks: [&dyn Brick; 2] = [&half, &skip];
+        let run = Run::new(&bricks);
+        let of = |site| run.weight(site).and_then(|w| w.downcast_ref::<f32>());
+        assert_eq!(of(alone), Some(&0.5));
+        assert_eq!(of(shared), None, "another brick is there too");
+        assert_eq!(of(Site::global(Part::Head)), None, "a brick that gives none");
+        assert_eq!(of(Site::global(Part::Norm)), None, "no brick");
     }
 
     #[test]

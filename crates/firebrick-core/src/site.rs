@@ -307,6 +307,12 @@ impl SiteSet {
         self.0.len()
     }
 
+    /// The sites of one layer, in order.
+    pub fn of_layer(&self, layer: usize) -> impl Iterator<Item = Site> + '_ {
+        let first = |layer| Site { layer: Some(layer), part: Part::ALL[0], expert: None };
+        self.0.range(first(layer)..first(layer + 1)).copied()
+    }
+
     /// Whether the set is empty.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()

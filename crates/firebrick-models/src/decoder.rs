@@ -15,6 +15,8 @@ use crate::error::ModelError;
 use crate::rotary::{RopeScaling, Rotary};
 use crate::weights::{CheckpointWeights, TensorSource, weight_shape};
 
+mod one_token;
+
 /// A decoder-only transformer: grouped-query attention, rotary positions, a gated feed-forward network, RMSNorm; what the
 /// families differ in are settings of [`DecoderConfig`].
 ///
@@ -82,6 +84,11 @@ struct Layer {
 /// Below so many tokens a product is over before a thread that sleeps has woken up.
 const FEW_TOKENS: usize = 8;
 
+/// Runs `f` about tokens of these dimensions; all threads stay awake if they are few.
+pub(crate) fn awake_for<R>([batch, length]: [usize; 2], f: impl FnOnce() -> R) -> R {
+    if batch * length < FEW_TOKENS { ops::awake(f) } else { f() }
+}
+
 /// The flat values of a weight, by site and shape.
 type Values<'a> = dyn FnMut(Site, &[usize]) -> Result<Tensor<1>, ModelError> + 'a;
 
@@ -140,6 +147,13 @@ struct Rotations {
     global: Rotary,
     /// In layers with a window, where it is another one.
     local: Option<Rotary>,
+}
+
+impl Rotations {
+    /// Those of a layer with a window, or without one.
+    fn of(&self, windowed: bool) -> &Rotary {
+        self.local.as_ref().filter(|_| windowed).unwrap_or(&self.global)
+    }
 }
 
 impl Decoder {
@@ -381,8 +395,10 @@ impl Decoder {
 
     /// Logits `[batch, tokens, vocab]` of `tokens: [batch, tokens]`.
     pub fn forward(&self, tokens: Tensor<2, Int>, run: &mut Run<'_>) -> Tensor<3> {
-        let hidden = self.hidden(tokens, run);
-        self.logits(hidden, run)
+        awake_for(tokens.dims(), || {
+            let hidden = self.hidden(tokens, run);
+            self.logits(hidden, run)
+        })
     }
 
     /// The residual stream after the last norm, `[batch, tokens, d_model]`. With a [`KvCache`] in `run` the tokens come
@@ -391,11 +407,7 @@ impl Decoder {
     /// # Panics
     /// If the run has a cache and segments, or segments of another shape than `tokens`.
     pub fn hidden(&self, tokens: Tensor<2, Int>, run: &mut Run<'_>) -> Tensor<3> {
-        let [batch, length] = tokens.dims();
-        if batch * length < FEW_TOKENS {
-            return ops::awake(|| self.residual_stream(tokens, run));
-        }
-        self.residual_stream(tokens, run)
+        awake_for(tokens.dims(), || self.residual_stream(tokens, run))
     }
 
     fn residual_stream(&self, tokens: Tensor<2, Int>, run: &mut Run<'_>) -> Tensor<3> {
@@ -433,6 +445,9 @@ impl Decoder {
     }
 
     fn block_at(&self, l: usize, x: Tensor<3>, rotary: &Rotations, run: &mut Run<'_>) -> Tensor<3> {
+        if let Some(y) = self.one_token(l, &x, rotary, run) {
+            return y;
+        }
         run.at(Site::layer(l, Part::Block), x, &mut |x, run: &mut Run<'_>| {
             self.sublayers(l, &self.layers[l], x, rotary, run)
         })
@@ -514,6 +529,16 @@ impl Decoder {
         Rotations {
             global: of(c.rope_theta, c.rope_scaling),
             local: c.local_theta.map(|theta| of(theta, RopeScaling::None)),
+        }
+    }
+
+    fn attention_options(&self, l: usize) -> AttentionOptions {
+        let c = self.config();
+        AttentionOptions {
+            scale: c.attention_scale(),
+            causal: true,
+            window: c.window.filter(|_| c.is_windowed(l)),
+            softcap: c.attn_softcap,
         }
     }
 
@@ -609,8 +634,7 @@ impl Decoder {
         let v = self.linear_at(site(Part::AttnV), &layer.v, x, run);
         let q = self.head_norm_at(site(Part::AttnQNorm), &layer.q_norm, q, run);
         let k = self.head_norm_at(site(Part::AttnKNorm), &layer.k_norm, k, run);
-        let windowed = c.is_windowed(l);
-        let rotary = rotary.local.as_ref().filter(|_| windowed).unwrap_or(&rotary.global);
+        let rotary = rotary.of(c.is_windowed(l));
         let segments = run.get::<Segments>().cloned();
         let turned = |t: Tensor<3>, n: usize| {
             let (cos, sin) = (rotary.cos.clone(), rotary.sin.clone());
@@ -629,12 +653,7 @@ impl Decoder {
             assert!(segments.is_none(), "rows of several documents have no key-value cache");
             (k, v) = cache.append(l, k, v);
         }
-        let options = AttentionOptions {
-            scale: c.attention_scale(),
-            causal: true,
-            window: c.window.filter(|_| windowed),
-            softcap: c.attn_softcap,
-        };
+        let options = self.attention_options(l);
         if let Some(taps) = run.get_mut::<AttentionTaps>() {
             taps.seen.push((site(Part::Attn), q.clone(), k.clone(), options.clone()));
         }

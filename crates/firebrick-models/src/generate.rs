@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 
 use firebrick_core::{Brick, Run};
 
-use crate::decoder::Decoder;
+use crate::decoder::{Decoder, awake_for};
 use crate::error::ModelError;
 use crate::sampling::Sampler;
 use crate::tokens::token_tensor;
@@ -18,11 +18,13 @@ pub struct GenerateOptions {
     pub stop: Vec<u32>,
     /// Keep keys and values of earlier tokens; without it every step runs the whole text again (slow; for checks).
     pub use_cache: bool,
+    /// Keep them as f16, see [`KvCache::in_f16`](firebrick_tensor::ops::KvCache::in_f16).
+    pub half_cache: bool,
 }
 
 impl Default for GenerateOptions {
     fn default() -> Self {
-        GenerateOptions { max_tokens: 128, stop: Vec::new(), use_cache: true }
+        GenerateOptions { max_tokens: 128, stop: Vec::new(), use_cache: true, half_cache: false }
     }
 }
 
@@ -78,7 +80,8 @@ pub fn generate_with(
     let device = decoder.device();
     let mut run = Run::new(bricks);
     if options.use_cache {
-        run.insert(decoder.kv_cache(1, capacity));
+        let cache = decoder.kv_cache(1, capacity);
+        run.insert(if options.half_cache { cache.in_f16() } else { cache });
     }
     let mut ids = prompt.to_vec();
     let mut next = prompt.to_vec();
@@ -87,9 +90,11 @@ pub fn generate_with(
             run = Run::new(bricks);
             next.clone_from(&ids);
         }
-        let hidden = decoder.hidden(token_tensor(&[&next], &device), &mut run);
-        let length = hidden.dims()[1];
-        let logits = decoder.logits(hidden.narrow(1, length - 1, 1), &mut run);
+        let length = next.len();
+        let logits = awake_for([1, length], || {
+            let hidden = decoder.hidden(token_tensor(&[&next], &device), &mut run);
+            decoder.logits(hidden.narrow(1, length - 1, 1), &mut run)
+        });
         let mut logits: Vec<f32> =
             logits.into_data().try_into_vec_as::<f32>().map_err(|e| ModelError::Backend(format!("{e:?}")))?;
         adjust(&ids, &mut logits)?;

@@ -1,11 +1,12 @@
 //! The brick that computes with packed weights instead of the wiring's own.
 
+use std::any::Any;
 use std::collections::BTreeMap;
 
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
 use firebrick_core::{Base, Brick, Run, Site, SiteSet};
-use firebrick_tensor::ops::{PackedInputs, PackedMatrix, packed_matmul};
+use firebrick_tensor::ops::{PackedInputs, PackedMatrix, PackedWeight, packed_matmul};
 
 use crate::{QuantError, QuantizedMatrix};
 
@@ -14,9 +15,7 @@ use crate::{QuantError, QuantizedMatrix};
 /// An adapter bank above it is QLoRA (arXiv 2305.14314): gradients pass through, the packed weights stay.
 #[derive(Module, Debug)]
 pub struct PackedLinear {
-    weights: Vec<PackedMatrix>,
-    #[module(skip)]
-    inputs: PackedInputs,
+    weights: Vec<PackedWeight>,
     #[module(skip)]
     sites: SiteSet,
     #[module(skip)]
@@ -41,22 +40,28 @@ impl PackedLinear {
     pub fn from_packed(weights: BTreeMap<Site, PackedMatrix>) -> Self {
         let index: BTreeMap<Site, usize> = weights.keys().enumerate().map(|(i, site)| (*site, i)).collect();
         let sites = index.keys().copied().collect();
-        PackedLinear { weights: weights.into_values().collect(), inputs: PackedInputs::Exact, sites, index }
+        let exact = |matrix| PackedWeight { matrix, inputs: PackedInputs::Exact };
+        PackedLinear { weights: weights.into_values().map(exact).collect(), sites, index }
     }
 
     /// The same layers, with their inputs taken as `inputs` says.
-    pub fn with_inputs(self, inputs: PackedInputs) -> Self {
-        PackedLinear { inputs, ..self }
+    pub fn with_inputs(mut self, inputs: PackedInputs) -> Self {
+        self.weights.iter_mut().for_each(|weight| weight.inputs = inputs);
+        self
     }
 
     /// The packed weight at `site`.
     pub fn get(&self, site: Site) -> Option<&PackedMatrix> {
+        self.packed(site).map(|weight| &weight.matrix)
+    }
+
+    fn packed(&self, site: Site) -> Option<&PackedWeight> {
         self.index.get(&site).map(|i| &self.weights[*i])
     }
 
     /// Bytes of all packed weights with their scales and zero points.
     pub fn bytes(&self) -> usize {
-        self.weights.iter().map(PackedMatrix::bytes).sum()
+        self.weights.iter().map(|weight| weight.matrix.bytes()).sum()
     }
 }
 
@@ -66,9 +71,13 @@ impl Brick for PackedLinear {
     }
 
     fn at(&self, site: Site, x: Tensor<3>, _base: &mut Base<'_>, _run: &mut Run<'_>) -> Tensor<3> {
-        let weight = self.get(site).expect("called at its own sites");
+        let PackedWeight { matrix, inputs } = self.packed(site).expect("called at its own sites");
         let [batch, tokens, d_in] = x.dims();
-        let y = packed_matmul(x.reshape([batch * tokens, d_in]), weight, self.inputs);
-        y.reshape([batch, tokens, weight.d_out])
+        let y = packed_matmul(x.reshape([batch * tokens, d_in]), matrix, *inputs);
+        y.reshape([batch, tokens, matrix.d_out])
+    }
+
+    fn weight(&self, site: Site) -> Option<&dyn Any> {
+        self.packed(site).map(|weight| weight as &dyn Any)
     }
 }

@@ -58,6 +58,9 @@ pub struct Generate {
     /// Run the whole text again for every token instead of keeping keys and values.
     #[arg(long)]
     no_cache: bool,
+    /// Keep keys and values as f16: half the memory, and faster with long texts.
+    #[arg(long, conflicts_with = "no_cache")]
+    cache_f16: bool,
     /// Compute with the Q4_0, Q4_1 and Q8_0 blocks of a GGUF file; `exact` on the CPU if absent.
     #[arg(long, value_name = "HOW")]
     packed: Option<Packed>,
@@ -101,6 +104,7 @@ impl Generate {
             max_tokens: self.max_tokens,
             stop: tokenizer.eos_ids().to_vec(),
             use_cache: !self.no_cache,
+            half_cache: self.cache_f16,
         };
         let mut stream = tokenizer.decode_stream(true);
         let live = !global.json && !global.quiet;

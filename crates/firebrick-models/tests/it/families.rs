@@ -80,7 +80,8 @@ fn logits_and_greedy_text_equal_transformers() {
         let greedy = ids(&facts["families"][name]["greedy"]);
         for use_cache in [true, false] {
             let mut sampler = Sampler::new(Sampling { temperature: 0.0, ..Sampling::default() }).unwrap();
-            let options = GenerateOptions { max_tokens: greedy.len(), stop: Vec::new(), use_cache };
+            let options =
+                GenerateOptions { max_tokens: greedy.len(), use_cache, ..GenerateOptions::default() };
             let go = &mut |_| ControlFlow::Continue(());
             let found = generate(&decoder, &[], &ids(&facts["prompt"]), &mut sampler, &options, go).unwrap();
             assert_eq!(found, greedy, "{name}, cache: {use_cache}");

@@ -50,7 +50,12 @@ fn continues_as_transformers_does() {
         assert_eq!(prompt, ids(&case["ids"]));
         let expected = ids(&case["greedy_ids"]);
         let mut sampler = Sampler::new(Sampling { temperature: 0.0, ..Sampling::default() }).unwrap();
-        let options = GenerateOptions { max_tokens: expected.len(), stop: Vec::new(), use_cache: true };
+        let options = GenerateOptions {
+            max_tokens: expected.len(),
+            stop: Vec::new(),
+            use_cache: true,
+            ..GenerateOptions::default()
+        };
         let go = &mut |_| ControlFlow::Continue(());
         let found = generate(&model.decoder, &[], &prompt, &mut sampler, &options, go).unwrap();
         assert_eq!(found, expected);

@@ -92,7 +92,7 @@ fn answers_as_transformers_does() {
             let mut sampler = Sampler::new(Sampling { temperature: 0.0, ..Sampling::default() }).unwrap();
             // Without the cache every token costs a whole pass.
             let max_tokens = if use_cache { expected.len() } else { expected.len().min(8) };
-            let options = GenerateOptions { max_tokens, stop: Vec::new(), use_cache };
+            let options = GenerateOptions { max_tokens, use_cache, ..GenerateOptions::default() };
             let go = &mut |_| ControlFlow::Continue(());
             let found = generate(&model.decoder, &[], &prompt, &mut sampler, &options, go).unwrap();
             assert_eq!(found, expected[..max_tokens], "cache: {use_cache}");

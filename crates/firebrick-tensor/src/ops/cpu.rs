@@ -5,7 +5,10 @@
 use burn_backend::{Bytes, DType, Shape, TensorMetadata};
 use burn_flex::{FlexTensor, Layout};
 use faer::{Accum, MatMut, MatRef, Par, linalg::matmul::matmul};
+use half::{f16, slice::HalfFloatSliceExt};
 use rayon::prelude::*;
+
+use super::awake;
 
 /// Elements of a block of rows: large enough to pay for a task, small enough for the L2 cache.
 const BLOCK: usize = 1 << 14;
@@ -59,7 +62,7 @@ pub(super) fn blocks(data: &mut [f32], d: usize, rows: usize, f: impl Fn(usize, 
         }
         return;
     }
-    data.par_chunks_mut(rows * d).enumerate().for_each(|(i, chunk)| f(i * rows, chunk));
+    awake::parts(data, rows * d, |i, part| f(i * rows, part));
 }
 
 /// As [`blocks`], over two buffers with the same number of rows.
@@ -149,6 +152,30 @@ pub(super) fn max(x: &[f32]) -> f32 {
 #[inline(always)]
 fn larger(a: f32, b: f32) -> f32 {
     if a >= b || a.is_nan() { a } else { b }
+}
+
+/// Writes `x` as f32.
+pub(super) fn widen(x: &[f16], out: &mut [f32]) {
+    #[cfg(target_arch = "x86_64")]
+    if is_x86_feature_detected!("avx") && is_x86_feature_detected!("f16c") {
+        // SAFETY: the processor has these instructions.
+        return unsafe { widen_x86(x, out) };
+    }
+    x.convert_to_f32_slice(out);
+}
+
+/// `half` calls a function for each eight values.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx,f16c")]
+fn widen_x86(x: &[f16], out: &mut [f32]) {
+    use std::arch::x86_64::{__m128i, __m256, _mm256_cvtph_ps};
+    use std::mem::transmute;
+    let ((x, x_tail), (out, out_tail)) = (x.as_chunks::<8>(), out.as_chunks_mut::<8>());
+    for (x, out) in x.iter().zip(out) {
+        // SAFETY: eight halves and eight values are as long as their vectors, and any bits are one.
+        *out = unsafe { transmute::<__m256, [f32; 8]>(_mm256_cvtph_ps(transmute::<[f16; 8], __m128i>(*x))) };
+    }
+    x_tail.convert_to_f32_slice(out_tail);
 }
 
 /// `e^x` within 2 ulp (Cephes' polynomial): 0 below -87.3, infinite above 88.3, NaN for NaN. Branch-free, so that
@@ -288,6 +315,18 @@ mod tests {
         assert!(exp(f32::NAN).is_nan());
         assert!(tanh(f32::NAN).is_nan());
         assert_eq!((tanh(50.0), tanh(-50.0)), (1.0, -1.0));
+    }
+
+    #[test]
+    fn halves_are_widened_exactly() {
+        let all: Vec<f16> = (0..=u16::MAX).map(f16::from_bits).collect();
+        for from in [0, 1, 3] {
+            let mut out = vec![0.0; all.len() - from];
+            widen(&all[from..], &mut out);
+            for (half, got) in all[from..].iter().zip(out) {
+                assert!(got == half.to_f32() || got.is_nan() && half.is_nan(), "{half:?} became {got}");
+            }
+        }
     }
 
     #[test]

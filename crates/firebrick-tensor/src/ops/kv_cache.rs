@@ -1,6 +1,9 @@
 //! Preallocated keys and values of past tokens, layer by layer.
 
-use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn::tensor::{DType, Device, FloatDType, Int, Tensor, TensorData};
+use burn_flex::{Flex, FlexTensor};
+
+use super::decode_block::{Past, Stored};
 
 /// Keys and values of the tokens seen so far, one preallocated buffer per layer.
 ///
@@ -10,6 +13,8 @@ pub struct KvCache {
     layers: Vec<Option<Layer>>,
     /// Of each buffer: `[batch, kv_heads, capacity, head_dim]`.
     shape: [usize; 4],
+    /// What is kept, if not the dtype of what is appended.
+    dtype: Option<FloatDType>,
     device: Device,
 }
 
@@ -34,11 +39,22 @@ impl KvCache {
         Self {
             layers: (0..layers).map(|_| None).collect(),
             shape: [batch, kv_heads, capacity, head_dim],
+            dtype: None,
             device: device.clone(),
         }
     }
 
-    /// Writes `k` and `v` after the tokens already held and returns all keys and values held, `[batch, kv_heads, len, head_dim]`.
+    /// The same cache, still empty, that keeps keys and values as f16: half the memory to hold and to read, and 11 bits of each value.
+    ///
+    /// # Panics
+    /// If a layer holds a buffer.
+    pub fn in_f16(self) -> Self {
+        assert_eq!(self.bytes(), 0, "KvCache: a layer holds values of another dtype");
+        Self { dtype: Some(FloatDType::F16), ..self }
+    }
+
+    /// Writes `k` and `v` after the tokens already held and returns all keys and values held, `[batch, kv_heads, len, head_dim]`, in
+    /// the dtype of `k`.
     ///
     /// The write is in place as long as the caller has dropped the tensors returned before (otherwise the device copies).
     ///
@@ -54,17 +70,40 @@ impl KvCache {
         let len = self.len(layer) + tokens;
         assert!(len <= capacity, "KvCache: {len} tokens in layer {layer} exceed the capacity of {capacity}");
         // Taken out of the vector: a second handle would turn the in-place write into a copy of the buffer.
-        let held = self.layers[layer].take().unwrap_or_else(|| Layer {
-            keys: Tensor::zeros(self.shape, (&self.device, k.dtype())),
-            values: Tensor::zeros(self.shape, (&self.device, v.dtype())),
-            len: 0,
-        });
+        let given: FloatDType = k.dtype().into();
+        let kept = self.dtype.unwrap_or(given);
+        let empty = || Tensor::zeros(self.shape, (&self.device, kept.into()));
+        let held =
+            self.layers[layer].take().unwrap_or_else(|| Layer { keys: empty(), values: empty(), len: 0 });
         let write = [0..batch, 0..kv_heads, held.len..len, 0..head_dim];
-        let keys = held.keys.slice_assign(write.clone(), k);
-        let values = held.values.slice_assign(write, v);
-        let filled = (keys.clone().narrow(2, 0, len), values.clone().narrow(2, 0, len));
+        let keys = held.keys.slice_assign(write.clone(), k.cast(kept));
+        let values = held.values.slice_assign(write, v.cast(kept));
+        let filled = |x: &Tensor<4>| x.clone().narrow(2, 0, len).cast(given);
+        let filled = (filled(&keys), filled(&values));
         self.layers[layer] = Some(Layer { keys, values, len });
         filled
+    }
+
+    /// Has `f` put the key and value of one more token behind those of a layer; `None`, and nothing done, where the layer holds nothing
+    /// or is full, there are several sequences, or its values are not f32 or f16 on the CPU.
+    pub(super) fn on_cpu<R>(&mut self, layer: usize, f: impl FnOnce(Past<'_>) -> R) -> Option<R> {
+        let [batch, kv_heads, capacity, _] = self.shape;
+        let fits = |held: &Layer| batch == 1 && held.len > 0 && held.len < capacity;
+        self.layers[layer].as_ref().filter(|held| fits(held))?;
+        // Taken out of the vector, as in `append`.
+        let Layer { keys, values, len } = self.layers[layer].take()?;
+        let flex = |x: &Tensor<4>| x.clone().try_into_primitive::<Flex>().ok();
+        let (Some(mut k), Some(mut v)) = (flex(&keys), flex(&values)) else {
+            self.layers[layer] = Some(Layer { keys, values, len });
+            return None;
+        };
+        drop((keys, values));
+        let whole = |x: &FlexTensor| x.is_contiguous() && x.layout().start_offset() == 0;
+        let slices = if whole(&k) && whole(&v) { stored(&mut k).zip(stored(&mut v)) } else { None };
+        let done = slices.map(|(keys, values)| f(Past { keys, values, kv_heads, len }));
+        let [keys, values] = [k, v].map(Tensor::from_primitive::<Flex>);
+        self.layers[layer] = Some(Layer { keys, values, len: len + usize::from(done.is_some()) });
+        done
     }
 
     /// A cache of its own whose sequence `i` holds what sequence `sequences[i]` of this one holds, with room for `capacity`
@@ -91,7 +130,7 @@ impl KvCache {
             Layer { keys: buffer(&held.keys), values: buffer(&held.values), len: held.len }
         };
         let layers = self.layers.iter().map(|layer| layer.as_ref().filter(|l| l.len > 0).map(copy)).collect();
-        KvCache { layers, shape, device: self.device.clone() }
+        KvCache { layers, shape, dtype: self.dtype, device: self.device.clone() }
     }
 
     /// Forgets all tokens; the buffers stay for the next sequence.
@@ -132,5 +171,14 @@ impl KvCache {
     pub fn bytes(&self) -> usize {
         let size = |t: &Tensor<4>| t.shape().num_elements() * t.dtype().size();
         self.layers.iter().flatten().map(|held| size(&held.keys) + size(&held.values)).sum()
+    }
+}
+
+/// The values of a buffer that nobody else holds.
+fn stored(x: &mut FlexTensor) -> Option<Stored<'_>> {
+    match x.dtype() {
+        DType::F32 => x.try_storage_mut().map(Stored::F32),
+        DType::F16 => x.try_storage_mut().map(Stored::F16),
+        _ => None,
     }
 }

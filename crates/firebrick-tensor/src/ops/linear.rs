@@ -71,7 +71,7 @@ impl LinearOps for Flex {
     fn few_rows_matmul(x: FlexTensor, weight: FlexTensor) -> FlexTensor {
         let (rows, d_in, d_out) = (x.shape()[0], weight.shape()[0], weight.shape()[1]);
         let strides = weight.layout().strides();
-        let by_output = strides[0] == 1 && strides[1] == d_in as isize;
+        let by_output = is_by_output(&weight);
         let by_input = strides[0] == d_out as isize && strides[1] == 1;
         let empty = rows * d_in * d_out == 0;
         if empty || !(by_output || by_input) || !cpu::all_f32(&[&x, &weight]) {
@@ -82,8 +82,7 @@ impl LinearOps for Flex {
         let weights = &weight.storage::<f32>()[weight.layout().start_offset()..][..d_in * d_out];
         // Columns first, so that a task owns its part of the result. Tasks begin at multiples of four columns.
         let mut by_column = vec![0.0; d_out * rows];
-        let columns = (TASK / d_in).next_multiple_of(4).max(4);
-        cpu::blocks(&mut by_column, rows, columns, |first, out| {
+        cpu::blocks(&mut by_column, rows, task(d_in), |first, out| {
             if by_output {
                 Arch::new().dispatch(Dots { x: values, weights: &weights[first * d_in..], out, rows, d_in });
             } else {
@@ -101,6 +100,21 @@ impl LinearOps for Flex {
         }
         cpu::tensor(out, Shape::new([rows, d_out]))
     }
+}
+
+/// Whether the weights of an output lie together, one output after the other.
+pub(super) fn is_by_output(weight: &FlexTensor) -> bool {
+    *weight.layout().strides() == [1, weight.shape()[0] as isize]
+}
+
+/// Outputs of a task where each has `d_in` weights.
+pub(super) fn task(d_in: usize) -> usize {
+    (TASK / d_in).next_multiple_of(4).max(4)
+}
+
+/// Outputs of one row `x`, on the calling thread, of `weights` that lie together output after output.
+pub(super) fn outputs_of_row(x: &[f32], weights: &[f32], out: &mut [f32]) {
+    Arch::new().dispatch(Dots { x, weights, out, rows: 1, d_in: x.len() });
 }
 
 /// Outputs whose weights lie together: inner products, four outputs at a time.
@@ -141,7 +155,7 @@ impl WithSimd for Dots<'_> {
 
 /// The inner product of `x` with each of `rows`, each in two vectors of sums, so that additions need not wait.
 #[inline(always)]
-fn dots<S: Simd, const N: usize>(simd: S, x: &[f32], rows: [&[f32]; N]) -> [f32; N] {
+pub(super) fn dots<S: Simd, const N: usize>(simd: S, x: &[f32], rows: [&[f32]; N]) -> [f32; N] {
     let (x, tail) = S::as_simd_f32s(x);
     let rows = rows.map(|row| S::as_simd_f32s(row));
     let rows = rows.map(|(row, tail)| (&row[..x.len()], tail));
@@ -158,10 +172,15 @@ fn dots<S: Simd, const N: usize>(simd: S, x: &[f32], rows: [&[f32]; N]) -> [f32;
             sum[0] = simd.mul_add_e_f32s(x[i], row[i], sum[0]);
         }
     }
-    std::array::from_fn(|n| {
-        let whole = simd.reduce_sum_f32s(simd.add_f32s(sums[n][0], sums[n][1]));
-        tail.iter().zip(rows[n].1).fold(whole, |sum, (x, w)| sum + x * w)
-    })
+    // A loop, as a closure would be compiled without the instructions of `S`.
+    let mut dots = [0.0; N];
+    for (dot, (sum, (_, row))) in dots.iter_mut().zip(sums.into_iter().zip(rows)) {
+        *dot = simd.reduce_sum_f32s(simd.add_f32s(sum[0], sum[1]));
+        for (x, w) in tail.iter().zip(row) {
+            *dot += x * w;
+        }
+    }
+    dots
 }
 
 /// Outputs `first..` where the weights of an input lie together: sums of rows of weights.

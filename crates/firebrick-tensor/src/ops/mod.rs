@@ -10,6 +10,7 @@ mod attention_cpu;
 mod awake;
 mod cpu;
 mod cross_entropy;
+mod decode_block;
 mod gelu;
 mod gemm_bf16;
 mod grouped_matmul;
@@ -34,6 +35,9 @@ pub use adamw::{AdamWOptions, adamw};
 pub use attention::{AttentionOptions, Segments, attention, segmented_attention};
 pub use awake::awake;
 pub use cross_entropy::cross_entropy;
+pub use decode_block::{
+    BlockLinear, BlockMatrix, BlockOptions, BlockWeights, Gate, PackedWeight, decode_block,
+};
 pub use gelu::gelu;
 pub use grouped_matmul::grouped_matmul;
 pub use kv_cache::KvCache;

@@ -16,7 +16,7 @@ use burn_backend::{
 #[cfg(feature = "cubecl-backend")]
 use burn_cubecl::CubeBackend;
 use burn_flex::{Flex, FlexTensor};
-use half::{f16, slice::HalfFloatSliceExt};
+use half::f16;
 use pulp::Arch;
 
 use super::packed_dots::{self, Level, STEP};
@@ -101,7 +101,7 @@ impl PackedMatrix {
         ))
     }
 
-    fn layout(&self) -> PackedLayout {
+    pub(super) fn layout(&self) -> PackedLayout {
         PackedLayout { bits: self.bits.into(), group: self.group, d_in: self.d_in }
     }
 
@@ -115,7 +115,8 @@ impl PackedMatrix {
 /// How the inputs of a product with packed weights are taken.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum PackedInputs {
-    /// As they are.
+    /// As they are. On the CPU few rows of inputs for codes of 4 or 8 bits in groups of a multiple of 32 are taken to 2^-21 of the
+    /// largest of their block of 32, about what sums in f32 lose.
     #[default]
     Exact,
     /// Rounded to the 8-bit multiples of a scale for each block of 32, the largest of a block to 127 of them, so that products are
@@ -289,11 +290,53 @@ impl PackedOps for Flex {
         let (scale, zero) = (cpu::contiguous(scale), cpu::contiguous(zero));
         let weight = Weight::new(&words, &scale, &zero, layout);
         let (x, level) = (x.storage::<f32>(), Level::best());
-        match integers {
-            true => packed_dots::product(x, &weight, level),
-            false if rows < TILE_ROWS => packed_exact::few_rows(x, &weight, level),
+        match integers || rows < TILE_ROWS {
+            true => Rows::new(x, layout, inputs).product(&weight, level),
             false => packed_exact::many_rows(x, &weight, Arch::new()),
         }
+    }
+}
+
+/// Rows of inputs as a kernel takes them.
+pub(super) struct Rows<'a> {
+    rows: usize,
+    inputs: Inputs<'a>,
+}
+
+enum Inputs<'a> {
+    /// Rounded to 8 bits.
+    Rounded(Vec<packed_dots::Block<1>>),
+    /// As they are, but for what their digits leave.
+    Digits(Vec<packed_dots::Block<{ packed_dots::EXACT }>>),
+    /// As they are.
+    Plain(&'a [f32]),
+}
+
+impl<'a> Rows<'a> {
+    /// Of `x`, `[rows, d_in]`; inputs that a layout has no integers for stay what they are.
+    pub fn new(x: &'a [f32], layout: PackedLayout, inputs: PackedInputs) -> Self {
+        let inputs = match (packed_dots::applies(layout), inputs) {
+            (true, PackedInputs::EightBits) => Inputs::Rounded(packed_dots::blocks(x, layout)),
+            (true, PackedInputs::Exact) => Inputs::Digits(packed_dots::blocks(x, layout)),
+            (false, _) => Inputs::Plain(x),
+        };
+        Self { rows: x.len() / layout.d_in, inputs }
+    }
+
+    /// Adds outputs `first..` to `out`, `[rows, columns]`.
+    pub fn columns(&self, weight: &Weight<'_>, level: Level, first: usize, out: &mut [f32]) {
+        match &self.inputs {
+            Inputs::Rounded(blocks) => packed_dots::columns(blocks, weight, level, self.rows, first, out),
+            Inputs::Digits(blocks) => packed_dots::columns(blocks, weight, level, self.rows, first, out),
+            Inputs::Plain(x) => packed_exact::columns(x, weight, Arch::new(), first, out),
+        }
+    }
+
+    /// Their product with the matrix.
+    pub fn product(&self, weight: &Weight<'_>, level: Level) -> FlexTensor {
+        cpu::by_columns(self.rows, weight.d_out, weight.task(), |first, out| {
+            self.columns(weight, level, first, out);
+        })
     }
 }
 
@@ -309,7 +352,7 @@ impl Scales<'_> {
     pub fn widen(self, out: &mut [f32]) {
         match self {
             Scales::F32(scale) => out.copy_from_slice(scale),
-            Scales::F16(scale) => scale.convert_to_f32_slice(out),
+            Scales::F16(scale) => cpu::widen(scale, out),
         }
     }
 }
@@ -327,13 +370,18 @@ pub(super) struct Weight<'a> {
 
 impl<'a> Weight<'a> {
     /// Whether kernels read these types.
-    fn has_kernel(words: &FlexTensor, scale: &FlexTensor, zero: &FlexTensor) -> bool {
+    pub fn has_kernel(words: &FlexTensor, scale: &FlexTensor, zero: &FlexTensor) -> bool {
         let scales = matches!(scale.dtype(), DType::F32 | DType::F16);
         words.dtype() == DType::I32 && words.shape().num_elements() > 0 && scales && cpu::all_f32(&[zero])
     }
 
     /// Views tensors that are contiguous.
-    fn new(words: &'a FlexTensor, scale: &'a FlexTensor, zero: &'a FlexTensor, layout: PackedLayout) -> Self {
+    pub fn new(
+        words: &'a FlexTensor,
+        scale: &'a FlexTensor,
+        zero: &'a FlexTensor,
+        layout: PackedLayout,
+    ) -> Self {
         let d_out = words.shape()[1];
         let scale = match scale.dtype() {
             DType::F16 => Scales::F16(scale.storage()),

@@ -1,10 +1,12 @@
-//! Products of packed weights with inputs rounded to 8 bits: integer dot products, scaled once a block.
+//! Products of packed weights with inputs as integers: integer dot products, scaled once a block.
+//!
+//! An input is one digit of 8 bits, or three with 21 bits between them, each with products of its own: as close to the largest input of
+//! its block as f32 sums come, for a third of the instructions that codes made f32 take.
 //!
 //! A 32-bit word holds four or eight codes of one output, so that a vector of words is as many outputs: four codes of each
 //! are multiplied with the same four inputs, and nothing is summed across a vector. Every level of instructions gives the same bits: sums of
 //! integers are exact, and the f32 operations are the same ones in the same order.
 
-use burn_flex::FlexTensor;
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
@@ -14,8 +16,14 @@ use super::packed::{COLUMNS, PackedLayout, Scales, Weight};
 /// Inputs that share a scale.
 pub(super) const STEP: usize = 32;
 
-/// The largest code of an input.
+/// The largest digit; those after the first reach half of [`BASE`].
 pub(super) const LARGEST: f32 = 127.0;
+
+/// What a digit counts in units of the next one.
+const BASE: i32 = 128;
+
+/// Digits of inputs that are to stay what they are.
+pub(super) const EXACT: usize = 3;
 
 /// The least scale: blocks of zeros have it.
 pub(super) const LEAST: f32 = 1e-30;
@@ -66,40 +74,72 @@ impl Level {
     }
 }
 
-/// Inputs of a row as codes, [`STEP`] of them.
-struct Block {
-    /// Four codes each, in the order in which words hold theirs.
-    quads: [i32; 8],
-    /// What codes are multiples of.
+/// Inputs of a row as `D` digits each, [`STEP`] of them.
+pub(super) struct Block<const D: usize> {
+    /// Of each digit, four inputs a number, in the order in which words hold their codes.
+    quads: [[i32; 8]; D],
+    /// What the first digit is a multiple of.
     scale: f32,
-    /// The sum of the codes.
+    /// The sum of the inputs over `scale`.
     sum: f32,
 }
 
-/// A row of inputs, to be rounded.
-struct Row<'a> {
+/// A row of inputs, to be taken apart.
+struct Row<'a, const D: usize> {
     x: &'a [f32],
     bits: usize,
 }
 
-impl WithSimd for Row<'_> {
-    type Output = Vec<Block>;
+impl<const D: usize> WithSimd for Row<'_, D> {
+    type Output = Vec<Block<D>>;
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, _: S) -> Vec<Block> {
-        let block = |block: &[f32]| {
+    fn with_simd<S: Simd>(self, _: S) -> Vec<Block<D>> {
+        // Loops, as closures would be compiled without the instructions of `S`.
+        let mut blocks = Vec::with_capacity(self.x.len().div_ceil(STEP));
+        for block in self.x.chunks(STEP) {
             let mut values = [0.0; STEP];
             values[..block.len()].copy_from_slice(block);
-            let (codes, scale) = round(&values);
-            let sum = codes.iter().map(|&c| i32::from(c)).sum::<i32>() as f32;
-            Block { quads: quads(&codes, self.bits), scale, sum }
-        };
-        self.x.chunks(STEP).map(block).collect()
+            blocks.push(Block::new(values, self.bits));
+        }
+        blocks
     }
 }
 
-/// The blocks of all rows of `x`, one row after the other.
-fn blocks(x: &[f32], layout: PackedLayout) -> Vec<Block> {
+impl<const D: usize> Block<D> {
+    /// The digits of `rest`. The first is a multiple of a power of two if there are several, so that nothing is lost on the way.
+    #[inline(always)]
+    fn new(mut rest: [f32; STEP], bits: usize) -> Self {
+        // Adding 1.5 * 2^23 rounds to the nearest integer, ties to even, and leaves it in the low bits.
+        const ROUND: f32 = 12_582_912.0;
+        let mut sizes = rest;
+        for size in &mut sizes {
+            *size = size.abs();
+        }
+        let scale = cpu::max(&sizes) / LARGEST;
+        // What is not finite stays so.
+        let scale = if scale < LEAST { LEAST } else { scale };
+        let scale = if D > 1 && scale < f32::INFINITY { power_of_two_from(scale) } else { scale };
+        for v in &mut rest {
+            *v /= scale;
+        }
+        let (mut numbers, mut sums) = ([[0; 8]; D], [0; D]);
+        for (numbers, sum) in numbers.iter_mut().zip(&mut sums) {
+            let mut digits = [0i8; STEP];
+            for (digit, rest) in digits.iter_mut().zip(&mut rest) {
+                let rounded = *rest + ROUND;
+                *rest = (*rest - (rounded - ROUND)) * BASE as f32;
+                *digit = rounded.to_bits() as i8;
+                *sum += i32::from(*digit);
+            }
+            *numbers = quads(&digits, bits);
+        }
+        Block { quads: numbers, scale, sum: combined(sums) }
+    }
+}
+
+/// The blocks of all rows of `x`, `[rows, d_in]`, one row after the other.
+pub(super) fn blocks<const D: usize>(x: &[f32], layout: PackedLayout) -> Vec<Block<D>> {
     let row = |x| Arch::new().dispatch(Row { x, bits: layout.bits });
     match x.len() / layout.d_in {
         1 => row(x),
@@ -107,40 +147,54 @@ fn blocks(x: &[f32], layout: PackedLayout) -> Vec<Block> {
     }
 }
 
-/// Codes of a block and their scale.
+/// The least power of two that is `x` or more, for a positive `x` in the normal range.
 #[inline(always)]
-fn round(x: &[f32; STEP]) -> ([i8; STEP], f32) {
-    // Adding 1.5 * 2^23 rounds to the nearest integer, ties to even, and leaves it in the low bits.
-    const ROUND: f32 = 12_582_912.0;
-    let largest = cpu::max(&x.map(f32::abs));
-    let scale = largest / LARGEST;
-    // What is not finite stays so.
-    let scale = if scale < LEAST { LEAST } else { scale };
-    (x.map(|v| (v / scale + ROUND).to_bits() as i8), scale)
+fn power_of_two_from(x: f32) -> f32 {
+    const MANTISSA: u32 = (1 << 23) - 1;
+    f32::from_bits((x.to_bits() + MANTISSA) & !MANTISSA)
 }
 
-/// Codes in the order of those of the weights: even and odd ones apart where a word holds eight.
+/// What sums over digits stand for, in units of the first.
 #[inline(always)]
-fn quads(codes: &[i8; STEP], bits: usize) -> [i32; 8] {
-    std::array::from_fn(|i| {
-        let at = |k: usize| if bits == 4 { i / 2 * 8 + 2 * k + i % 2 } else { 4 * i + k };
-        i32::from_le_bytes(std::array::from_fn(|k| codes[at(k)] as u8))
-    })
+fn combined<const D: usize>(sums: [i32; D]) -> f32 {
+    match sums.as_slice() {
+        [a, b, c] => *a as f32 + (*b * BASE + *c) as f32 * LAST,
+        _ => sums[0] as f32,
+    }
 }
 
-/// `x`, `[rows, d_in]`, times the matrix.
-pub(super) fn product(x: &[f32], weight: &Weight<'_>, level: Level) -> FlexTensor {
-    let (d_in, d_out) = (weight.layout.d_in, weight.d_out);
-    let rows = x.len() / d_in;
-    let (inputs, steps) = (blocks(x, weight.layout), d_in.div_ceil(STEP));
-    cpu::by_columns(rows, d_out, weight.task(), |first, out| {
-        Task { inputs: &inputs, steps, weight, first, columns: out.len() / rows }.run(level, out);
-    })
+/// The unit of the last of three digits.
+const LAST: f32 = 1.0 / (BASE * BASE) as f32;
+
+/// Digits in the order of codes of the weights: even and odd ones apart where a word holds eight.
+#[inline(always)]
+fn quads(digits: &[i8; STEP], bits: usize) -> [i32; 8] {
+    let mut quads = [0; 8];
+    for (i, quad) in quads.iter_mut().enumerate() {
+        let (first, step) = if bits == 4 { (i / 2 * 8 + i % 2, 2) } else { (4 * i, 1) };
+        let at = |k: usize| digits[first + k * step] as u8;
+        *quad = i32::from_le_bytes([at(0), at(1), at(2), at(3)]);
+    }
+    quads
+}
+
+/// Adds outputs `first..` of all rows of `inputs` to `out`, `[rows, columns]`.
+pub(super) fn columns<const D: usize>(
+    inputs: &[Block<D>],
+    weight: &Weight<'_>,
+    level: Level,
+    rows: usize,
+    first: usize,
+    out: &mut [f32],
+) {
+    const { assert!(D == 1 || D == EXACT) };
+    let steps = weight.layout.d_in.div_ceil(STEP);
+    Task { inputs, steps, weight, first, columns: out.len() / rows }.run(level, out);
 }
 
 /// Outputs `first..` of all rows.
-struct Task<'a> {
-    inputs: &'a [Block],
+struct Task<'a, const D: usize> {
+    inputs: &'a [Block<D>],
     /// Blocks of a row.
     steps: usize,
     weight: &'a Weight<'a>,
@@ -148,7 +202,7 @@ struct Task<'a> {
     columns: usize,
 }
 
-impl Task<'_> {
+impl<const D: usize> Task<'_, D> {
     /// Adds to `out`, `[rows, columns]`.
     fn run(&self, level: Level, out: &mut [f32]) {
         for (block, out) in out.chunks_mut(ROWS * self.columns).enumerate() {
@@ -192,7 +246,7 @@ impl Task<'_> {
 }
 
 /// A block of inputs of some rows, against outputs of a task.
-struct Pass<'a> {
+struct Pass<'a, const D: usize> {
     /// Word rows of the block: eight, or the first four.
     words: [&'a [i32]; 8],
     /// Where the words of the next block are, for prefetching; past the end behind the last one.
@@ -204,12 +258,12 @@ struct Pass<'a> {
     columns: usize,
     rows: usize,
     /// Of this block in the first row, then every `steps` blocks.
-    inputs: &'a [Block],
+    inputs: &'a [Block<D>],
     steps: usize,
     nibbles: bool,
 }
 
-impl Pass<'_> {
+impl<const D: usize> Pass<'_, D> {
     /// The kernel that every processor runs, on outputs `from..`.
     fn portable(&self, from: usize, out: &mut [f32]) {
         let columns = self.columns;
@@ -233,17 +287,19 @@ impl Pass<'_> {
             };
             for (row, out) in out.chunks_exact_mut(columns).enumerate() {
                 let Block { quads, scale, sum } = &self.inputs[row * self.steps];
-                let mut dots = [0i32; LANES];
-                for (codes, quad) in codes.iter().zip(quads) {
-                    for (byte, x) in quad.to_le_bytes().into_iter().enumerate() {
-                        for (dot, code) in dots.iter_mut().zip(codes) {
-                            *dot += (code >> (8 * byte) & 0xff) as i32 * i32::from(x as i8);
+                let mut dots = [[0i32; D]; LANES];
+                for (digit, quads) in quads.iter().enumerate() {
+                    for (codes, quad) in codes.iter().zip(quads) {
+                        for (byte, x) in quad.to_le_bytes().into_iter().enumerate() {
+                            for (dot, code) in dots.iter_mut().zip(codes) {
+                                dot[digit] += (code >> (8 * byte) & 0xff) as i32 * i32::from(x as i8);
+                            }
                         }
                     }
                 }
-                for (lane, &dot) in dots[..lanes].iter().enumerate() {
+                for (lane, &dots) in dots[..lanes].iter().enumerate() {
                     let j = first + lane;
-                    out[j] += weight_scale[j] * scale * (dot as f32 - self.zero[j] * sum);
+                    out[j] += weight_scale[j] * scale * (combined(dots) - self.zero[j] * sum);
                 }
             }
         }
@@ -257,18 +313,18 @@ pub(super) mod x86 {
 
     use half::f16;
 
-    use super::{Pass, Scales};
+    use super::{BASE, LAST, Pass, Scales};
 
     /// Asks for the cache lines at `first` in `rows` word rows, `stride` words apart.
     #[inline(always)]
-    pub(in super::super) fn prefetch(first: *const i32, stride: usize, rows: usize) {
+    fn prefetch(first: *const i32, stride: usize, rows: usize) {
         for i in 0..rows {
             // SAFETY: a hint, which may name any address.
             unsafe { _mm_prefetch::<_MM_HINT_T0>(first.wrapping_add(i * stride).cast()) };
         }
     }
 
-    impl Pass<'_> {
+    impl<const D: usize> Pass<'_, D> {
         /// Asks for the words of the sixteen outputs from `first` on in the next block.
         #[inline(always)]
         fn prefetch(&self, first: usize) {
@@ -311,10 +367,16 @@ pub(super) mod x86 {
                 let scale = eight_scales(self.scale, v);
                 for row in 0..self.rows {
                     let (input, place) = (&self.inputs[row * self.steps], row * self.columns + v * WIDTH);
-                    let quads = &input.quads;
-                    let dots = if NIBBLES { nibbles(&codes, quads) } else { bytes(&codes, quads) };
+                    let mut dots = [_mm256_setzero_si256(); D];
+                    for (digit, quads) in input.quads.iter().enumerate() {
+                        dots[digit] = match (NIBBLES, digit) {
+                            (true, _) => nibbles(&codes, quads),
+                            (false, 0) => bytes(&codes, quads),
+                            (false, _) => bytes_by_small(&codes, quads),
+                        };
+                    }
                     let sums = _mm256_mul_ps(zero, _mm256_set1_ps(input.sum));
-                    let dots = _mm256_sub_ps(_mm256_cvtepi32_ps(dots), sums);
+                    let dots = _mm256_sub_ps(eight_combined(dots), sums);
                     let scale = _mm256_mul_ps(scale, _mm256_set1_ps(input.scale));
                     let out = out[place..].first_chunk_mut::<WIDTH>().expect("a vector of each row");
                     // SAFETY: eight values are as long as the vector, on the way there and back.
@@ -354,11 +416,15 @@ pub(super) mod x86 {
                 let scale = sixteen_scales(self.scale, v);
                 for row in 0..self.rows {
                     let (input, place) = (&self.inputs[row * self.steps], row * self.columns + v * WIDTH);
-                    let mut dots = [_mm512_setzero_si512(); 2];
-                    for (k, &quad) in input.quads.iter().enumerate() {
-                        dots[k % 2] = _mm512_dpbusd_epi32(dots[k % 2], codes[k], _mm512_set1_epi32(quad));
+                    // Two sums of each digit, so that additions overlap.
+                    let mut dots = [[_mm512_setzero_si512(); D]; 2];
+                    for k in 0..8 {
+                        for (digit, quads) in input.quads.iter().enumerate() {
+                            let quad = _mm512_set1_epi32(quads[k]);
+                            dots[k % 2][digit] = _mm512_dpbusd_epi32(dots[k % 2][digit], codes[k], quad);
+                        }
                     }
-                    let dots = _mm512_cvtepi32_ps(_mm512_add_epi32(dots[0], dots[1]));
+                    let dots = sixteen_combined(dots);
                     let dots = _mm512_sub_ps(dots, _mm512_mul_ps(zero, _mm512_set1_ps(input.sum)));
                     let scale = _mm512_mul_ps(scale, _mm512_set1_ps(input.scale));
                     let out = out[place..].first_chunk_mut::<WIDTH>().expect("a vector of each row");
@@ -374,10 +440,35 @@ pub(super) mod x86 {
         }
     }
 
+    /// [`combined`](super::combined) of each output.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    fn eight_combined<const D: usize>(sums: [__m256i; D]) -> __m256 {
+        let first = _mm256_cvtepi32_ps(sums[0]);
+        if D == 1 {
+            return first;
+        }
+        let rest = _mm256_add_epi32(_mm256_slli_epi32::<{ BASE.ilog2() as i32 }>(sums[1]), sums[2]);
+        _mm256_add_ps(first, _mm256_mul_ps(_mm256_cvtepi32_ps(rest), _mm256_set1_ps(LAST)))
+    }
+
+    /// [`combined`](super::combined) of each output, from two parts of its sums.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn sixteen_combined<const D: usize>([a, b]: [[__m512i; D]; 2]) -> __m512 {
+        let first = _mm512_cvtepi32_ps(_mm512_add_epi32(a[0], b[0]));
+        if D == 1 {
+            return first;
+        }
+        let (second, third) = (_mm512_add_epi32(a[1], b[1]), _mm512_add_epi32(a[2], b[2]));
+        let rest = _mm512_add_epi32(_mm512_slli_epi32::<{ BASE.ilog2() }>(second), third);
+        _mm512_add_ps(first, _mm512_mul_ps(_mm512_cvtepi32_ps(rest), _mm512_set1_ps(LAST)))
+    }
+
     /// Scales of the outputs of vector `v`.
     #[inline]
     #[target_feature(enable = "avx2,f16c")]
-    pub(in super::super) fn eight_scales(scale: Scales<'_>, v: usize) -> __m256 {
+    fn eight_scales(scale: Scales<'_>, v: usize) -> __m256 {
         // SAFETY: eight values or halves are as long as their vector, and any bits are one.
         match scale {
             Scales::F32(scale) => unsafe { transmute::<[f32; 8], __m256>(scale.as_chunks().0[v]) },
@@ -428,6 +519,18 @@ pub(super) mod x86 {
         }
         _mm256_add_epi32(sums[0], sums[1])
     }
+
+    /// As [`bytes`], for digits up to 64: two products stay in 16 bits, 2 * 255 * 64 = 32640.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    fn bytes_by_small(codes: &[__m256i; 8], quads: &[i32; 8]) -> __m256i {
+        let mut sum = _mm256_setzero_si256();
+        for (&codes, &quad) in codes.iter().zip(quads) {
+            let pairs = _mm256_maddubs_epi16(codes, _mm256_set1_epi32(quad));
+            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+        }
+        sum
+    }
 }
 
 #[cfg(test)]
@@ -435,8 +538,15 @@ mod tests {
     use firebrick_core::Seed;
     use half::f16;
 
-    use super::super::packed::Scales;
+    use super::super::packed::{PackedInputs, Rows, Scales};
     use super::*;
+
+    /// `x`, `[rows, d_in]`, times the matrix.
+    fn product(x: &[f32], weight: &Weight<'_>, inputs: PackedInputs, level: Level) -> Vec<f32> {
+        Rows::new(x, weight.layout, inputs).product(weight, level).storage::<f32>().to_vec()
+    }
+
+    const BOTH: [PackedInputs; 2] = [PackedInputs::Exact, PackedInputs::EightBits];
 
     struct Matrix {
         layout: PackedLayout,
@@ -489,12 +599,12 @@ mod tests {
             i64::from(word >> (i % self.layout.per_word() * bits) & self.layout.mask())
         }
 
-        fn bits(&self, x: &[f32], level: Level) -> Vec<u32> {
-            product(x, &self.weight(), level).storage::<f32>().iter().map(|v| v.to_bits()).collect()
+        fn bits(&self, x: &[f32], inputs: PackedInputs, level: Level) -> Vec<u32> {
+            product(x, &self.weight(), inputs, level).into_iter().map(f32::to_bits).collect()
         }
 
-        /// The sums of integers as such, the rest in f64.
-        fn reference(&self, x: &[f32]) -> Vec<f64> {
+        /// The product in f64, of inputs rounded as they are to be.
+        fn reference(&self, x: &[f32], inputs: PackedInputs) -> Vec<f64> {
             let PackedLayout { d_in, group, .. } = self.layout;
             let mut out = Vec::new();
             for row in x.chunks(d_in) {
@@ -503,15 +613,18 @@ mod tests {
                     for (step, block) in row.chunks(STEP).enumerate() {
                         let largest = block.iter().fold(0.0f32, |m, v| m.max(v.abs()));
                         let unit = (largest / 127.0).max(1e-30);
-                        let codes: Vec<i64> =
-                            block.iter().map(|v| (v / unit).round_ties_even() as i64).collect();
-                        let dot: i64 =
-                            codes.iter().enumerate().map(|(i, x)| x * self.code(step * STEP + i, o)).sum();
+                        let value = |v: &f32| match inputs {
+                            PackedInputs::Exact => f64::from(*v),
+                            PackedInputs::EightBits => {
+                                f64::from((v / unit).round_ties_even()) * f64::from(unit)
+                            }
+                        };
                         let g = step * STEP / group * self.d_out + o;
                         let zero = self.zero.get(g).copied().filter(|_| self.zero.len() > self.d_out);
                         let zero = f64::from(zero.unwrap_or(self.zero[o]));
-                        let sum = codes.iter().sum::<i64>() as f64;
-                        total += self.scale[g].to_f64() * f64::from(unit) * (dot as f64 - zero * sum);
+                        let code = |i: usize| self.code(step * STEP + i, o) as f64;
+                        let products = block.iter().enumerate().map(|(i, v)| value(v) * (code(i) - zero));
+                        total += self.scale[g].to_f64() * products.sum::<f64>();
                     }
                     out.push(total);
                 }
@@ -540,20 +653,23 @@ mod tests {
                 let matrix = Matrix::new(bits, group, d_in, d_out, shared, None);
                 // Not aligned either.
                 let x = &Seed(4).normal("x", 1 + rows * d_in, 2.0)[1..];
-                let portable = matrix.bits(x, Level::Portable);
-                let want = matrix.reference(x);
-                let largest = want.iter().fold(1e-30, |m: f64, v| m.max(v.abs()));
-                for (&got, want) in portable.iter().zip(&want) {
-                    let e = (f64::from(f32::from_bits(got)) - want).abs() / largest;
-                    assert!(e < 1e-5, "{bits} bits, [{d_in}, {d_out}], {rows} rows: off by {e:e}");
+                for inputs in BOTH {
+                    let what = format!("{inputs:?}, {bits} bits, [{d_in}, {d_out}], {rows} rows");
+                    let portable = matrix.bits(x, inputs, Level::Portable);
+                    let want = matrix.reference(x, inputs);
+                    let largest = want.iter().fold(1e-30, |m: f64, v| m.max(v.abs()));
+                    for (&got, want) in portable.iter().zip(&want) {
+                        let e = (f64::from(f32::from_bits(got)) - want).abs() / largest;
+                        assert!(e < 3e-6, "{what}: off by {e:e}");
+                    }
+                    for level in Level::all() {
+                        assert!(matrix.bits(x, inputs, level) == portable, "{level:?}, {what}");
+                    }
+                    // Control: another code of one weight shows.
+                    let mut other = Matrix::new(bits, group, d_in, d_out, shared, None);
+                    other.words[1] ^= 1;
+                    assert!(other.bits(x, inputs, Level::best()) != portable);
                 }
-                for level in Level::all() {
-                    assert!(matrix.bits(x, level) == portable, "{level:?}, {bits} bits, [{d_in}, {d_out}]");
-                }
-                // Control: another code of one weight shows.
-                let mut other = Matrix::new(bits, group, d_in, d_out, shared, None);
-                other.words[1] ^= 1;
-                assert!(other.bits(x, Level::best()) != portable);
             }
         }
     }
@@ -563,15 +679,17 @@ mod tests {
         for bits in [4, 8] {
             for code in [0, (1 << bits) - 1] {
                 let matrix = Matrix::new(bits, 32, 64, 40, true, Some(code));
-                for sign in [1.0, -1.0] {
-                    let x = vec![sign * 3.0; 64];
-                    let want = matrix.reference(&x);
-                    for level in Level::all() {
-                        for (got, want) in
-                            product(&x, &matrix.weight(), level).storage::<f32>().iter().zip(&want)
-                        {
-                            let e = (f64::from(*got) - want).abs() / want.abs().max(1e-3);
-                            assert!(e < 1e-5, "{level:?}, {bits} bits, codes {code}: {got} for {want}");
+                // The last has the largest second and third digits.
+                for value in [3.0, -3.0, 127.0, -127.0, 126.503_9] {
+                    for inputs in BOTH {
+                        let x = vec![value; 64];
+                        let want = matrix.reference(&x, inputs);
+                        for level in Level::all() {
+                            let got = product(&x, &matrix.weight(), inputs, level);
+                            for (got, want) in got.into_iter().zip(&want) {
+                                let e = (f64::from(got) - want).abs() / want.abs().max(1e-3);
+                                assert!(e < 1e-5, "{level:?}, {bits} bits, codes {code}: {got} for {want}");
+                            }
                         }
                     }
                 }
@@ -582,8 +700,8 @@ mod tests {
     #[test]
     fn zeros_give_zeros_and_what_is_not_finite_shows() {
         let matrix = Matrix::new(4, 32, 64, 19, false, None);
-        for level in Level::all() {
-            let of = |x: &[f32]| product(x, &matrix.weight(), level).storage::<f32>().to_vec();
+        for (level, inputs) in Level::all().into_iter().flat_map(|level| BOTH.map(|inputs| (level, inputs))) {
+            let of = |x: &[f32]| product(x, &matrix.weight(), inputs, level);
             assert!(of(&[0.0; 64]).iter().all(|v| *v == 0.0));
             for odd in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
                 let mut x = [1.0; 64];

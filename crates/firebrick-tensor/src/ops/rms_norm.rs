@@ -142,6 +142,11 @@ impl RmsNormOps for Flex {
     }
 }
 
+/// Norms rows as long as `gamma`, in place, on the calling thread.
+pub(super) fn in_place(rows: &mut [f32], gamma: &[f32], eps: f32) {
+    Arch::new().dispatch(Forward { source: None, out: rows, gamma, eps });
+}
+
 /// Rows of the forward pass; without a source they are normalized in place.
 struct Forward<'a> {
     source: Option<&'a [f32]>,

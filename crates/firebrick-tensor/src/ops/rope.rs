@@ -101,6 +101,21 @@ impl RopeOps for Flex {
     }
 }
 
+/// Turns the heads of one token in place, on the calling thread; they are twice as long as `cos` and `sin`.
+pub(super) fn turn_heads(heads: &mut [f32], cos: &[f32], sin: &[f32]) {
+    let d = 2 * cos.len();
+    Arch::new().dispatch(Rotate {
+        source: None,
+        out: heads,
+        first: 0,
+        tokens: 1,
+        d,
+        cos,
+        sin,
+        inverse: false,
+    });
+}
+
 /// A block of rows, starting at row `first` of all `batch * heads * tokens`; without a source it turns in place.
 struct Rotate<'a> {
     source: Option<Heads<'a>>,

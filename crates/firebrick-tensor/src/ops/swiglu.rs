@@ -105,6 +105,11 @@ impl SwigluOps for Flex {
     }
 }
 
+/// `silu(gate) * inner` in place, on the calling thread.
+pub(super) fn gated(gate: &[f32], inner: &mut [f32]) {
+    Arch::new().dispatch(Forward { gate, source: None, out: inner });
+}
+
 /// A run of elements; without a source `out` holds `up`.
 struct Forward<'a> {
     gate: &'a [f32],

@@ -44,6 +44,29 @@ fn a_layer_that_is_never_used_costs_nothing() {
 }
 
 #[test]
+fn keeps_halves_where_asked() {
+    for device in devices() {
+        let (k, v) = (heads("k", [1, 3, 5, 4], &device), heads("v", [1, 3, 5, 4], &device));
+        let [whole, half] = [false, true].map(|half| {
+            let cache = KvCache::new(1, 1, 3, 8, 4, &device);
+            let mut cache = if half { cache.in_f16() } else { cache };
+            for at in 0..5 {
+                cache.append(0, k.clone().narrow(2, at, 1), v.clone().narrow(2, at, 1));
+            }
+            cache.truncate(4);
+            let (keys, all) = cache.append(0, k.clone().narrow(2, 4, 1), v.clone().narrow(2, 4, 1));
+            assert_eq!((keys.dtype(), all.dtype()), (DType::F32, DType::F32));
+            (cache.bytes(), values(keys), values(all))
+        });
+        assert_eq!(whole.0, 2 * half.0);
+        for (whole, half) in [(whole.1, half.1), (whole.2, half.2)] {
+            let e = error(&half, &whole);
+            assert!((1e-6..5e-4).contains(&e), "off by {e:e} on {device:?}");
+        }
+    }
+}
+
+#[test]
 fn appends_in_place() {
     let device = Device::flex();
     let mut cache = KvCache::new(1, 1, 2, 64, 8, &device);

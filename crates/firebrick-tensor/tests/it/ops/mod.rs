@@ -3,6 +3,7 @@
 mod adamw;
 mod attention;
 mod cross_entropy;
+mod decode_block;
 mod gelu;
 mod grouped_matmul;
 mod kv_cache;
