@@ -3,7 +3,9 @@
 use burn::module::Param;
 use burn::tensor::Tensor;
 use firebrick_core::{Part, Run, Site};
-use firebrick_tensor::ops::{self, BlockLinear, BlockMatrix, BlockOptions, BlockWeights, Gate, Segments};
+use firebrick_tensor::ops::{
+    self, BlockLinear, BlockMatrix, BlockOptions, BlockWeights, Gate, KvCache, Segments,
+};
 
 use super::{Decoder, Rotations};
 use crate::attention_taps::AttentionTaps;
@@ -23,6 +25,7 @@ impl Decoder {
         let [batch, length, _] = x.dims();
         let other = |site: Site| site.expert.is_some() || layer.linear(site.part).is_none();
         if batch * length != 1
+            || run.get::<KvCache>().is_none()
             || run.get::<Segments>().is_some()
             || run.get::<AttentionTaps>().is_some()
             || run.bricks().iter().any(|brick| brick.sites().of_layer(l).any(other))

@@ -195,7 +195,7 @@ struct Linear {
     bias: Option<FlexTensor>,
 }
 
-#[allow(clippy::large_enum_variant)] // as above
+#[allow(clippy::large_enum_variant)] // seven live for the time of a call
 enum Matrix {
     /// `[d_in, d_out]`, the weights of an output together.
     Dense(FlexTensor),

@@ -2,7 +2,8 @@
 //!
 //! Every function here takes ordinary burn tensors and works on any device the crate was built for. Behind it
 //! is a backend trait whose default body composes burn's own ops (the reference, and what a device without a
-//! kernel runs); a backend with a kernel overrides the method, and gradients are hand-written.
+//! kernel runs); a backend with a kernel overrides the method, and gradients are hand-written. [`decode_block`] alone is the kernel
+//! without the rest: it says where it has none.
 
 mod adamw;
 mod attention;
