@@ -24,7 +24,7 @@ pub enum FusionWeight {
     /// The same at every step, one weight for each expert; all 1 is proxy tuning.
     Fixed(Vec<f64>),
     /// At each step such that the large model's prediction moves as far as the small one's; 0 where the experts agree with
-    /// their base.
+    /// their base, up to what f32 rounds.
     KlMatched {
         /// Largest weight, which also holds where no weight moves the prediction far enough; the paper has 2.
         max: f64,
@@ -222,7 +222,11 @@ impl Step {
         let small = Prediction::of(base.clone());
         let (mut deltas, mut targets) = (Vec::new(), Vec::new());
         for expert in experts {
-            let delta: Vec<f64> = of(expert).iter().zip(&base).map(|(e, b)| e - b).collect();
+            let mut delta: Vec<f64> = of(expert).iter().zip(&base).map(|(e, b)| e - b).collect();
+            // What two ways to compute one model differ by is no tuning: however small, a weight would be matched to it.
+            if spread(&delta) <= ROUNDING * base.iter().fold(0.0, |top, b| b.abs().max(top)) {
+                delta.fill(0.0);
+            }
             targets.push(Tilt::of(&small.log_p, &small.centred(&delta), 1.0).divergences(1.0));
             deltas.push(prior.centred(&delta));
         }
@@ -253,8 +257,7 @@ impl Step {
         let mut best: Option<(f64, usize, f64)> = None;
         for (t, delta) in self.deltas.iter().enumerate() {
             // Constant or nothing: the prediction does not move.
-            let flat = delta.iter().all(|d| *d == delta[0]);
-            let weight = if flat { 0.0 } else { self.matched(delta, max, two_sided) };
+            let weight = if spread(delta) == 0.0 { 0.0 } else { self.matched(delta, max, two_sided) };
             let miss = self.miss(Tilt::of(&self.prior.log_p, delta, weight).divergences(weight));
             if best.is_none_or(|(least, ..)| miss < least) {
                 best = Some((miss, t, weight));
@@ -385,6 +388,15 @@ fn dot(a: &[f64], b: &[f64]) -> f64 {
     let parts: Vec<f64> = a.par_chunks(PART).zip(b.par_chunks(PART)).map(part).collect();
     parts.iter().sum()
 }
+
+/// Largest less smallest.
+fn spread(delta: &[f64]) -> f64 {
+    let (low, high) = delta.iter().fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), d| (l.min(*d), h.max(*d)));
+    high - low
+}
+
+/// What logits in f32 differ by when a model is computed in another order, as a share of the largest.
+const ROUNDING: f64 = 1e-5;
 
 /// Differences of weights that do not matter.
 const TOLERANCE: f64 = 1e-8;

@@ -101,6 +101,14 @@ fn experts_that_are_the_base_leave_the_logits_as_they_were() {
     let mut fused = large.clone();
     let step = fuse_logits(&mut fused, &even, &[&lifted], &LogitsFusionConfig::default()).unwrap();
     assert_eq!((bits(&fused), step.weights), (bits(&large), vec![0.0]));
+    // Nor is what another order of the same sums rounds.
+    for (share, tuned) in [(1e-6, false), (1e-3, true)] {
+        let rounded = plus(&base, "rounding", 1, share);
+        let mut fused = large.clone();
+        let step = fuse_logits(&mut fused, &base, &[&rounded], &LogitsFusionConfig::default()).unwrap();
+        assert_eq!(bits(&fused) != bits(&large), tuned, "{step:?}");
+        assert_eq!(step.weights[0] > 0.0, tuned, "{step:?}");
+    }
 }
 
 #[test]
