@@ -391,7 +391,8 @@ fn dot(a: &[f64], b: &[f64]) -> f64 {
 
 /// Largest less smallest.
 fn spread(delta: &[f64]) -> f64 {
-    let (low, high) = delta.iter().fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), d| (l.min(*d), h.max(*d)));
+    let (low, high) =
+        delta.iter().fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), d| (l.min(*d), h.max(*d)));
     high - low
 }
 

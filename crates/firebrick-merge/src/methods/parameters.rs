@@ -195,7 +195,7 @@ impl MergeMethod {
                 {
                     4 * tables + vectors
                 }
-                MergeMethod::DareTies | MergeMethod::DareLinear => models * elements / 8,
+                MergeMethod::DareTies | MergeMethod::DareLinear => 0,
                 MergeMethod::Della | MergeMethod::DellaLinear => models * elements / 4,
                 _ => 4 * tables,
             }

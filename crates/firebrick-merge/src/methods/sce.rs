@@ -32,7 +32,7 @@ pub(super) fn sce(tensor: &TensorMerge<'_>) -> Result<Kernel, String> {
             let mut row = vec![0.0; models];
             for i in 0..range.len() {
                 deltas(i, views, &mut row);
-                counts[0] += u64::from(variance(&row) != 0.0);
+                counts[0] += u32::from(variance(&row) != 0.0);
             }
         })?[0];
         let kept = (varying as f64 * tensor.global.select_topk.max(0.0)) as usize;

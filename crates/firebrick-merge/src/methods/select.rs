@@ -20,9 +20,21 @@ impl Key {
     }
 }
 
-const HIGH: usize = 1 << 16;
-const LOW_BITS: u32 = 15;
-const LOW: usize = 1 << LOW_BITS;
+/// The bits of a magnitude that each pass looks at, from the highest on: first of them, and how many. Tables of so few counters stay in
+/// the first-level cache.
+const DIGITS: [(u32, u32); 3] = [(20, 11), (10, 10), (0, 10)];
+
+/// Where the search for a rank stands.
+#[derive(Clone, Copy)]
+struct Search {
+    channel: usize,
+    /// The digits found.
+    prefix: u32,
+    /// Rank among the elements that begin with them.
+    rest: usize,
+    /// The element is 0, which needs no more digits.
+    zero: bool,
+}
 
 /// The key of each of `ranks` (0-based, ascending) of some channels of magnitudes: `ranks[i]` is a channel and a rank below `n`.
 /// `bits(channel, range, inputs, out)` gives the magnitudes of a piece. NaN counts as the largest.
@@ -32,91 +44,113 @@ pub(crate) fn keys_at(
     ranks: &[(usize, usize)],
     bits: impl Fn(usize, &Range<usize>, &[&[f32]], &mut [u32]) + Sync,
 ) -> Result<Vec<Key>, String> {
-    let mut channels: Vec<usize> = ranks.iter().map(|(channel, _)| *channel).collect();
-    channels.dedup();
     let fill = |channel: usize, range: &Range<usize>, views: &[&[f32]], out: &mut [u32]| {
         bits(channel, range, views, &mut out[..range.len()]);
     };
-    let high = count(inputs, n, channels.len() * HIGH, |range, views, counts| {
-        let mut keys = [0; PIECE];
-        for (channel, counts) in channels.iter().zip(counts.chunks_exact_mut(HIGH)) {
-            fill(*channel, range, views, &mut keys);
-            keys[..range.len()].iter().for_each(|k| counts[((k >> LOW_BITS) as usize) & (HIGH - 1)] += 1);
+    let start =
+        |(channel, rank): &(usize, usize)| Search { channel: *channel, prefix: 0, rest: *rank, zero: false };
+    let mut found: Vec<Search> = ranks.iter().map(start).collect();
+    for (shift, width) in DIGITS {
+        let open = found.iter().filter(|s| !s.zero).map(|s| (s.channel, s.prefix));
+        let mut groups: Vec<(usize, u32)> = open.collect();
+        groups.dedup();
+        if groups.is_empty() {
+            break;
         }
-    })?;
-    // The bucket of each rank, and its rank there.
-    let found: Vec<(usize, u32, usize)> = ranks
-        .iter()
-        .map(|(channel, rank)| {
-            let slot = channels.iter().position(|c| c == channel).unwrap_or(0);
-            let (bucket, rest) = bucket(&high[slot * HIGH..][..HIGH], *rank);
-            (*channel, bucket as u32, rest)
-        })
-        .collect();
-    let low = count(inputs, n, found.len() * LOW, |range, views, counts| {
-        let mut keys = [0; PIECE];
-        let mut filled = None;
-        for ((channel, bucket, _), counts) in found.iter().zip(counts.chunks_exact_mut(LOW)) {
-            if filled != Some(*channel) {
-                fill(*channel, range, views, &mut keys);
-                filled = Some(*channel);
-            }
-            for k in &keys[..range.len()] {
-                if k >> LOW_BITS == *bucket {
-                    counts[(k & (LOW as u32 - 1)) as usize] += 1;
+        // Zeros have a bucket of their own, the first: a task vector may hold little else.
+        let buckets = (1 << width) + 1;
+        // Four counters a bucket, taken in turn: equal neighbours would wait for one another.
+        let counts = count(inputs, n, groups.len() * buckets * 4, |range, views, counts| {
+            let (mut keys, mut filled) = ([0; PIECE], None);
+            for ((channel, prefix), counts) in groups.iter().zip(counts.chunks_exact_mut(4 * buckets)) {
+                if filled != Some(*channel) {
+                    fill(*channel, range, views, &mut keys);
+                    filled = Some(*channel);
+                }
+                let counts = counts.as_chunks_mut::<4>().0;
+                let digit = |key: u32| (key >> shift) as usize & (buckets - 2);
+                let bucket = |key: u32| if key == 0 { 0 } else { 1 + digit(key) };
+                if shift + width == 31 {
+                    let (fours, rest) = keys[..range.len()].as_chunks::<4>();
+                    for [a, b, c, d] in fours {
+                        counts[bucket(*a)][0] += 1;
+                        counts[bucket(*b)][1] += 1;
+                        counts[bucket(*c)][2] += 1;
+                        counts[bucket(*d)][3] += 1;
+                    }
+                    rest.iter().for_each(|a| counts[bucket(*a)][0] += 1);
+                    continue;
+                }
+                for keys in keys[..range.len()].chunks(16) {
+                    // Few begin so: most often none of so many.
+                    let same = |key: u32| key >> (shift + width) == *prefix && key != 0;
+                    let mut any = false;
+                    for key in keys {
+                        any |= same(*key);
+                    }
+                    if any {
+                        keys.iter().filter(|k| same(**k)).for_each(|k| counts[1 + digit(*k)][0] += 1);
+                    }
                 }
             }
+        })?;
+        for search in found.iter_mut().filter(|s| !s.zero) {
+            let Some(group) = groups.iter().position(|g| *g == (search.channel, search.prefix)) else {
+                continue;
+            };
+            let counts = counts[group * 4 * buckets..][..4 * buckets].as_chunks::<4>().0;
+            let (bucket, rest) = bucket(counts.iter().map(|four| four.iter().sum()), search.rest);
+            search.rest = rest;
+            match bucket.checked_sub(1) {
+                None => search.zero = true,
+                Some(digit) => search.prefix = search.prefix << width | digit as u32,
+            }
         }
+    }
+    // Magnitude of each rank, and its rank among equals.
+    let values: Vec<(u32, usize)> = found.iter().map(|s| (s.prefix, s.rest)).collect();
+    if values.iter().all(|(_, rest)| *rest == 0) {
+        return Ok(values.into_iter().map(|(bits, _)| Key { bits, index: 0 }).collect());
+    }
+    let equal = map(inputs, n, 1, |range, views| {
+        let (mut keys, mut filled) = ([0; PIECE], None);
+        let of = |(search, (value, _)): (&Search, &(u32, usize))| {
+            if filled != Some(search.channel) {
+                fill(search.channel, range, views, &mut keys);
+                filled = Some(search.channel);
+            }
+            keys[..range.len()].iter().map(|k| u32::from(k == value)).sum::<u32>()
+        };
+        found.iter().zip(&values).map(of).collect::<Vec<u32>>()
     })?;
-    found
-        .iter()
-        .enumerate()
-        .map(|(i, (channel, high, rest))| {
-            let (low, rest) = bucket(&low[i * LOW..][..LOW], *rest);
-            let value = (high << LOW_BITS) | low as u32;
-            let keys =
-                |range: &Range<usize>, views: &[&[f32]], out: &mut [u32]| fill(*channel, range, views, out);
-            Ok(Key {
-                bits: value,
-                index: if rest == 0 { 0 } else { occurrence(inputs, n, value, rest, keys)? },
-            })
-        })
-        .collect()
+    let key = |(i, (value, rest)): (usize, &(u32, usize))| {
+        if *rest == 0 {
+            return Ok(Key { bits: *value, index: 0 });
+        }
+        let (piece, rest) = bucket(equal.iter().map(|counts| u64::from(counts[i])), *rest);
+        let range = piece * PIECE..n.min((piece + 1) * PIECE);
+        let index = with_piece(inputs, &range, &mut Vec::new(), |views| {
+            let mut keys = [0; PIECE];
+            fill(found[i].channel, &range, views, &mut keys);
+            let equal = keys[..range.len()].iter().enumerate().filter(|(_, k)| *k == value);
+            range.start + equal.map(|(i, _)| i).nth(rest).unwrap_or(0)
+        })?;
+        Ok(Key { bits: *value, index })
+    };
+    values.iter().enumerate().map(key).collect()
 }
 
 /// The bucket that holds the element of this rank, and its rank among those of the bucket.
-fn bucket(counts: &[u64], rank: usize) -> (usize, usize) {
-    let mut rest = rank as u64;
-    for (i, count) in counts.iter().enumerate() {
-        if rest < *count {
+fn bucket(counts: impl Iterator<Item = u64>, rank: usize) -> (usize, usize) {
+    let (mut rest, mut last) = (rank as u64, 0);
+    for (i, count) in counts.enumerate() {
+        if rest < count {
             return (i, rest as usize);
         }
         rest -= count;
+        last = i;
     }
-    (counts.len() - 1, 0)
-}
-
-/// The index of occurrence `rank` of a value.
-fn occurrence(
-    inputs: &[Values<'_>],
-    n: usize,
-    value: u32,
-    rank: usize,
-    keys: impl Fn(&Range<usize>, &[&[f32]], &mut [u32]) + Sync,
-) -> Result<usize, String> {
-    let counts = map(inputs, n, 1, |range, views| {
-        let mut out = [0; PIECE];
-        keys(range, views, &mut out);
-        out[..range.len()].iter().filter(|k| **k == value).count() as u64
-    })?;
-    let (piece, rest) = bucket(&counts, rank);
-    let range = piece * PIECE..n.min((piece + 1) * PIECE);
-    with_piece(inputs, &range, &mut Vec::new(), |views| {
-        let mut out = [0; PIECE];
-        keys(&range, views, &mut out);
-        let equal = out[..range.len()].iter().enumerate().filter(|(_, k)| **k == value);
-        range.start + equal.map(|(i, _)| i).nth(rest).unwrap_or(0)
-    })
+    (last, 0)
 }
 
 #[cfg(test)]
@@ -130,14 +164,27 @@ mod tests {
         let n = 3 * PIECE + 17;
         let smooth = Seed(1).normal("smooth", n, 1.0);
         let coarse: Vec<f32> = smooth.iter().map(|v| (v * 4.0).round() / 4.0).collect();
-        let inputs = [Values::from(&smooth[..]), Values::from(&coarse[..])];
+        let tiny: Vec<f32> = smooth.iter().map(|v| (v * 4.0).round() * 1e-44).collect();
+        let inputs = [&smooth, &coarse, &tiny].map(|v| Values::from(&v[..]));
         let bits = |channel: usize, _: &Range<usize>, views: &[&[f32]], out: &mut [u32]| {
             out.iter_mut().zip(views[channel]).for_each(|(k, v)| *k = v.abs().to_bits());
         };
-        let ranks = [(0, 0), (0, n / 3), (0, n - 1), (1, 0), (1, 1), (1, n / 2), (1, n - 2)];
+        let ranks = [
+            (0, 0),
+            (0, n / 3),
+            (0, n - 1),
+            (1, 0),
+            (1, 1),
+            (1, n / 2),
+            (1, n - 2),
+            (2, 0),
+            (2, n / 8),
+            (2, n / 2),
+            (2, n - 1),
+        ];
         let found = keys_at(&inputs, n, &ranks, bits).unwrap();
         for ((channel, rank), key) in ranks.iter().zip(found) {
-            let values = [&smooth, &coarse][*channel];
+            let values = [&smooth, &coarse, &tiny][*channel];
             let mut sorted: Vec<Key> =
                 values.iter().enumerate().map(|(index, v)| Key { bits: v.abs().to_bits(), index }).collect();
             sorted.sort();

@@ -2,12 +2,11 @@
 //! added to the base. One routine for task arithmetic (arXiv 2212.04089), TIES (2306.01708), DARE (2311.03099), model breadcrumbs
 //! (2312.06795) and DELLA (2406.11617).
 
-use super::rounding::Rounding;
-use super::sparsify::{Sparse, Sparsifier, sparsify};
-use super::{Kernel, MergeMethod, TensorMerge};
+use pulp::{Arch, Simd, WithSimd};
 
-/// Elements computed at once, small enough for the first-level cache.
-const BLOCK: usize = 1024;
+use super::rounding::Rounding;
+use super::sparsify::{BLOCK, Sparse, Sparsifier, sparsify};
+use super::{Kernel, MergeMethod, TensorMerge};
 
 /// How a method thins out, and whether signs are voted on.
 fn kind(method: MergeMethod) -> (Sparsifier, bool) {
@@ -35,11 +34,29 @@ pub(super) fn task_vectors(tensor: &TensorMerge<'_>, method: MergeMethod) -> Res
     // Weights that cancel do not divide.
     let divisor = if total.abs() < 1e-8 { 1.0 } else { round.round(total) };
     let sum = WeighedSum { base, of, sparse, weights, divisor, vote, normalize, lambda, round };
+    Ok(Box::new(move |start, inputs, out| Arch::new().dispatch(Piece { sum: &sum, start, inputs, out })))
+}
+
+/// A range of the output.
+struct Piece<'a> {
+    sum: &'a WeighedSum,
+    start: usize,
+    inputs: &'a [&'a [f32]],
+    out: &'a mut [f32],
+}
+
+impl WithSimd for Piece<'_> {
+    type Output = ();
+
     // The loops over elements are compiled without rounding and with it: a choice inside them costs more than they do.
-    Ok(match round {
-        Rounding::Exact => Box::new(move |start, inputs, out| sum.run(start, inputs, out, |v| v)),
-        _ => Box::new(move |start, inputs, out| sum.run(start, inputs, out, |v| round.round(v))),
-    })
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        let Piece { sum, start, inputs, out } = self;
+        match sum.round {
+            Rounding::Exact => sum.run(start, inputs, out, |v| v),
+            round => sum.run(start, inputs, out, |v| round.round(v)),
+        }
+    }
 }
 
 /// What the loops over elements need.
@@ -71,7 +88,7 @@ impl WeighedSum {
                 for ((d, x), b) in d.iter_mut().zip(x).zip(b) {
                     *d = r(x - b);
                 }
-                sparse.apply(start + at, d, self.round);
+                sparse.apply(start + at, d, r);
                 for (y, d) in y.iter_mut().zip(d) {
                     *d = r(w * *d);
                     *y += *d;
@@ -80,15 +97,23 @@ impl WeighedSum {
             if self.vote {
                 elect(y, &terms, &self.weights, self.normalize, r);
             } else {
-                y.iter_mut().for_each(|y| *y = r(*y));
+                for y in y.iter_mut() {
+                    *y = r(*y);
+                }
                 if self.normalize {
-                    y.iter_mut().for_each(|y| *y = r(*y / self.divisor));
+                    for y in y.iter_mut() {
+                        *y = r(*y / self.divisor);
+                    }
                 }
             }
             if self.lambda == 1.0 {
-                y.iter_mut().zip(b).for_each(|(y, b)| *y = r(b + *y));
+                for (y, b) in y.iter_mut().zip(b) {
+                    *y = r(b + *y);
+                }
             } else {
-                y.iter_mut().zip(b).for_each(|(y, b)| *y = r(b + r(*y * self.lambda)));
+                for (y, b) in y.iter_mut().zip(b) {
+                    *y = r(b + r(*y * self.lambda));
+                }
             }
         }
     }
@@ -97,16 +122,20 @@ impl WeighedSum {
 /// Sums the terms whose sign is that of the sum `y` of all (0 counts as positive), divided by the sum of their weights if `normalize`.
 #[inline(always)]
 fn elect(y: &mut [f32], terms: &[f32], weights: &[f32], normalize: bool, r: impl Fn(f32) -> f32) {
-    for (i, y) in y.iter_mut().enumerate() {
-        let up = r(*y) >= 0.0;
-        let (mut mix, mut by) = (0.0, 0.0);
-        for (d, w) in terms.chunks(BLOCK).zip(weights) {
+    let (mut mix, mut by) = ([0.0; BLOCK], [0.0; BLOCK]);
+    for y in y.iter_mut() {
+        *y = r(*y);
+    }
+    for (terms, w) in terms.chunks(BLOCK).zip(weights) {
+        for (((y, d), mix), by) in y.iter().zip(terms).zip(&mut mix).zip(&mut by) {
             // What is 0 has no sign to agree in.
-            let agrees = if up { d[i] > 0.0 } else { d[i] < 0.0 };
-            mix += if agrees { d[i] } else { 0.0 };
-            by += if agrees { *w } else { 0.0 };
+            let agrees = if *y >= 0.0 { *d > 0.0 } else { *d < 0.0 };
+            *mix += if agrees { *d } else { 0.0 };
+            *by += if agrees { *w } else { 0.0 };
         }
-        let by = r(by);
-        *y = if normalize && by != 0.0 { r(r(mix) / by) } else { r(mix) };
+    }
+    for ((y, mix), by) in y.iter_mut().zip(&mix).zip(&by) {
+        let (mix, by) = (r(*mix), r(*by));
+        *y = if normalize && by != 0.0 { r(mix / by) } else { mix };
     }
 }

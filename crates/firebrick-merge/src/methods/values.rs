@@ -145,28 +145,44 @@ pub(crate) fn count(
     inputs: &[Values<'_>],
     n: usize,
     counters: usize,
-    f: impl Fn(&Range<usize>, &[&[f32]], &mut [u64]) + Sync,
+    f: impl Fn(&Range<usize>, &[&[f32]], &mut [u32]) + Sync,
 ) -> Result<Vec<u64>, String> {
-    // A share is large against the table of its counts.
+    // A share is large against the table of its counts, and 32 bits hold them.
     let shares = pieces(n, 64 * PIECE);
     let one = |share: &Range<usize>| {
-        let (mut counts, mut buffers) = (vec![0; counters], Vec::new());
+        let (mut counts, mut buffers) = (vec![0u32; counters], Vec::new());
         for start in share.clone().step_by(PIECE) {
             let range = start..share.end.min(start + PIECE);
             with_piece(inputs, &range, &mut buffers, |views| f(&range, views, &mut counts))?;
         }
-        Ok(counts)
+        Ok(counts.into_iter().map(u64::from).collect())
     };
     if shares.len() <= 1 {
         return shares.first().map_or_else(|| Ok(vec![0; counters]), one);
     }
     shares.par_iter().map(one).try_reduce(
         || vec![0; counters],
-        |mut a, b| {
+        |mut a, b: Vec<u64>| {
             a.iter_mut().zip(b).for_each(|(a, b)| *a += b);
             Ok(a)
         },
     )
+}
+
+/// `sum |a_i|` in f64, in eight lanes.
+#[inline(always)]
+pub(crate) fn sum_of_magnitudes(a: &[f32]) -> f64 {
+    let mut lanes = [0.0f64; 8];
+    let (a8, rest) = a.as_chunks::<8>();
+    for x in a8 {
+        for i in 0..8 {
+            lanes[i] += f64::from(x[i].abs());
+        }
+    }
+    for (lane, x) in lanes.iter_mut().zip(rest) {
+        *lane += f64::from(x.abs());
+    }
+    lanes.iter().sum()
 }
 
 /// `sum a_i b_i` in f64, in eight lanes that a compiler keeps in registers.

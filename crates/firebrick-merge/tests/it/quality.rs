@@ -1,7 +1,8 @@
-//! What merges of specialists of the embedded model in its five domains are worth, over three seeds. `docs/methods.md` has the
-//! figures; the table also goes to `quality.json` in cargo's folder for temporary files of tests.
+//! What merges of specialists of the embedded model and of SmolLM2 in five domains are worth. `docs/methods.md` has the figures; the
+//! tables also go to `quality-MODEL.json` in cargo's folder for temporary files of tests.
 
 use std::fmt::Write as _;
+use std::path::Path;
 
 use burn::module::Module;
 use burn::tensor::activation::{log_softmax, softmax};
@@ -20,14 +21,27 @@ use rayon::prelude::*;
 
 use crate::specialists::{WINDOW, adapted, fine_tuned, settings, text};
 
-/// Windows of a domain that are measured on, and as many others that scales are chosen and coefficients are fitted on.
-const WINDOWS: usize = 24;
 /// Rows of a forward pass that is measured.
 const ROWS: usize = 12;
 /// Examples of a new domain.
 const SHOTS: usize = 16;
 const DOMAINS: usize = 5;
 const SEEDS: u64 = 3;
+
+/// How much is trained and measured.
+struct Effort {
+    seeds: u64,
+    /// Windows of a domain that are measured on, and as many others that scales are chosen and coefficients are fitted on.
+    windows: usize,
+    /// Steps of training a specialist, eight windows each.
+    steps: usize,
+    /// Learning rates of fine-tunes and of adapters.
+    rates: [f64; 2],
+    /// Steps of fitting coefficients.
+    fits: usize,
+    /// Whether what takes long is measured too.
+    whole: bool,
+}
 
 /// Every `step`-th of `windows`, from the `first` on.
 fn every(windows: &[&[u32]], first: usize, step: usize) -> TextData {
@@ -44,9 +58,9 @@ struct Texts {
 }
 
 impl Texts {
-    fn new(model: &Model) -> Texts {
+    fn new(model: &Model, windows: usize) -> Texts {
         let halves = |held_out: TextData| {
-            let pairs = held_out.spread(WINDOW, 2 * WINDOWS);
+            let pairs = held_out.spread(WINDOW, 2 * windows);
             [0, 1].map(|half| every(&pairs, half, 2))
         };
         let parts = domains().iter().map(|d| halves(text(model, d, true)));
@@ -102,6 +116,7 @@ struct Row {
 /// Specialists of one kind and seed, and what is to be closed by domain.
 struct Family<'a> {
     texts: &'a Texts,
+    effort: &'a Effort,
     base: &'a Decoder,
     kind: &'static str,
     seed: u64,
@@ -111,15 +126,16 @@ struct Family<'a> {
 }
 
 impl<'a> Family<'a> {
-    fn new(texts: &'a Texts, base: &'a Decoder, kind: &'static str, seed: u64) -> Self {
+    fn new(texts: &'a Texts, effort: &'a Effort, base: &'a Decoder, kind: &'static str, seed: u64) -> Self {
+        let (steps, [all, adapter]) = (effort.steps, effort.rates);
         let train = |text: &TextData| match kind {
-            "fine-tunes" => fine_tuned(base, text, &settings(24, 8, 1e-3, seed)),
-            _ => adapted(base, text, &settings(24, 8, 1e-2, seed)),
+            "fine-tunes" => fine_tuned(base, text, &settings(steps, 8, all, seed)),
+            _ => adapted(base, text, &settings(steps, 8, adapter, seed)),
         };
         let experts: Vec<Decoder> = texts.train.iter().map(train).collect();
         let nats = |d: &Decoder, t: &TextData| measured(t, &plain(d))[0];
         let ends = texts.test.iter().zip(&experts).map(|(t, own)| (nats(base, t), nats(own, t))).collect();
-        Family { texts, base, kind, seed, experts, ends }
+        Family { texts, effort, base, kind, seed, experts, ends }
     }
 
     /// A row of what `logits` of each domain (by its place) come to.
@@ -191,8 +207,9 @@ fn merges(family: &Family<'_>, whole: bool) -> Vec<Row> {
     rows.push(family.one("TIES, scale chosen", &family.scaled(&elected, scale)));
 
     // Steps times rate as in the paper.
+    let steps = family.effort.fits;
     let short = |train: TrainConfig, learning_rate| TrainConfig {
-        steps: 30,
+        steps,
         batch: 2 * DOMAINS,
         window: WINDOW,
         learning_rate,
@@ -203,8 +220,11 @@ fn merges(family: &Family<'_>, whole: bool) -> Vec<Row> {
     let merged = |composed: &Composed, c: &Coefficients| composed.merge(c).unwrap();
     let sure = |composed: &Composed, granularity| {
         let default = AdaMergingConfig::default();
-        let config =
-            AdaMergingConfig { granularity, train: short(default.train.clone(), 1.0 / 30.0), ..default };
+        let config = AdaMergingConfig {
+            granularity,
+            train: short(default.train.clone(), 1.0 / steps as f64),
+            ..default
+        };
         merged(composed, &adamerging(composed, &config, &unseen, &Silent, false).unwrap().0)
     };
     rows.push(family.one("AdaMerging, task-wise", &sure(&composed, Granularity::Task)));
@@ -217,7 +237,8 @@ fn merges(family: &Family<'_>, whole: bool) -> Vec<Row> {
         rows.push(family.one("layer-wise, by labels (aTLAS)", &merged(&composed, &told)));
         let masked = |inner| {
             let default = ConcreteConfig::default();
-            let config = ConcreteConfig { inner, train: short(default.train.clone(), 2.0 / 30.0), ..default };
+            let config =
+                ConcreteConfig { inner, train: short(default.train.clone(), 2.0 / steps as f64), ..default };
             let (mask, _) = concrete_merging(&composed, &config, &unseen, &Silent, false).unwrap();
             composed.masked(&mask.sample(Seed(family.seed)))
         };
@@ -370,17 +391,14 @@ fn table(rows: &[Row]) -> String {
     table
 }
 
-#[test]
-#[ignore = "a quarter of an hour on two cores: a measurement"]
-fn what_merges_of_five_specialists_are_worth() {
-    let model = Model::embedded(&Device::flex()).unwrap();
-    let texts = Texts::new(&model);
+fn measure(name: &str, model: &Model, effort: &Effort) {
+    let texts = Texts::new(model, effort.windows);
     let base = &model.decoder;
     let mut rows = Vec::new();
-    for seed in 0..SEEDS {
+    for seed in 0..effort.seeds {
         for kind in ["fine-tunes", "adapters"] {
-            let whole = kind == "fine-tunes";
-            let family = Family::new(&texts, base, kind, seed);
+            let whole = effort.whole && kind == "fine-tunes";
+            let family = Family::new(&texts, effort, base, kind, seed);
             let ends = [family.one("base", base), family.each("specialists", &family.experts)];
             for (row, share) in ends.iter().zip([0.0, 1.0]) {
                 assert!(
@@ -397,8 +415,26 @@ fn what_merges_of_five_specialists_are_worth() {
                 rows.extend(weak_to_strong(&family));
             }
         }
-        let json = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join("quality.json");
+        let json = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("quality-{name}.json"));
         std::fs::write(&json, serde_json::to_string_pretty(&rows).unwrap()).unwrap();
     }
     println!("{}", table(&rows));
+}
+
+#[test]
+#[ignore = "a quarter of an hour on two cores: a measurement"]
+fn what_merges_of_five_specialists_are_worth() {
+    let model = Model::embedded(&Device::flex()).unwrap();
+    let effort = Effort { seeds: SEEDS, windows: 24, steps: 24, rates: [1e-3, 1e-2], fits: 30, whole: true };
+    measure("embedded", &model, &effort);
+}
+
+#[test]
+#[ignore = "half an hour a seed on two cores: a measurement"]
+fn what_merges_of_five_specialists_of_smollm2_are_worth() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let path = root.join("../../target/models/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf");
+    let model = Model::open(&path, &Device::flex()).expect("`cargo xtask model smollm2` fetches it");
+    let effort = Effort { seeds: 1, windows: 12, steps: 12, rates: [1e-4, 2e-3], fits: 15, whole: false };
+    measure("smollm2", &model, &effort);
 }

@@ -4,6 +4,7 @@ use super::fit::{fit_affine, fit_scale, inverse, pack, signed, unpack};
 use crate::grid::near;
 use half::f16;
 use half::slice::HalfFloatSliceExt;
+use pulp::{Arch, Simd, WithSimd};
 use std::cmp::Ordering;
 
 pub(super) fn decode_f32(bytes: &[u8], out: &mut [f32]) {
@@ -49,19 +50,37 @@ pub(super) fn encode_f16(values: &[f32], _: Option<&[f32]>, out: &mut [u8]) {
 
 // Written out because `half` has only a checked scalar loop for bf16 slices.
 pub(super) fn decode_bf16(bytes: &[u8], out: &mut [f32]) {
-    for (b, o) in bytes.as_chunks::<2>().0.iter().zip(out) {
-        *o = f32::from_bits(u32::from(u16::from_le_bytes(*b)) << 16);
+    struct Decode<'a>(&'a [[u8; 2]], &'a mut [f32]);
+    impl WithSimd for Decode<'_> {
+        type Output = ();
+
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, _: S) {
+            for (b, o) in self.0.iter().zip(self.1) {
+                *o = f32::from_bits(u32::from(u16::from_le_bytes(*b)) << 16);
+            }
+        }
     }
+    Arch::new().dispatch(Decode(bytes.as_chunks().0, out));
 }
 
 pub(super) fn encode_bf16(values: &[f32], _: Option<&[f32]>, out: &mut [u8]) {
-    for (v, o) in values.iter().zip(out.as_chunks_mut::<2>().0) {
-        let bits = v.to_bits();
-        let nearest_even = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
-        let quiet_nan = (bits >> 16) | 0x40;
-        let half = if bits & 0x7fff_ffff > 0x7f80_0000 { quiet_nan } else { nearest_even };
-        *o = (half as u16).to_le_bytes();
+    struct Encode<'a>(&'a [f32], &'a mut [[u8; 2]]);
+    impl WithSimd for Encode<'_> {
+        type Output = ();
+
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, _: S) {
+            for (v, o) in self.0.iter().zip(self.1) {
+                let bits = v.to_bits();
+                let nearest_even = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
+                let quiet_nan = (bits >> 16) | 0x40;
+                let half = if bits & 0x7fff_ffff > 0x7f80_0000 { quiet_nan } else { nearest_even };
+                *o = (half as u16).to_le_bytes();
+            }
+        }
     }
+    Arch::new().dispatch(Encode(values, out.as_chunks_mut().0));
 }
 
 #[inline]

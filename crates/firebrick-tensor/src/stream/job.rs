@@ -1,6 +1,7 @@
 //! One part of one output while it is computed: its inputs, and the way to write it.
 
 use super::positioned::write_at;
+use super::staging::{Hasher, hex};
 use super::{OutputSpec, StreamError};
 use crate::block::{self, DType};
 use crate::checkpoint::{Checkpoint, TensorInfo};
@@ -215,13 +216,13 @@ pub(super) struct Sink<'a> {
     written: u64,
     buffer: Vec<u8>,
     used: usize,
-    hasher: blake3::Hasher,
+    hasher: Hasher,
 }
 
 impl<'a> Sink<'a> {
     pub(super) fn new(file: &'a File, path: &'a Path, offset: u64, due: u64) -> Self {
         let buffer = vec![0; due.min(BUFFER as u64) as usize];
-        Sink { file, path, offset, due, written: 0, buffer, used: 0, hasher: blake3::Hasher::new() }
+        Sink { file, path, offset, due, written: 0, buffer, used: 0, hasher: Hasher::new() }
     }
 
     fn check(&self, more: usize) -> Result<(), StreamError> {
@@ -261,18 +262,18 @@ impl<'a> Sink<'a> {
     }
 
     fn put(&mut self, bytes: &[u8]) -> Result<(), StreamError> {
-        self.hasher.update(bytes);
+        self.hasher.write(bytes);
         write_at(self.file, self.offset + self.written, bytes).map_err(StreamError::io(self.path))?;
         self.written += bytes.len() as u64;
         Ok(())
     }
 
     /// The hash of all bytes, which must be as many as are due.
-    pub(super) fn finish(mut self) -> Result<blake3::Hash, StreamError> {
+    pub(super) fn finish(mut self) -> Result<String, StreamError> {
         self.flush()?;
         if self.written != self.due {
             return Err(StreamError::Length { written: self.written, expected: self.due });
         }
-        Ok(self.hasher.finalize())
+        Ok(hex(&self.hasher))
     }
 }

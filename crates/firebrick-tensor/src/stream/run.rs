@@ -4,7 +4,7 @@ use super::job::{Input, Job, Sink};
 use super::plan::{Part, Prepared, prepare};
 use super::provenance::{self, FileRecord};
 use super::queue::{FileTasks, Queue, Work};
-use super::staging::{self, Claim, Staging};
+use super::staging::{self, Claim, Hasher, Staging, hex};
 use super::target::Target;
 use super::{OutputSpec, StreamError, StreamPlan, Transform};
 use crate::block;
@@ -320,15 +320,16 @@ fn run_part(
 ) -> Result<Finished, StreamError> {
     let part = &prepared.parts[i];
     let (spec, inputs) = (&prepared.outputs[part.output], &prepared.inputs[part.output]);
-    let mut hasher = blake3::Hasher::new();
+    let mut hasher = Hasher::new();
     for input in inputs {
         let bytes = &input.bytes[bytes_read(spec, part, input)];
-        hasher.update(&(bytes.len() as u64).to_le_bytes()).update(bytes);
+        hasher.write(&(bytes.len() as u64).to_le_bytes());
+        hasher.write(bytes);
     }
-    let inputs_hash = hasher.finalize().to_hex().to_string();
+    let inputs_hash = hex(&hasher);
     if let Some(claim) = staging.claim(part)
         && claim.inputs == inputs_hash
-        && staging.hash(part)? == claim.blake3
+        && staging.hash(part)? == claim.output
     {
         return Ok(Finished::Kept);
     }
@@ -346,6 +347,6 @@ fn run_part(
         let (range, offset) = (bytes_read(spec, part, input), input.info.offset as usize);
         input.checkpoint.release(input.info.file, offset + range.start..offset + range.end);
     }
-    let hash = job.sink.finish()?.to_hex().to_string();
+    let hash = job.sink.finish()?;
     Ok(Finished::Computed(Claim::new(&spec.tensor.name, part, inputs_hash, hash)))
 }

@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 const JOURNAL: &str = "journal.jsonl";
-const JOURNAL_VERSION: u32 = 1;
+const JOURNAL_VERSION: u32 = 2;
 // Far above one line per part of the largest model.
 const MAX_JOURNAL: u64 = 1 << 30;
 
@@ -25,6 +25,14 @@ const MAX_JOURNAL: u64 = 1 << 30;
 struct Header {
     firebrick_journal: u32,
     key: String,
+}
+
+/// Tells contents of parts apart: not a cryptographic hash, which would take as long as a merge.
+pub(super) type Hasher = twox_hash::XxHash3_128;
+
+/// What [`Claim`] has of a hash.
+pub(super) fn hex(hasher: &Hasher) -> String {
+    format!("{:032x}", hasher.finish_128())
 }
 
 /// A finished part.
@@ -37,13 +45,13 @@ pub(super) struct Claim {
     /// Hash of the bytes it was computed from.
     pub(super) inputs: String,
     /// Hash of its own bytes.
-    pub(super) blake3: String,
+    pub(super) output: String,
 }
 
 impl Claim {
-    pub(super) fn new(name: &str, part: &Part, inputs: String, blake3: String) -> Self {
+    pub(super) fn new(name: &str, part: &Part, inputs: String, output: String) -> Self {
         let Part { file, offset, bytes, .. } = *part;
-        Claim { name: name.to_owned(), file, offset, bytes, inputs, blake3 }
+        Claim { name: name.to_owned(), file, offset, bytes, inputs, output }
     }
 }
 
@@ -111,15 +119,15 @@ impl Staging {
     pub(super) fn hash(&self, part: &Part) -> Result<String, StreamError> {
         let (path, file) = &self.files[part.file];
         let mut buffer = vec![0; super::job::BUFFER.min(part.bytes as usize)];
-        let mut hasher = blake3::Hasher::new();
+        let mut hasher = Hasher::new();
         let mut done = 0;
         while done < part.bytes {
             let n = buffer.len().min((part.bytes - done) as usize);
             read_at(file, part.offset + done, &mut buffer[..n]).map_err(StreamError::io(path))?;
-            hasher.update(&buffer[..n]);
+            hasher.write(&buffer[..n]);
             done += n as u64;
         }
-        Ok(hasher.finalize().to_hex().to_string())
+        Ok(hex(&hasher))
     }
 
     /// Notes a part whose bytes are in place.
