@@ -24,7 +24,7 @@ mod matmul_bf16;
 mod packed;
 mod packed_blocks;
 mod packed_dots;
-mod packed_exact;
+mod packed_f32;
 mod rms_norm;
 #[cfg(feature = "cubecl-backend")]
 mod rms_norm_cube;

@@ -20,7 +20,7 @@ use half::f16;
 use pulp::Arch;
 
 use super::packed_dots::{self, Level, STEP};
-use super::{cpu, packed_exact};
+use super::{cpu, packed_f32};
 
 /// A weight matrix as low-bit codes with a scale and a zero point for each group of input rows.
 ///
@@ -268,7 +268,7 @@ impl PackedOps for Flex {
             return composed_unpack::<Self>(words, scale, zero, layout);
         }
         let (words, scale, zero) = (cpu::contiguous(words), cpu::contiguous(scale), cpu::contiguous(zero));
-        packed_exact::unpack(&Weight::new(&words, &scale, &zero, layout))
+        packed_f32::unpack(&Weight::new(&words, &scale, &zero, layout))
     }
 
     fn packed_matmul(
@@ -292,7 +292,7 @@ impl PackedOps for Flex {
         let (x, level) = (x.storage::<f32>(), Level::best());
         match integers || rows < TILE_ROWS {
             true => Rows::new(x, layout, inputs).product(&weight, level),
-            false => packed_exact::many_rows(x, &weight, Arch::new()),
+            false => packed_f32::many_rows(x, &weight, Arch::new()),
         }
     }
 }
@@ -328,12 +328,23 @@ impl<'a> Rows<'a> {
         match &self.inputs {
             Inputs::Rounded(blocks) => packed_dots::columns(blocks, weight, level, self.rows, first, out),
             Inputs::Digits(blocks) => packed_dots::columns(blocks, weight, level, self.rows, first, out),
-            Inputs::Plain(x) => packed_exact::columns(x, weight, Arch::new(), first, out),
+            Inputs::Plain(x) => packed_f32::columns(x, weight, Arch::new(), first, out),
         }
     }
 
     /// Their product with the matrix.
     pub fn product(&self, weight: &Weight<'_>, level: Level) -> FlexTensor {
+        /// Rows of a task where there are many: as many threads read the whole matrix, and write rows as they lie.
+        const ROWS: usize = 64;
+        if self.rows >= 2 * ROWS
+            && let Inputs::Rounded(blocks) = &self.inputs
+        {
+            let mut out = vec![0.0; self.rows * weight.d_out];
+            cpu::blocks(&mut out, weight.d_out, ROWS, |first, out| {
+                packed_dots::rows(blocks, weight, level, first, out);
+            });
+            return cpu::tensor(out, Shape::new([self.rows, weight.d_out]));
+        }
         cpu::by_columns(self.rows, weight.d_out, weight.task(), |first, out| {
             self.columns(weight, level, first, out);
         })

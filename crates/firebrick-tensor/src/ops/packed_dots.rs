@@ -7,6 +7,9 @@
 //! are multiplied with the same four inputs, and nothing is summed across a vector. Every level of instructions gives the same bits: sums of
 //! integers are exact, and the f32 operations are the same ones in the same order.
 
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
@@ -170,12 +173,21 @@ const LAST: f32 = 1.0 / (BASE * BASE) as f32;
 #[inline(always)]
 fn quads(digits: &[i8; STEP], bits: usize) -> [i32; 8] {
     let mut quads = [0; 8];
-    for (i, quad) in quads.iter_mut().enumerate() {
-        let (first, step) = if bits == 4 { (i / 2 * 8 + i % 2, 2) } else { (4 * i, 1) };
-        let at = |k: usize| digits[first + k * step] as u8;
-        *quad = i32::from_le_bytes([at(0), at(1), at(2), at(3)]);
+    for (i, eight) in bytemuck::cast::<[i8; STEP], [u64; STEP / 8]>(*digits).into_iter().enumerate() {
+        let eight = u64::from_le(eight);
+        [quads[2 * i], quads[2 * i + 1]] = match bits {
+            4 => [even_bytes(eight), even_bytes(eight >> 8)],
+            _ => [eight as i32, (eight >> 32) as i32],
+        };
     }
     quads
+}
+
+#[inline(always)]
+fn even_bytes(eight: u64) -> i32 {
+    let pairs = eight & 0x00ff_00ff_00ff_00ff;
+    let fours = (pairs | pairs >> 8) & 0x0000_ffff_0000_ffff;
+    (fours | fours >> 16) as i32
 }
 
 /// Adds outputs `first..` of all rows of `inputs` to `out`, `[rows, columns]`.
@@ -187,9 +199,30 @@ pub(super) fn columns<const D: usize>(
     first: usize,
     out: &mut [f32],
 ) {
-    const { assert!(D == 1 || D == EXACT) };
-    let steps = weight.layout.d_in.div_ceil(STEP);
-    Task { inputs, steps, weight, first, columns: out.len() / rows }.run(level, out);
+    let columns = out.len() / rows;
+    Task { inputs, steps: steps(weight.layout), weight, first, columns, rows, stride: columns }
+        .run(level, out);
+}
+
+/// Adds all outputs of the rows from `first` on to `out`, `[rows, d_out]`.
+pub(super) fn rows<const D: usize>(
+    inputs: &[Block<D>],
+    weight: &Weight<'_>,
+    level: Level,
+    first: usize,
+    out: &mut [f32],
+) {
+    let (steps, d_out) = (steps(weight.layout), weight.d_out);
+    let (inputs, rows) = (&inputs[first * steps..], out.len() / d_out);
+    for first in (0..d_out).step_by(COLUMNS) {
+        let columns = COLUMNS.min(d_out - first);
+        Task { inputs, steps, weight, first, columns, rows, stride: d_out }.run(level, &mut out[first..]);
+    }
+}
+
+/// Blocks of a row.
+fn steps(layout: PackedLayout) -> usize {
+    layout.d_in.div_ceil(STEP)
 }
 
 /// Outputs `first..` of all rows.
@@ -200,47 +233,64 @@ struct Task<'a, const D: usize> {
     weight: &'a Weight<'a>,
     first: usize,
     columns: usize,
+    rows: usize,
+    /// From one row of outputs to the next.
+    stride: usize,
 }
 
 impl<const D: usize> Task<'_, D> {
-    /// Adds to `out`, `[rows, columns]`.
+    /// Adds to `out`, rows of `columns` outputs.
     fn run(&self, level: Level, out: &mut [f32]) {
-        for (block, out) in out.chunks_mut(ROWS * self.columns).enumerate() {
+        const { assert!(D == 1 || D == EXACT) };
+        #[cfg(target_arch = "x86_64")]
+        if level == Level::Avx512Vnni && self.rows >= x86::TILE {
+            // SAFETY: `Level::all` makes this level only where the processor has AVX-512F and AVX-512-VNNI.
+            return unsafe { self.vnni_tiles(out) };
+        }
+        for row in (0..self.rows).step_by(ROWS) {
+            let rows = ROWS.min(self.rows - row);
             for step in 0..self.steps {
-                self.step(level, block * ROWS, step, out);
+                let pass = self.pass(row, rows, step);
+                let out = &mut out[row * self.stride..];
+                match level {
+                    Level::Portable => pass.portable(0, out),
+                    // SAFETY: `Level::all` makes this level only where the processor has AVX2 and F16C.
+                    #[cfg(target_arch = "x86_64")]
+                    Level::Avx2 => unsafe { pass.avx2(out) },
+                    // SAFETY: as above.
+                    #[cfg(target_arch = "x86_64")]
+                    Level::Avx512Vnni => unsafe { pass.vnni(out) },
+                }
             }
         }
     }
 
-    fn step(&self, level: Level, row: usize, step: usize, out: &mut [f32]) {
+    /// Block `step` of the rows from `row` on.
+    #[inline(always)]
+    fn pass(&self, row: usize, rows: usize, step: usize) -> Pass<'_, D> {
         let (weight, columns) = (self.weight, self.columns);
         let PackedLayout { bits, group, d_in } = weight.layout;
         let word_rows = bits;
         // Word rows that the last block lacks meet inputs of zero: any other will do.
         let last = d_in.div_ceil(weight.layout.per_word()) - 1;
         let group = step * STEP / group;
-        let pass = Pass {
-            words: std::array::from_fn(|i| {
-                weight.word_row((step * word_rows + i.min(word_rows - 1)).min(last), self.first, columns)
-            }),
+        let mut words = [&weight.words[..0]; 8];
+        for (i, words) in words.iter_mut().enumerate() {
+            let row = step * word_rows + i.min(word_rows - 1);
+            *words = weight.word_row(row.min(last), self.first, columns);
+        }
+        Pass {
+            words,
             ahead: weight.words.as_ptr().wrapping_add((step + 1) * word_rows * weight.d_out + self.first),
-            stride: weight.d_out,
+            word_stride: weight.d_out,
             scale: weight.scales(group, self.first, columns),
             columns,
-            rows: out.len() / columns,
+            rows,
+            stride: self.stride,
             zero: weight.zeros(group, self.first, columns),
             inputs: &self.inputs[row * self.steps + step..],
             steps: self.steps,
             nibbles: bits == 4,
-        };
-        match level {
-            Level::Portable => pass.portable(0, out),
-            // SAFETY: `Level::all` makes this level only where the processor has AVX2 and F16C.
-            #[cfg(target_arch = "x86_64")]
-            Level::Avx2 => unsafe { pass.avx2(out) },
-            // SAFETY: `Level::all` makes this level only where the processor has AVX-512F and AVX-512-VNNI.
-            #[cfg(target_arch = "x86_64")]
-            Level::Avx512Vnni => unsafe { pass.vnni(out) },
         }
     }
 }
@@ -252,11 +302,13 @@ struct Pass<'a, const D: usize> {
     /// Where the words of the next block are, for prefetching; past the end behind the last one.
     ahead: *const i32,
     /// From one word row to the next.
-    stride: usize,
+    word_stride: usize,
     scale: Scales<'a>,
     zero: &'a [f32],
     columns: usize,
     rows: usize,
+    /// From one row of outputs to the next.
+    stride: usize,
     /// Of this block in the first row, then every `steps` blocks.
     inputs: &'a [Block<D>],
     steps: usize,
@@ -285,7 +337,8 @@ impl<const D: usize> Pass<'_, D> {
                 true => std::array::from_fn(|k| words[k / 2].map(|w| w >> (4 * (k % 2)) & 0x0f0f_0f0f)),
                 false => words,
             };
-            for (row, out) in out.chunks_exact_mut(columns).enumerate() {
+            for row in 0..self.rows {
+                let out = &mut out[row * self.stride..][..columns];
                 let Block { quads, scale, sum } = &self.inputs[row * self.steps];
                 let mut dots = [[0i32; D]; LANES];
                 for (digit, quads) in quads.iter().enumerate() {
@@ -303,233 +356,6 @@ impl<const D: usize> Pass<'_, D> {
                 }
             }
         }
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-pub(super) mod x86 {
-    use std::arch::x86_64::*;
-    use std::mem::transmute;
-
-    use half::f16;
-
-    use super::{BASE, LAST, Pass, Scales};
-
-    /// Asks for the cache lines at `first` in `rows` word rows, `stride` words apart.
-    #[inline(always)]
-    fn prefetch(first: *const i32, stride: usize, rows: usize) {
-        for i in 0..rows {
-            // SAFETY: a hint, which may name any address.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(first.wrapping_add(i * stride).cast()) };
-        }
-    }
-
-    impl<const D: usize> Pass<'_, D> {
-        /// Asks for the words of the sixteen outputs from `first` on in the next block.
-        #[inline(always)]
-        fn prefetch(&self, first: usize) {
-            prefetch(self.ahead.wrapping_add(first), self.stride, if self.nibbles { 4 } else { 8 });
-        }
-
-        #[target_feature(enable = "avx2,f16c")]
-        pub(super) fn avx2(&self, out: &mut [f32]) {
-            match self.nibbles {
-                true => self.avx2_of::<true>(out),
-                false => self.avx2_of::<false>(out),
-            }
-        }
-
-        #[target_feature(enable = "avx2,f16c")]
-        fn avx2_of<const NIBBLES: bool>(&self, out: &mut [f32]) {
-            const WIDTH: usize = 8;
-            let vectors = self.columns / WIDTH;
-            let words = self.words.map(|row| &row.as_chunks::<WIDTH>().0[..vectors]);
-            let zero = &self.zero.as_chunks::<WIDTH>().0[..vectors];
-            let low = _mm256_set1_epi8(15);
-            for v in 0..vectors {
-                if v % 2 == 0 {
-                    self.prefetch(v * WIDTH);
-                }
-                // SAFETY: eight words are as long as the vector, and any bits are one.
-                let load = |k: usize| unsafe { transmute::<[i32; 8], __m256i>(words[k][v]) };
-                let pair = |k: usize| {
-                    let word = load(k);
-                    [_mm256_and_si256(word, low), _mm256_and_si256(_mm256_srli_epi16::<4>(word), low)]
-                };
-                let codes: [__m256i; 8] = if NIBBLES {
-                    let [a, b, c, d] = [pair(0), pair(1), pair(2), pair(3)];
-                    [a[0], a[1], b[0], b[1], c[0], c[1], d[0], d[1]]
-                } else {
-                    [load(0), load(1), load(2), load(3), load(4), load(5), load(6), load(7)]
-                };
-                // SAFETY: eight values are as long as the vector.
-                let zero = unsafe { transmute::<[f32; 8], __m256>(zero[v]) };
-                let scale = eight_scales(self.scale, v);
-                for row in 0..self.rows {
-                    let (input, place) = (&self.inputs[row * self.steps], row * self.columns + v * WIDTH);
-                    let mut dots = [_mm256_setzero_si256(); D];
-                    for (digit, quads) in input.quads.iter().enumerate() {
-                        dots[digit] = match (NIBBLES, digit) {
-                            (true, _) => nibbles(&codes, quads),
-                            (false, 0) => bytes(&codes, quads),
-                            (false, _) => bytes_by_small(&codes, quads),
-                        };
-                    }
-                    let sums = _mm256_mul_ps(zero, _mm256_set1_ps(input.sum));
-                    let dots = _mm256_sub_ps(eight_combined(dots), sums);
-                    let scale = _mm256_mul_ps(scale, _mm256_set1_ps(input.scale));
-                    let out = out[place..].first_chunk_mut::<WIDTH>().expect("a vector of each row");
-                    // SAFETY: eight values are as long as the vector, on the way there and back.
-                    unsafe {
-                        let total =
-                            _mm256_add_ps(transmute::<[f32; 8], __m256>(*out), _mm256_mul_ps(scale, dots));
-                        *out = transmute::<__m256, [f32; 8]>(total);
-                    }
-                }
-            }
-            self.portable(vectors * WIDTH, out);
-        }
-
-        #[target_feature(enable = "avx512f,avx512vnni")]
-        pub(super) fn vnni(&self, out: &mut [f32]) {
-            const WIDTH: usize = 16;
-            let vectors = self.columns / WIDTH;
-            let words = self.words.map(|row| &row.as_chunks::<WIDTH>().0[..vectors]);
-            let zero = &self.zero.as_chunks::<WIDTH>().0[..vectors];
-            let low = _mm512_set1_epi32(0x0f0f_0f0f);
-            for v in 0..vectors {
-                self.prefetch(v * WIDTH);
-                // SAFETY: sixteen words are as long as the vector, and any bits are one.
-                let load = |k: usize| unsafe { transmute::<[i32; 16], __m512i>(words[k][v]) };
-                let pair = |k: usize| {
-                    let word = load(k);
-                    [_mm512_and_si512(word, low), _mm512_and_si512(_mm512_srli_epi32::<4>(word), low)]
-                };
-                let codes: [__m512i; 8] = if self.nibbles {
-                    let [a, b, c, d] = [pair(0), pair(1), pair(2), pair(3)];
-                    [a[0], a[1], b[0], b[1], c[0], c[1], d[0], d[1]]
-                } else {
-                    [load(0), load(1), load(2), load(3), load(4), load(5), load(6), load(7)]
-                };
-                // SAFETY: sixteen values are as long as the vector.
-                let zero = unsafe { transmute::<[f32; 16], __m512>(zero[v]) };
-                let scale = sixteen_scales(self.scale, v);
-                for row in 0..self.rows {
-                    let (input, place) = (&self.inputs[row * self.steps], row * self.columns + v * WIDTH);
-                    // Two sums of each digit, so that additions overlap.
-                    let mut dots = [[_mm512_setzero_si512(); D]; 2];
-                    for k in 0..8 {
-                        for (digit, quads) in input.quads.iter().enumerate() {
-                            let quad = _mm512_set1_epi32(quads[k]);
-                            dots[k % 2][digit] = _mm512_dpbusd_epi32(dots[k % 2][digit], codes[k], quad);
-                        }
-                    }
-                    let dots = sixteen_combined(dots);
-                    let dots = _mm512_sub_ps(dots, _mm512_mul_ps(zero, _mm512_set1_ps(input.sum)));
-                    let scale = _mm512_mul_ps(scale, _mm512_set1_ps(input.scale));
-                    let out = out[place..].first_chunk_mut::<WIDTH>().expect("a vector of each row");
-                    // SAFETY: sixteen values are as long as the vector, on the way there and back.
-                    unsafe {
-                        let total =
-                            _mm512_add_ps(transmute::<[f32; 16], __m512>(*out), _mm512_mul_ps(scale, dots));
-                        *out = transmute::<__m512, [f32; 16]>(total);
-                    }
-                }
-            }
-            self.portable(vectors * WIDTH, out);
-        }
-    }
-
-    /// [`combined`](super::combined) of each output.
-    #[inline]
-    #[target_feature(enable = "avx2")]
-    fn eight_combined<const D: usize>(sums: [__m256i; D]) -> __m256 {
-        let first = _mm256_cvtepi32_ps(sums[0]);
-        if D == 1 {
-            return first;
-        }
-        let rest = _mm256_add_epi32(_mm256_slli_epi32::<{ BASE.ilog2() as i32 }>(sums[1]), sums[2]);
-        _mm256_add_ps(first, _mm256_mul_ps(_mm256_cvtepi32_ps(rest), _mm256_set1_ps(LAST)))
-    }
-
-    /// [`combined`](super::combined) of each output, from two parts of its sums.
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    fn sixteen_combined<const D: usize>([a, b]: [[__m512i; D]; 2]) -> __m512 {
-        let first = _mm512_cvtepi32_ps(_mm512_add_epi32(a[0], b[0]));
-        if D == 1 {
-            return first;
-        }
-        let (second, third) = (_mm512_add_epi32(a[1], b[1]), _mm512_add_epi32(a[2], b[2]));
-        let rest = _mm512_add_epi32(_mm512_slli_epi32::<{ BASE.ilog2() }>(second), third);
-        _mm512_add_ps(first, _mm512_mul_ps(_mm512_cvtepi32_ps(rest), _mm512_set1_ps(LAST)))
-    }
-
-    /// Scales of the outputs of vector `v`.
-    #[inline]
-    #[target_feature(enable = "avx2,f16c")]
-    fn eight_scales(scale: Scales<'_>, v: usize) -> __m256 {
-        // SAFETY: eight values or halves are as long as their vector, and any bits are one.
-        match scale {
-            Scales::F32(scale) => unsafe { transmute::<[f32; 8], __m256>(scale.as_chunks().0[v]) },
-            Scales::F16(scale) => {
-                _mm256_cvtph_ps(unsafe { transmute::<[f16; 8], __m128i>(scale.as_chunks().0[v]) })
-            }
-        }
-    }
-
-    /// Scales of the outputs of vector `v`.
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    fn sixteen_scales(scale: Scales<'_>, v: usize) -> __m512 {
-        // SAFETY: sixteen values or halves are as long as their vector, and any bits are one.
-        match scale {
-            Scales::F32(scale) => unsafe { transmute::<[f32; 16], __m512>(scale.as_chunks().0[v]) },
-            Scales::F16(scale) => {
-                _mm512_cvtph_ps(unsafe { transmute::<[f16; 16], __m256i>(scale.as_chunks().0[v]) })
-            }
-        }
-    }
-
-    /// Sums of codes up to 15 times inputs. Eight products of two pairs stay in 16 bits: 8 * 2 * 15 * 127 = 30480.
-    #[inline]
-    #[target_feature(enable = "avx2")]
-    fn nibbles(codes: &[__m256i; 8], quads: &[i32; 8]) -> __m256i {
-        let pairs = |k: usize| _mm256_maddubs_epi16(codes[k], _mm256_set1_epi32(quads[k]));
-        let add = |a, b| _mm256_add_epi16(a, b);
-        let left = add(add(pairs(0), pairs(1)), add(pairs(2), pairs(3)));
-        let right = add(add(pairs(4), pairs(5)), add(pairs(6), pairs(7)));
-        _mm256_madd_epi16(add(left, right), _mm256_set1_epi16(1))
-    }
-
-    /// Sums of codes up to 255 times inputs. Two such products would not fit in 16 bits: even and odd bytes are widened apart.
-    #[inline]
-    #[target_feature(enable = "avx2")]
-    fn bytes(codes: &[__m256i; 8], quads: &[i32; 8]) -> __m256i {
-        let even = _mm256_set1_epi16(0xff);
-        let mut sums = [_mm256_setzero_si256(); 2];
-        for (&codes, &quad) in codes.iter().zip(quads) {
-            let quad = _mm256_set1_epi32(quad);
-            let first = _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(quad));
-            let second = _mm256_srai_epi16::<8>(quad);
-            let products = _mm256_madd_epi16(_mm256_and_si256(codes, even), first);
-            sums[0] = _mm256_add_epi32(sums[0], products);
-            let products = _mm256_madd_epi16(_mm256_srli_epi16::<8>(codes), second);
-            sums[1] = _mm256_add_epi32(sums[1], products);
-        }
-        _mm256_add_epi32(sums[0], sums[1])
-    }
-
-    /// As [`bytes`], for digits up to 64: two products stay in 16 bits, 2 * 255 * 64 = 32640.
-    #[inline]
-    #[target_feature(enable = "avx2")]
-    fn bytes_by_small(codes: &[__m256i; 8], quads: &[i32; 8]) -> __m256i {
-        let mut sum = _mm256_setzero_si256();
-        for (&codes, &quad) in codes.iter().zip(quads) {
-            let pairs = _mm256_maddubs_epi16(codes, _mm256_set1_epi32(quad));
-            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-        }
-        sum
     }
 }
 
