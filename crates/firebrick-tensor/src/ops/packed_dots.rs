@@ -475,7 +475,7 @@ mod tests {
     #[test]
     fn every_level_of_instructions_gives_the_same_bits_and_the_reference() {
         for (bits, group, d_in, d_out) in SHAPES {
-            for (rows, shared) in [(1, true), (1, false), (3, true), (17, false)] {
+            for (rows, shared) in [(1, true), (1, false), (3, true), (17, false), (131, false)] {
                 let matrix = Matrix::new(bits, group, d_in, d_out, shared, None);
                 // Not aligned either.
                 let x = &Seed(4).normal("x", 1 + rows * d_in, 2.0)[1..];
