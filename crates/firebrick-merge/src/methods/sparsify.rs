@@ -135,8 +135,8 @@ impl Sparse {
     }
 }
 
-/// Drops what is before `low` or not before `high`. Equal magnitudes are told apart by their index: between the indexes of the two
-/// keys no element has to be looked at for its own.
+/// Drops what is before `low` or not before `high`. The index counts among equal magnitudes only: before it, behind it and between those
+/// of the two keys, comparing magnitudes is enough.
 #[inline(always)]
 fn keep_between(start: usize, delta: &mut [f32], low: Key, high: Key) {
     let end = start + delta.len();
