@@ -220,11 +220,12 @@ impl Step {
         };
         let (prior, base) = (Prediction::of(of(large)), of(base));
         let small = Prediction::of(base.clone());
+        let rounding = ROUNDING * base.iter().fold(0.0, |top, b| b.abs().max(top));
         let (mut deltas, mut targets) = (Vec::new(), Vec::new());
         for expert in experts {
             let mut delta: Vec<f64> = of(expert).iter().zip(&base).map(|(e, b)| e - b).collect();
             // What two ways to compute one model differ by is no tuning: however small, a weight would be matched to it.
-            if spread(&delta) <= ROUNDING * base.iter().fold(0.0, |top, b| b.abs().max(top)) {
+            if spread(&delta) <= rounding {
                 delta.fill(0.0);
             }
             targets.push(Tilt::of(&small.log_p, &small.centred(&delta), 1.0).divergences(1.0));

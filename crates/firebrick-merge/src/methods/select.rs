@@ -107,37 +107,36 @@ pub(crate) fn keys_at(
             }
         }
     }
-    // Magnitude of each rank, and its rank among equals.
-    let values: Vec<(u32, usize)> = found.iter().map(|s| (s.prefix, s.rest)).collect();
-    if values.iter().all(|(_, rest)| *rest == 0) {
-        return Ok(values.into_iter().map(|(bits, _)| Key { bits, index: 0 }).collect());
+    // All digits make the magnitude, and the rest is the rank among equals. The first of them has no element before it to look for.
+    if found.iter().all(|s| s.rest == 0) {
+        return Ok(found.iter().map(|s| Key { bits: s.prefix, index: 0 }).collect());
     }
     let equal = map(inputs, n, 1, |range, views| {
         let (mut keys, mut filled) = ([0; PIECE], None);
-        let of = |(search, (value, _)): (&Search, &(u32, usize))| {
+        let of = |search: &Search| {
             if filled != Some(search.channel) {
                 fill(search.channel, range, views, &mut keys);
                 filled = Some(search.channel);
             }
-            keys[..range.len()].iter().map(|k| u32::from(k == value)).sum::<u32>()
+            keys[..range.len()].iter().map(|k| u32::from(*k == search.prefix)).sum::<u32>()
         };
-        found.iter().zip(&values).map(of).collect::<Vec<u32>>()
+        found.iter().map(of).collect::<Vec<u32>>()
     })?;
-    let key = |(i, (value, rest)): (usize, &(u32, usize))| {
-        if *rest == 0 {
-            return Ok(Key { bits: *value, index: 0 });
+    let key = |(i, &Search { channel, prefix, rest, .. }): (usize, &Search)| {
+        if rest == 0 {
+            return Ok(Key { bits: prefix, index: 0 });
         }
-        let (piece, rest) = bucket(equal.iter().map(|counts| u64::from(counts[i])), *rest);
+        let (piece, rest) = bucket(equal.iter().map(|counts| u64::from(counts[i])), rest);
         let range = piece * PIECE..n.min((piece + 1) * PIECE);
         let index = with_piece(inputs, &range, &mut Vec::new(), |views| {
             let mut keys = [0; PIECE];
-            fill(found[i].channel, &range, views, &mut keys);
-            let equal = keys[..range.len()].iter().enumerate().filter(|(_, k)| *k == value);
+            fill(channel, &range, views, &mut keys);
+            let equal = keys[..range.len()].iter().enumerate().filter(|(_, k)| **k == prefix);
             range.start + equal.map(|(i, _)| i).nth(rest).unwrap_or(0)
         })?;
-        Ok(Key { bits: *value, index })
+        Ok(Key { bits: prefix, index })
     };
-    values.iter().enumerate().map(key).collect()
+    found.iter().enumerate().map(key).collect()
 }
 
 /// The bucket that holds the element of this rank, and its rank among those of the bucket.
