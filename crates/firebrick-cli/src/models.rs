@@ -138,7 +138,7 @@ impl Dtype {
             Dtype::Bf16 => Precision::Bf16,
         };
         if precision == Precision::Bf16 && (*device != Device::flex() || !precision.available()) {
-            terminal.say("no bf16 products here (they need a CPU with AMX or AVX512-BF16): computing in f32");
+            terminal.say("no bf16 products here (they need a CPU with AMX, or AMD's with AVX512-BF16): computing in f32");
         }
         precision
     }

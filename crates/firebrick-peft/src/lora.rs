@@ -10,6 +10,7 @@ use burn::tensor::{Device, Tensor, TensorData};
 use firebrick_core::{Base, Brick, Mode, ResolvedPlan, Run, Seed, Settings, Site, SiteSet, SiteTable};
 use firebrick_models::Decoder;
 use firebrick_moe::AdapterGates;
+use firebrick_tensor::ops::{Precision, linear, linear_add};
 use rand::Rng;
 use serde::{Deserialize, Serialize};
 
@@ -284,13 +285,19 @@ impl Brick for LoraBank {
             x
         };
         // Flattened, so that burn runs one product instead of one a batch row.
-        let flat = x.reshape([shape[0] * shape[1], shape[2]]);
+        let (rows, d_out) = (shape[0] * shape[1], y.dims()[2]);
+        let flat = x.reshape([rows, shape[2]]);
         // Scaled where it is narrowest.
-        let update = (flat.matmul(f.a.val()) * settings.scale()).matmul(f.b.val());
-        let update = update.reshape([shape[0], shape[1], y.dims()[2]]);
+        let narrow = linear(flat, f.a.val(), Precision::F32) * settings.scale();
         match (self.layout.slot, run.get::<AdapterGates>()) {
-            (Some(slot), Some(gates)) => y + update * gates.of(slot),
-            _ => y + update,
+            (Some(slot), Some(gates)) => {
+                let update = linear(narrow, f.b.val(), Precision::F32);
+                y + update.reshape([shape[0], shape[1], d_out]) * gates.of(slot)
+            }
+            _ => {
+                let sum = linear_add(y.reshape([rows, d_out]), narrow, f.b.val(), Precision::F32);
+                sum.reshape([shape[0], shape[1], d_out])
+            }
         }
     }
 }

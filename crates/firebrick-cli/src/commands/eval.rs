@@ -64,7 +64,7 @@ pub struct Eval {
     /// Compute with the Q4_0, Q4_1 and Q8_0 blocks of a GGUF file; the reference does not.
     #[arg(long, default_value = "off", value_name = "HOW")]
     packed: Packed,
-    /// Type that products take; bf16 is faster on CPUs with AMX or AVX512-BF16. The reference is computed in f32.
+    /// Type that products take; bf16 is faster on CPUs with AMX and AMD's with AVX512-BF16. The reference is computed in f32.
     #[arg(long, default_value = "f32", value_name = "TYPE")]
     dtype: Dtype,
 }

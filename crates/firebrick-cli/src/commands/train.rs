@@ -83,7 +83,7 @@ pub struct Train {
     /// Factor on the learning rate from each layer to the one before it.
     #[arg(long, value_name = "X")]
     layer_decay: Option<f64>,
-    /// Type that products take; bf16 is faster on CPUs with AMX or AVX512-BF16.
+    /// Type that products take; bf16 is faster on CPUs with AMX and AMD's with AVX512-BF16.
     #[arg(long, default_value = "f32", value_name = "TYPE")]
     dtype: Dtype,
     /// Compute each block again in the backward pass: less memory, more time.

@@ -6,7 +6,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use crate::outputs::exits;
-use crate::{files, json, text};
+use crate::{files, json, run, text};
 
 fn start(dir: &Path, arguments: &[&str]) -> Child {
     Command::new(env!("CARGO_BIN_EXE_firebrick"))
@@ -81,4 +81,55 @@ fn an_interrupted_generation_ends_with_130() {
     let (code, stderr) = interrupt(start(dir.path(), &arguments), first);
     assert_eq!(code, Some(130), "{stderr}");
     assert!(!stderr.contains("--resume"), "there is nothing to resume: {stderr}");
+}
+
+#[test]
+fn a_merge_of_stages_goes_on_from_those_that_are_there() {
+    let dir = tempfile::tempdir().unwrap();
+    json(dir.path(), &["convert", "embedded", "a"]);
+    let stages = |weight: f64| {
+        let stage = |name: &str, model: &str, weight: f64| {
+            let head = format!("name: {name}\nmerge_method: linear\n");
+            format!(
+                "{head}models: [{{model: {model}}}]\nparameters: {{weight: {weight}, normalize: false}}\n"
+            )
+        };
+        let all = [stage("first", "a", weight), stage("second", "first", 2.0), stage("last", "second", 2.0)];
+        std::fs::write(dir.path().join("m.yml"), all.join("---\n")).unwrap();
+    };
+    // A file in the place of the second stage's folder of unfinished parts.
+    let blocked = || {
+        let (results, bar) = (dir.path().join(".out.stages"), ".second.partial");
+        std::fs::create_dir_all(&results).unwrap();
+        std::fs::write(results.join(bar), "").unwrap();
+        exits(dir.path(), &["merge", "m.yml", "out", "--resume"], 1, bar);
+        std::fs::remove_file(results.join(bar)).unwrap();
+        results.join("first/model.safetensors")
+    };
+    let resumed = || {
+        let output =
+            run(dir.path(), &["merge", "m.yml", "out", "--resume", "--overwrite", "--device", "flex"]);
+        let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{stderr}");
+        assert!(!dir.path().join(".out.stages").exists(), "nothing of the stages stays");
+        (stderr, std::fs::read(dir.path().join("out/model.safetensors")).unwrap())
+    };
+    stages(0.5);
+    let expected = resumed().1;
+    std::fs::remove_dir_all(dir.path().join("out")).unwrap();
+    assert!(blocked().exists());
+    let (stderr, bytes) = resumed();
+    assert!(stderr.contains("`first` is there") && !stderr.contains("`second` is there"), "{stderr}");
+    assert!(bytes == expected);
+
+    // With other settings, or another input, it is done again.
+    std::fs::remove_dir_all(dir.path().join("out")).unwrap();
+    assert!(blocked().exists());
+    stages(0.25);
+    let (stderr, bytes) = resumed();
+    assert!(!stderr.contains("is there") && bytes != expected, "{stderr}");
+    std::fs::remove_dir_all(dir.path().join("out")).unwrap();
+    assert!(blocked().exists());
+    json(dir.path(), &["convert", "embedded", "a", "--overwrite"]);
+    assert!(!resumed().0.contains("is there"), "another file with the same bytes");
 }

@@ -1,6 +1,7 @@
 //! What merges of specialists of the embedded model and of SmolLM2 in five domains are worth. `docs/methods.md` has the figures; the
 //! tables also go to `quality-MODEL.json` in cargo's folder for temporary files of tests.
 
+use std::cell::RefCell;
 use std::fmt::Write as _;
 use std::path::Path;
 
@@ -255,17 +256,28 @@ fn merges(family: &Family<'_>, whole: bool) -> Vec<Row> {
 fn beside(family: &Family<'_>) -> Vec<Row> {
     let device = Device::flex();
     let config = family.base.config();
-    let base = Weights::of(family.base).unwrap();
-    let experts: Vec<Weights> = family.experts.iter().map(|e| Weights::of(e).unwrap()).collect();
-    let tasks: Vec<Weights> = experts.iter().map(|e| Weights::between(&base, e).unwrap()).collect();
+    // As few at a time as can be: those of SmolLM2 are 1.1 GB each.
+    let weights = |decoder: &Decoder| Weights::of(decoder).unwrap();
+    let base = weights(family.base);
+    let tasks: Vec<Weights> =
+        family.experts.iter().map(|e| Weights::between(&base, &weights(e)).unwrap()).collect();
 
     let unified = emr(&tasks).unwrap();
     let of = |k| base.plus(&unified.task(k).unwrap(), 1.0).unwrap().decoder(config.clone(), &device).unwrap();
-    let mut rows =
-        vec![family.each("EMR-Merging, told the domain", &(0..DOMAINS).map(of).collect::<Vec<_>>())];
+    let told = RefCell::new((0, of(0)));
+    let mut rows = vec![family.row("EMR-Merging, told the domain", &|k, ids| {
+        if told.borrow().0 != k {
+            told.replace((k, of(k)));
+        }
+        plain(&told.borrow().1)(ids)
+    })];
+    drop((told, unified));
 
     let shared = tasks.iter().fold(base.clone(), |sum, t| sum.plus(t, 0.3).unwrap());
+    drop((base, tasks));
+    let experts: Vec<Weights> = family.experts.iter().map(weights).collect();
     let twin = Twin::new(shared, &experts, |_, m| m.rows().min(m.cols()) / 10).unwrap();
+    drop(experts);
     let decoder = twin.shared.decoder(config.clone(), &device).unwrap();
     let bank = twin.bank(config, &device);
     let bricks: [&dyn Brick; 1] = [&bank];

@@ -81,7 +81,11 @@ pub enum Format {
 /// The bytes of one file.
 #[derive(Debug)]
 enum Contents {
-    Mapped(Mmap),
+    Mapped {
+        map: Mmap,
+        /// See [`Checkpoint::file_identity`].
+        identity: String,
+    },
     Static(&'static [u8]),
     Owned(Vec<u8>),
 }
@@ -91,7 +95,7 @@ impl std::ops::Deref for Contents {
 
     fn deref(&self) -> &[u8] {
         match self {
-            Contents::Mapped(map) => map,
+            Contents::Mapped { map, .. } => map,
             Contents::Static(bytes) => bytes,
             Contents::Owned(bytes) => bytes,
         }
@@ -132,7 +136,7 @@ impl Checkpoint {
         if metadata.is_dir() {
             return sharded::open(path);
         }
-        Self::read(path, Contents::Mapped(map(path)?))
+        Self::read(path, map(path)?)
     }
 
     /// Reads a `.safetensors` or `.gguf` file that is part of the program; `path` only names it in errors and reports.
@@ -281,12 +285,24 @@ impl Checkpoint {
         &self.maps[file]
     }
 
+    /// What changes when [`files`](Checkpoint::files)`[file]` changes: size, times and number of the file as it was opened; of what lies in
+    /// memory a hash.
+    ///
+    /// # Panics
+    /// When there is no such file.
+    pub(crate) fn file_identity(&self, file: usize) -> String {
+        match &self.maps[file] {
+            Contents::Mapped { identity, .. } => identity.clone(),
+            bytes => blake3::hash(bytes).to_hex().to_string(),
+        }
+    }
+
     /// Tells the system that the bytes `range` of [`files`](Checkpoint::files)`[file]` are not needed for now, so that
     /// they stop counting as memory of this process. Reading them again maps them again. Does nothing where there is
     /// no such call or no such range.
     pub(crate) fn release(&self, file: usize, range: Range<usize>) {
         #[cfg(unix)]
-        if let Some(Contents::Mapped(map)) = self.maps.get(file)
+        if let Some(Contents::Mapped { map, .. }) = self.maps.get(file)
             && range.start < range.end
             && range.end <= map.len()
         {
@@ -313,7 +329,7 @@ fn read_file(path: &Path, bytes: &[u8], file: usize) -> Result<(Metadata, Vec<Te
 }
 
 // Maps a regular file; anything else (a pipe, a device) could block or change under the map.
-fn map(path: &Path) -> Result<Mmap> {
+fn map(path: &Path) -> Result<Contents> {
     let fail = |e| CheckpointError::io(path, e);
     if !std::fs::metadata(path).map_err(fail)?.is_file() {
         let what = "neither a file nor a folder".to_owned();
@@ -323,7 +339,22 @@ fn map(path: &Path) -> Result<Mmap> {
     // SAFETY: the map is read-only, handed out only as bytes, and every bit pattern is a valid byte. Another process
     // that truncates the file in place can still end this one with SIGBUS, as for every mapped file; our own writers
     // replace files by renaming and leave mapped ones alone.
-    unsafe { Mmap::map(&file) }.map_err(fail)
+    let map = unsafe { Mmap::map(&file) }.map_err(fail)?;
+    Ok(Contents::Mapped { map, identity: identity(&file.metadata().map_err(fail)?) })
+}
+
+fn identity(file: &std::fs::Metadata) -> String {
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::MetadataExt;
+        // The time of the last change of the inode can't be set, so that a file in its place is told apart whatever its own time says.
+        let times = [(file.mtime(), file.mtime_nsec()), (file.ctime(), file.ctime_nsec())];
+        format!("{} {} {times:?}", file.len(), file.ino())
+    }
+    #[cfg(not(unix))]
+    {
+        format!("{} {:?} {:?}", file.len(), file.created().ok(), file.modified().ok())
+    }
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! A folder of shards, safetensors or PyTorch's, with the index Hugging Face writes beside them.
 
 use super::error::{CheckpointError, Result};
-use super::{Checkpoint, Contents, Format, Metadata, pytorch};
+use super::{Checkpoint, Format, Metadata, pytorch};
 use firebrick_core::read_file;
 use indexmap::IndexMap;
 use std::collections::{BTreeSet, HashMap, HashSet};
@@ -80,7 +80,7 @@ pub(super) fn open(folder: &Path) -> Result<Checkpoint> {
                 if checkpoint.metadata.is_empty() {
                     checkpoint.metadata = metadata;
                 }
-                checkpoint.maps.push(Contents::Mapped(map));
+                checkpoint.maps.push(map);
                 checkpoint.tensors.extend(tensors);
             }
             Err(error) => {

@@ -67,15 +67,21 @@ pub(super) fn parts<T: Send>(data: &mut [T], size: usize, f: impl Fn(usize, &mut
     outcome.unwrap_or_else(|panic| resume_unwind(panic));
 }
 
-struct Start<T>(*mut T);
+/// Where elements begin that tasks share out among themselves.
+pub(super) struct Start<T>(pub(super) *mut T);
 
-// SAFETY: only `parts` reads it, and gives each element to one thread.
+// SAFETY: who reads or writes through it gives each element that changes to one thread.
 unsafe impl<T: Send> Sync for Start<T> {}
 
 impl<T> Start<T> {
     /// Where element `i` is, one of those there are.
-    fn at(&self, i: usize) -> *mut T {
+    pub(super) fn at(&self, i: usize) -> *mut T {
         self.0.wrapping_add(i)
+    }
+
+    /// What is `by` elements on, which may be before it.
+    pub(super) fn offset(&self, by: isize) -> *mut T {
+        self.0.wrapping_offset(by)
     }
 }
 

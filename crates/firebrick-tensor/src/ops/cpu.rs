@@ -146,7 +146,15 @@ pub(super) fn max(x: &[f32]) -> f32 {
     for (lane, &v) in lanes.iter_mut().zip(tail) {
         *lane = larger(*lane, v);
     }
-    lanes.into_iter().fold(f32::NEG_INFINITY, larger)
+    // By halves, which are vectors: one after the other they would wait for each other.
+    let mut width = LANES / 2;
+    while width > 0 {
+        for lane in 0..width {
+            lanes[lane] = larger(lanes[lane], lanes[lane + width]);
+        }
+        width /= 2;
+    }
+    lanes[0]
 }
 
 #[inline(always)]
@@ -269,20 +277,6 @@ pub(super) fn gemm(dst: &mut [f32], add: bool, lhs: MatRef<'_, f32>, rhs: MatRef
     let accum = if add { Accum::Add } else { Accum::Replace };
     let dst = MatMut::from_row_major_slice_mut(dst, lhs.nrows(), rhs.ncols());
     matmul(dst, accum, lhs, rhs, alpha, Par::Seq);
-}
-
-/// [`gemm`] over blocks of `rows` rows of `dst`, in parallel.
-pub(super) fn gemm_blocks(
-    dst: &mut [f32],
-    add: bool,
-    lhs: MatRef<'_, f32>,
-    rhs: MatRef<'_, f32>,
-    rows: usize,
-) {
-    blocks(dst, rhs.ncols(), rows, |first, dst| {
-        let count = dst.len() / rhs.ncols();
-        gemm(dst, add, lhs.subrows(first, count), rhs, 1.0);
-    });
 }
 
 #[cfg(test)]

@@ -3,6 +3,8 @@
 //! Products use the kernels of [`linear`](super::linear()) and [`packed_matmul`](super::packed_matmul), all that read the same input in
 //! one parallel region. Attention goes over parts of the past, whose softmaxes are put together (Dao et al. 2023, Flash-Decoding).
 
+use std::sync::Arc;
+
 use burn::module::Module;
 use burn::tensor::Tensor;
 use burn_backend::{Shape, TensorMetadata};
@@ -229,8 +231,8 @@ impl Matrix {
         }
     }
 
-    /// Its product with `x`, to be computed part by part.
-    fn product<'a>(&'a self, x: &'a [f32]) -> Product<'a> {
+    /// Its product with `x`, to be computed part by part; takes `x` from one of the `others` if it reads the same.
+    fn product<'a>(&'a self, x: &'a [f32], others: &[Product<'a>]) -> Product<'a> {
         let (d_in, product) = match self {
             Matrix::Dense(weight) => {
                 let [d_in, d_out] = [weight.shape()[0], weight.shape()[1]];
@@ -239,7 +241,12 @@ impl Matrix {
             }
             Matrix::Packed { words, scale, zero, layout, inputs } => {
                 let weight = Weight::new(words, scale, zero, *layout);
-                (layout.d_in, Product::Packed { rows: Rows::new(x, *layout, *inputs), weight })
+                let alike = others.iter().find_map(|other| match other {
+                    Product::Packed { rows, .. } if rows.fit(*layout, *inputs) => Some(rows.clone()),
+                    _ => None,
+                });
+                let rows = alike.unwrap_or_else(|| Arc::new(Rows::new(x, *layout, *inputs)));
+                (layout.d_in, Product::Packed { rows, weight })
             }
         };
         assert_eq!(x.len(), d_in, "decode_block: input of a linear layer");
@@ -250,7 +257,7 @@ impl Matrix {
 /// A product of one row.
 enum Product<'a> {
     Dense { x: &'a [f32], weights: &'a [f32] },
-    Packed { rows: Rows<'a>, weight: Weight<'a> },
+    Packed { rows: Arc<Rows<'a>>, weight: Weight<'a> },
 }
 
 impl Product<'_> {
@@ -354,11 +361,14 @@ impl<'a> Block<'a> {
 
     /// What linear layers make of the same input, all in one parallel region.
     fn products<const N: usize>(&self, x: &[f32], linears: &[Linear; N]) -> [Vec<f32>; N] {
-        let products: [Product<'_>; N] = std::array::from_fn(|i| linears[i].matrix.product(x));
-        let outputs: [(usize, usize); N] = std::array::from_fn(|i| products[i].outputs());
-        let mut outs = outputs.map(|(d_out, _)| vec![0.0; d_out]);
+        let mut products = Vec::with_capacity(N);
+        for linear in linears {
+            products.push(linear.matrix.product(x, &products));
+        }
+        let mut outs: [Vec<f32>; N] = std::array::from_fn(|i| vec![0.0; products[i].outputs().0]);
         let mut tasks = Vec::new();
-        for ((product, (_, size)), out) in products.iter().zip(outputs).zip(&mut outs) {
+        for (product, out) in products.iter().zip(&mut outs) {
+            let (_, size) = product.outputs();
             tasks.extend(out.chunks_mut(size).enumerate().map(|(part, out)| (product, part * size, out)));
         }
         awake::parts(&mut tasks, 1, |_, task| {

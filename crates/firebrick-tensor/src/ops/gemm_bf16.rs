@@ -58,6 +58,18 @@ impl Level {
         static BEST: std::sync::OnceLock<Level> = std::sync::OnceLock::new();
         *BEST.get_or_init(|| Self::all().pop().unwrap_or(Level::Portable))
     }
+
+    /// Whether it is faster than products in f32. A processor of Intel's multiplies as many pairs of bf16 numbers in 512 bits a cycle as f32
+    /// numbers (0.45 of the rate measured, packing included), one of AMD's twice as many.
+    pub fn pays(self) -> bool {
+        match self {
+            Level::Portable => false,
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512Bf16 => std::arch::x86_64::__cpuid(0).ecx == u32::from_le_bytes(*b"cAMD"),
+            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            Level::Amx => true,
+        }
+    }
 }
 
 /// An operand as lines of `depth` numbers: rows of the left one, columns of the right one.

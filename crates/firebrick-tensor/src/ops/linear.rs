@@ -4,8 +4,8 @@
 //! threads. burn's own layer keeps the leading dimensions of such an input, and reshapes the weight for it, which copies
 //! a transposed one whole.
 
-use burn::backend::backend_extension;
-use burn::tensor::{Tensor, module};
+use burn::backend::{Dispatch, backend_extension};
+use burn::tensor::Tensor;
 use burn_autodiff::{
     Autodiff,
     checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
@@ -19,7 +19,7 @@ use burn_flex::{Flex, FlexTensor};
 use pulp::{Arch, Simd, WithSimd};
 
 use super::cpu;
-use super::matmul_bf16::{MatmulBf16Ops, Precision};
+use super::matmul::{MatmulOps, Precision};
 
 /// Rows from which a matrix product that packs its operands is faster.
 pub(super) const FEW_ROWS: usize = 8;
@@ -43,15 +43,30 @@ pub fn linear<const D: usize>(x: Tensor<D>, weight: Tensor<2>, precision: Precis
     let x = x.reshape([rows, d_in]);
     let y = if rows < FEW_ROWS {
         let (x, weight) = (x.into_dispatch(), weight.into_dispatch());
-        Tensor::<2>::from_dispatch(<burn::backend::Dispatch as LinearOps>::few_rows_matmul(x, weight))
-    } else if precision.is_bf16(rows) {
-        let (x, weight) = (x.into_dispatch(), weight.into_dispatch());
-        Tensor::<2>::from_dispatch(<burn::backend::Dispatch as MatmulBf16Ops>::matmul_bf16(x, weight))
+        Tensor::<2>::from_dispatch(<Dispatch as LinearOps>::few_rows_matmul(x, weight))
     } else {
-        module::linear(x, weight, None)
+        let (x, weight) = (x.into_dispatch(), weight.into_dispatch());
+        Tensor::<2>::from_dispatch(<Dispatch as MatmulOps>::matmul(x, weight, precision))
     };
     shape[D - 1] = d_out;
     y.reshape(shape)
+}
+
+/// `y + x weight`, in place where `y` is held once.
+///
+/// - y: `[rows, d_out]`
+/// - x: `[rows, d_in]`
+/// - weight: `[d_in, d_out]`
+/// - result: `[rows, d_out]`
+///
+/// # Panics
+/// If a shape disagrees.
+pub fn linear_add(y: Tensor<2>, x: Tensor<2>, weight: Tensor<2>, precision: Precision) -> Tensor<2> {
+    let ([rows, d_in], [inputs, d_out]) = (x.dims(), weight.dims());
+    assert_eq!(d_in, inputs, "linear_add: columns of x against rows of weight");
+    assert_eq!(y.dims(), [rows, d_out], "linear_add: shape of y");
+    let [y, x, weight] = [y, x, weight].map(Tensor::into_dispatch);
+    Tensor::from_dispatch(<Dispatch as MatmulOps>::matmul_add(y, x, weight, precision))
 }
 
 /// Products of few rows on a backend's own tensors.

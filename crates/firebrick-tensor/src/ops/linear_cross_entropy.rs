@@ -20,8 +20,7 @@ use burn_cubecl::CubeBackend;
 use burn_flex::Flex;
 
 use super::cross_entropy::CrossEntropyOps;
-use super::matmul_add::MatmulAddOps;
-use super::matmul_bf16::{MatmulBf16Ops, Precision};
+use super::matmul::{MatmulOps, Precision};
 
 /// Logits held at a time.
 const CHUNK: usize = 1 << 22;
@@ -58,7 +57,7 @@ pub fn linear_cross_entropy(
 
 /// Cross-entropy of a linear head on a backend's own tensors.
 #[backend_extension(Flex, Cube: cfg(feature = "cubecl-backend"), Autodiff, Fusion: cfg(feature = "cubecl-backend"))]
-pub trait LinearCrossEntropyOps: Backend + CrossEntropyOps + MatmulAddOps + MatmulBf16Ops {
+pub trait LinearCrossEntropyOps: Backend + CrossEntropyOps + MatmulOps {
     /// Loss of each row, see [`linear_cross_entropy`].
     #[fusion(default)]
     fn linear_cross_entropy(
@@ -100,7 +99,7 @@ fn forward<B: LinearCrossEntropyOps>(
 ) -> (FloatTensor<B>, FloatTensor<B>) {
     let (mut loss, mut log_sum) = (Vec::new(), Vec::new());
     for chunk in chunks(hidden.shape()[0], weight.shape()[1], precision) {
-        let logits = precision.matmul::<B>(rows::<B>(hidden, &chunk), weight.clone());
+        let logits = B::matmul(rows::<B>(hidden, &chunk), weight.clone(), precision);
         let targets = B::int_slice(targets.clone(), &[Slice::from(chunk)]);
         let (l, s) = B::cross_entropy(logits, targets);
         loss.push(l);
@@ -134,7 +133,7 @@ fn backward<B: LinearCrossEntropyOps>(
 
 /// Gradients for the hidden states and the weight of a linear head, each only if asked for; `dlogits` makes that of the
 /// logits of a chunk of rows from the rows and the logits.
-pub(super) fn head_backward<B: MatmulAddOps + MatmulBf16Ops>(
+pub(super) fn head_backward<B: MatmulOps>(
     hidden: &FloatTensor<B>,
     weight: &FloatTensor<B>,
     wants: [bool; 2],
@@ -146,14 +145,11 @@ pub(super) fn head_backward<B: MatmulAddOps + MatmulBf16Ops>(
         wants[1].then(|| B::float_zeros(weight.shape(), &weight.device(), weight.dtype().into()));
     for chunk in chunks(hidden.shape()[0], weight.shape()[1], precision) {
         let h = rows::<B>(hidden, &chunk);
-        let dlogits = dlogits(&chunk, precision.matmul::<B>(h.clone(), weight.clone()));
+        let dlogits = dlogits(&chunk, B::matmul(h.clone(), weight.clone(), precision));
         if wants[0] {
-            dhidden.push(precision.matmul::<B>(dlogits.clone(), B::float_swap_dims(weight.clone(), 0, 1)));
+            dhidden.push(B::matmul(dlogits.clone(), B::float_swap_dims(weight.clone(), 0, 1), precision));
         }
-        dweight = dweight.map(|sum| match precision.is_bf16(chunk.len()) {
-            true => B::matmul_bf16_add(sum, B::float_swap_dims(h, 0, 1), dlogits),
-            false => B::transposed_matmul_add(sum, h, dlogits),
-        });
+        dweight = dweight.map(|sum| B::matmul_add(sum, B::float_swap_dims(h, 0, 1), dlogits, precision));
     }
     [wants[0].then(|| B::float_cat(dhidden, 0)), dweight]
 }

@@ -17,8 +17,7 @@ use pulp::{Arch, Simd, WithSimd};
 use super::cpu;
 use super::cross_entropy::{column, flat, log_sum_exp, log_sum_exp_of};
 use super::linear_cross_entropy::{chunks, head_backward, rows};
-use super::matmul_add::MatmulAddOps;
-use super::matmul_bf16::{MatmulBf16Ops, Precision};
+use super::matmul::{MatmulOps, Precision};
 
 /// Direction of a Kullback-Leibler divergence.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -91,7 +90,7 @@ pub fn kl(student: Tensor<2>, teacher: Tensor<2>, temperature: f64, divergence: 
 
 /// Divergence of linear heads on a backend's own tensors.
 #[backend_extension(Flex, Cube: cfg(feature = "cubecl-backend"), Autodiff, Fusion: cfg(feature = "cubecl-backend"))]
-pub trait LinearKlOps: Backend + MatmulAddOps + MatmulBf16Ops {
+pub trait LinearKlOps: Backend + MatmulOps {
     /// Divergence of each row `[n]` from logits `[n, vocab]`.
     // As one op, not op by op: burn-cubecl-fusion 0.22.1 fuses long rows into wrong sums.
     #[fusion(dtype = student, shape = Shape::new([student[0]]))]

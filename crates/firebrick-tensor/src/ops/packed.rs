@@ -145,7 +145,7 @@ pub fn packed_matmul(x: Tensor<2>, weight: &PackedMatrix, inputs: PackedInputs) 
 }
 
 /// How codes lie in their words.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PackedLayout {
     pub(super) bits: usize,
     pub(super) group: usize,
@@ -300,6 +300,9 @@ impl PackedOps for Flex {
 /// Rows of inputs as a kernel takes them.
 pub(super) struct Rows<'a> {
     rows: usize,
+    /// What they are for.
+    layout: PackedLayout,
+    asked: PackedInputs,
     inputs: Inputs<'a>,
 }
 
@@ -314,13 +317,18 @@ enum Inputs<'a> {
 
 impl<'a> Rows<'a> {
     /// Of `x`, `[rows, d_in]`; inputs that a layout has no integers for stay what they are.
-    pub fn new(x: &'a [f32], layout: PackedLayout, inputs: PackedInputs) -> Self {
-        let inputs = match (packed_dots::applies(layout), inputs) {
+    pub fn new(x: &'a [f32], layout: PackedLayout, asked: PackedInputs) -> Self {
+        let inputs = match (packed_dots::applies(layout), asked) {
             (true, PackedInputs::EightBits) => Inputs::Rounded(packed_dots::blocks(x, layout)),
             (true, PackedInputs::Exact) => Inputs::Digits(packed_dots::blocks(x, layout)),
             (false, _) => Inputs::Plain(x),
         };
-        Self { rows: x.len() / layout.d_in, inputs }
+        Self { rows: x.len() / layout.d_in, layout, asked, inputs }
+    }
+
+    /// Whether they are what a matrix of `layout` takes.
+    pub fn fit(&self, layout: PackedLayout, inputs: PackedInputs) -> bool {
+        (self.layout, self.asked) == (layout, inputs)
     }
 
     /// Adds outputs `first..` to `out`, `[rows, columns]`.

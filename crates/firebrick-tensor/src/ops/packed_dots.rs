@@ -13,7 +13,6 @@ mod x86;
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
-use super::cpu;
 use super::packed::{COLUMNS, PackedLayout, Scales, Weight};
 
 /// Inputs that share a scale.
@@ -78,6 +77,7 @@ impl Level {
 }
 
 /// Inputs of a row as `D` digits each, [`STEP`] of them.
+#[derive(Clone)]
 pub(super) struct Block<const D: usize> {
     /// Of each digit, four inputs a number, in the order in which words hold their codes.
     quads: [[i32; 8]; D],
@@ -87,25 +87,28 @@ pub(super) struct Block<const D: usize> {
     sum: f32,
 }
 
-/// A row of inputs, to be taken apart.
-struct Row<'a, const D: usize> {
+/// Rows of inputs, to be taken apart.
+struct Split<'a, const D: usize> {
     x: &'a [f32],
-    bits: usize,
+    layout: PackedLayout,
+    blocks: &'a mut [Block<D>],
 }
 
-impl<const D: usize> WithSimd for Row<'_, D> {
-    type Output = Vec<Block<D>>;
+impl<const D: usize> WithSimd for Split<'_, D> {
+    type Output = ();
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, _: S) -> Vec<Block<D>> {
+    fn with_simd<S: Simd>(self, _: S) {
+        let PackedLayout { bits, d_in, .. } = self.layout;
+        let rows = self.x.chunks_exact(d_in).zip(self.blocks.chunks_exact_mut(steps(self.layout)));
         // Loops, as closures would be compiled without the instructions of `S`.
-        let mut blocks = Vec::with_capacity(self.x.len().div_ceil(STEP));
-        for block in self.x.chunks(STEP) {
-            let mut values = [0.0; STEP];
-            values[..block.len()].copy_from_slice(block);
-            blocks.push(Block::new(values, self.bits));
+        for (x, blocks) in rows {
+            for (x, block) in x.chunks(STEP).zip(blocks) {
+                let mut values = [0.0; STEP];
+                values[..x.len()].copy_from_slice(x);
+                *block = Block::new(values, bits);
+            }
         }
-        blocks
     }
 }
 
@@ -115,11 +118,12 @@ impl<const D: usize> Block<D> {
     fn new(mut rest: [f32; STEP], bits: usize) -> Self {
         // Adding 1.5 * 2^23 rounds to the nearest integer, ties to even, and leaves it in the low bits.
         const ROUND: f32 = 12_582_912.0;
-        let mut sizes = rest;
-        for size in &mut sizes {
-            *size = size.abs();
+        // Sizes are ordered as their bits are, what is not finite last; integers need no care for it.
+        let mut largest = 0;
+        for v in &rest {
+            largest = largest.max(v.abs().to_bits());
         }
-        let scale = cpu::max(&sizes) / LARGEST;
+        let scale = f32::from_bits(largest) / LARGEST;
         // What is not finite stays so.
         let scale = if scale < LEAST { LEAST } else { scale };
         let scale = if D > 1 && scale < f32::INFINITY { power_of_two_from(scale) } else { scale };
@@ -143,11 +147,19 @@ impl<const D: usize> Block<D> {
 
 /// The blocks of all rows of `x`, `[rows, d_in]`, one row after the other.
 pub(super) fn blocks<const D: usize>(x: &[f32], layout: PackedLayout) -> Vec<Block<D>> {
-    let row = |x| Arch::new().dispatch(Row { x, bits: layout.bits });
-    match x.len() / layout.d_in {
-        1 => row(x),
-        _ => x.par_chunks_exact(layout.d_in).flat_map_iter(row).collect(),
+    /// Rows of a task.
+    const ROWS: usize = 16;
+    let rows = x.len() / layout.d_in;
+    let mut blocks = vec![Block { quads: [[0; 8]; D], scale: 0.0, sum: 0.0 }; rows * steps(layout)];
+    let split = |x, blocks| Arch::new().dispatch(Split { x, layout, blocks });
+    match rows {
+        0..=ROWS => split(x, &mut blocks),
+        _ => x
+            .par_chunks(ROWS * layout.d_in)
+            .zip(blocks.par_chunks_mut(ROWS * steps(layout)))
+            .for_each(|(x, blocks)| split(x, blocks)),
     }
+    blocks
 }
 
 /// The least power of two that is `x` or more, for a positive `x` in the normal range.
@@ -254,7 +266,7 @@ impl<const D: usize> Task<'_, D> {
                 let out = &mut out[row * self.stride..];
                 match level {
                     Level::Portable => pass.portable(0, out),
-                    // SAFETY: `Level::all` makes this level only where the processor has AVX2 and F16C.
+                    // SAFETY: `Level::all` makes this level only where the processor has AVX2, FMA and F16C.
                     #[cfg(target_arch = "x86_64")]
                     Level::Avx2 => unsafe { pass.avx2(out) },
                     // SAFETY: as above.
@@ -352,7 +364,8 @@ impl<const D: usize> Pass<'_, D> {
                 }
                 for (lane, &dots) in dots[..lanes].iter().enumerate() {
                     let j = first + lane;
-                    out[j] += weight_scale[j] * scale * (combined(dots) - self.zero[j] * sum);
+                    let dots = (-self.zero[j]).mul_add(*sum, combined(dots));
+                    out[j] = (weight_scale[j] * scale).mul_add(dots, out[j]);
                 }
             }
         }

@@ -4,7 +4,7 @@ use burn::tensor::{Int, Tensor};
 
 use super::cross_entropy::cross_entropy;
 use super::linear_cross_entropy::linear_cross_entropy;
-use super::matmul_bf16::Precision;
+use super::matmul::Precision;
 
 /// `KL(target || softmax(hidden weight))` of each row, in nats, where a target puts `probabilities` on `ids` and nothing on all
 /// other tokens; neither the targets nor the logits of all rows are ever held as `[n, vocab]`.

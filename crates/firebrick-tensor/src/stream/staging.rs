@@ -1,8 +1,8 @@
 //! The folder beside the target where parts are collected, and the journal of those that are finished.
 //!
-//! `.NAME.partial/journal.jsonl` holds one line with the key of the run (a hash of everything but the contents of the
-//! sources) and one line for each finished part with the hashes of its inputs and bytes. `.NAME.partial/out/` holds
-//! the files at their full size. A line is written after its bytes; both hashes are checked before a part is kept.
+//! `.NAME.partial/journal.jsonl` holds one line with the key of the run (a hash of everything that decides its bytes) and
+//! one line for each finished part with the hash of its bytes. `.NAME.partial/out/` holds the files at their full size.
+//! A line is written after its bytes; the hash is checked before a part is kept.
 
 use super::plan::Part;
 use super::positioned::{read_at, write_at};
@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 const JOURNAL: &str = "journal.jsonl";
-const JOURNAL_VERSION: u32 = 2;
+const JOURNAL_VERSION: u32 = 3;
 // Far above one line per part of the largest model.
 const MAX_JOURNAL: u64 = 1 << 30;
 
@@ -42,16 +42,14 @@ pub(super) struct Claim {
     file: usize,
     offset: u64,
     bytes: u64,
-    /// Hash of the bytes it was computed from.
-    pub(super) inputs: String,
     /// Hash of its own bytes.
     pub(super) output: String,
 }
 
 impl Claim {
-    pub(super) fn new(name: &str, part: &Part, inputs: String, output: String) -> Self {
+    pub(super) fn new(name: &str, part: &Part, output: String) -> Self {
         let Part { file, offset, bytes, .. } = *part;
-        Claim { name: name.to_owned(), file, offset, bytes, inputs, output }
+        Claim { name: name.to_owned(), file, offset, bytes, output }
     }
 }
 

@@ -7,13 +7,14 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use clap::Args;
 use firebrick_analysis::{Bars, Heatmap, Report, Row, Section, Table};
+use firebrick_core::{Event, Progress};
 use firebrick_merge::{Drift, MergeAnalysis, Stages, TaskVectors};
 use firebrick_tensor::stream::Executor;
 
 use self::search::Search;
 use crate::args::{Global, Usage};
 use crate::models;
-use crate::ui::Terminal;
+use crate::ui::{self, Terminal};
 
 #[derive(Args)]
 pub struct Merge {
@@ -101,8 +102,15 @@ impl Merge {
             let executor = Executor { overwrite: true, ..models::executor(global, terminal) };
             for (stage, config) in stages.configs()[..last].iter().enumerate() {
                 let merge = stages.merge(stage, &self.config, &results)?;
-                let target = merge.target(&results.join(config.name.as_deref().unwrap_or_default()))?;
+                let name = config.name.as_deref().unwrap_or_default();
+                let target = merge.target(&results.join(name))?;
+                let (key, noted) = (executor.key(&merge, &target)?, results.join(format!("{stage}.key")));
+                if target.path().exists() && std::fs::read_to_string(&noted).is_ok_and(|old| old == key) {
+                    terminal.on(Event::Note(&format!("`{name}` is there from an interrupted run")));
+                    continue;
+                }
                 executor.run(&merge, &target)?;
+                std::fs::write(&noted, key)?;
             }
         }
         let merge = stages.merge(last, &self.config, &results)?;
@@ -114,7 +122,7 @@ impl Merge {
             }
             _ => write(&merge, output, global, terminal),
         };
-        if last > 0 {
+        if last > 0 && !ui::interrupted() {
             models::discard(&results)?;
         }
         written

@@ -26,7 +26,7 @@ impl<const D: usize> Pass<'_, D> {
         prefetch(self.ahead.wrapping_add(first), self.word_stride, if self.nibbles { 4 } else { 8 });
     }
 
-    #[target_feature(enable = "avx2,f16c")]
+    #[target_feature(enable = "avx2,f16c,fma")]
     pub(super) fn avx2(&self, out: &mut [f32]) {
         match self.nibbles {
             true => self.avx2_of::<true>(out),
@@ -34,7 +34,7 @@ impl<const D: usize> Pass<'_, D> {
         }
     }
 
-    #[target_feature(enable = "avx2,f16c")]
+    #[target_feature(enable = "avx2,f16c,fma")]
     fn avx2_of<const NIBBLES: bool>(&self, out: &mut [f32]) {
         const WIDTH: usize = 8;
         let vectors = self.columns / WIDTH;
@@ -70,14 +70,12 @@ impl<const D: usize> Pass<'_, D> {
                         (false, _) => bytes_by_small(&codes, quads),
                     };
                 }
-                let sums = _mm256_mul_ps(zero, _mm256_set1_ps(input.sum));
-                let dots = _mm256_sub_ps(eight_combined(dots), sums);
+                let dots = _mm256_fnmadd_ps(zero, _mm256_set1_ps(input.sum), eight_combined(dots));
                 let scale = _mm256_mul_ps(scale, _mm256_set1_ps(input.scale));
                 let out = out[place..].first_chunk_mut::<WIDTH>().expect("a vector of each row");
                 // SAFETY: eight values are as long as the vector, on the way there and back.
                 unsafe {
-                    let total =
-                        _mm256_add_ps(transmute::<[f32; 8], __m256>(*out), _mm256_mul_ps(scale, dots));
+                    let total = _mm256_fmadd_ps(scale, dots, transmute::<[f32; 8], __m256>(*out));
                     *out = transmute::<__m256, [f32; 8]>(total);
                 }
             }
@@ -147,10 +145,9 @@ impl Sixteen {
                 dots[k % 2][digit] = _mm512_dpbusd_epi32(dots[k % 2][digit], self.codes[k], quad);
             }
         }
-        let dots = sixteen_combined(dots);
-        let dots = _mm512_sub_ps(dots, _mm512_mul_ps(self.zero, _mm512_set1_ps(input.sum)));
+        let dots = _mm512_fnmadd_ps(self.zero, _mm512_set1_ps(input.sum), sixteen_combined(dots));
         let scale = _mm512_mul_ps(self.scale, _mm512_set1_ps(input.scale));
-        _mm512_add_ps(total, _mm512_mul_ps(scale, dots))
+        _mm512_fmadd_ps(scale, dots, total)
     }
 }
 
@@ -218,14 +215,15 @@ fn floats(vector: __m512) -> [f32; SIXTEEN] {
 
 /// [`combined`](super::combined) of each output.
 #[inline]
-#[target_feature(enable = "avx2")]
+#[target_feature(enable = "avx2,fma")]
 fn eight_combined<const D: usize>(sums: [__m256i; D]) -> __m256 {
     let first = _mm256_cvtepi32_ps(sums[0]);
     if D == 1 {
         return first;
     }
     let rest = _mm256_add_epi32(_mm256_slli_epi32::<{ BASE.ilog2() as i32 }>(sums[1]), sums[2]);
-    _mm256_add_ps(first, _mm256_mul_ps(_mm256_cvtepi32_ps(rest), _mm256_set1_ps(LAST)))
+    // A product with a power of two is exact, fused or not.
+    _mm256_fmadd_ps(_mm256_cvtepi32_ps(rest), _mm256_set1_ps(LAST), first)
 }
 
 /// [`combined`](super::combined) of each output, from two parts of its sums.
@@ -238,7 +236,7 @@ fn sixteen_combined<const D: usize>([a, b]: [[__m512i; D]; 2]) -> __m512 {
     }
     let (second, third) = (_mm512_add_epi32(a[1], b[1]), _mm512_add_epi32(a[2], b[2]));
     let rest = _mm512_add_epi32(_mm512_slli_epi32::<{ BASE.ilog2() }>(second), third);
-    _mm512_add_ps(first, _mm512_mul_ps(_mm512_cvtepi32_ps(rest), _mm512_set1_ps(LAST)))
+    _mm512_fmadd_ps(_mm512_cvtepi32_ps(rest), _mm512_set1_ps(LAST), first)
 }
 
 /// Scales of the outputs of vector `v`.

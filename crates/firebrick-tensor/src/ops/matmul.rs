@@ -1,0 +1,336 @@
+//! Products of two matrices, in f32 or in bf16 with f32 sums, the compute mode of mixed-precision training.
+//!
+//! In bf16, weights, activations and gradients stay f32; the operands of a product are rounded to bf16 as they are packed for it. It
+//! pays where the processor multiplies bf16 faster than f32 (AMX, AMD's AVX512-BF16), and is done there alone: elsewhere products are f32.
+//!
+//! Products in f32 are those of burn on the CPU, the library `gemm`, without what burn does beside them: it fills results with zeros first
+//! and copies them once, on one thread.
+
+use std::mem::MaybeUninit;
+
+use burn::backend::backend_extension;
+use burn_autodiff::{
+    Autodiff,
+    checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
+    grads::Gradients,
+    ops::{Backward, Ops, OpsKind},
+};
+use burn_backend::{Backend, Shape, TensorMetadata, ops::FloatTensorOps, tensor::FloatTensor};
+#[cfg(feature = "cubecl-backend")]
+use burn_cubecl::CubeBackend;
+use burn_flex::{Flex, FlexTensor};
+
+use super::awake::{self, Start};
+use super::cpu;
+use super::gemm_bf16::{Level, Operand, gemm_bf16};
+use super::linear::FEW_ROWS;
+
+/// How the large products of a model are computed. What is stored is f32 either way.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Precision {
+    /// In f32.
+    #[default]
+    F32,
+    /// Of operands rounded to bf16, with f32 sums, backwards too, where [`Precision::available`]; otherwise as `F32`.
+    Bf16,
+}
+
+impl Precision {
+    /// Whether this processor multiplies bf16 numbers, and faster than f32 ones: with AMX, or with AVX512-BF16 if it is one of AMD's.
+    /// Products on GPUs are those of f32.
+    pub fn available(self) -> bool {
+        self == Precision::F32 || Level::best().pays()
+    }
+
+    /// Whether a product of so many rows is to be computed in bf16: with a few of them, reading the weights is all the work.
+    pub(super) fn is_bf16(self, rows: usize) -> bool {
+        self == Precision::Bf16 && rows >= FEW_ROWS && self.available()
+    }
+}
+
+/// Products on a backend's own tensors.
+#[backend_extension(Flex, Cube: cfg(feature = "cubecl-backend"), Autodiff, Fusion: cfg(feature = "cubecl-backend"))]
+pub trait MatmulOps: Backend {
+    /// `lhs rhs` of two matrices.
+    #[fusion(default)]
+    fn matmul(lhs: FloatTensor<Self>, rhs: FloatTensor<Self>, _precision: Precision) -> FloatTensor<Self> {
+        Self::float_matmul(lhs, rhs)
+    }
+
+    /// `sum + lhs rhs`; in place where `sum` is held once.
+    #[fusion(default)]
+    fn matmul_add(
+        sum: FloatTensor<Self>,
+        lhs: FloatTensor<Self>,
+        rhs: FloatTensor<Self>,
+        _precision: Precision,
+    ) -> FloatTensor<Self> {
+        Self::float_add(sum, Self::float_matmul(lhs, rhs))
+    }
+}
+
+#[cfg(feature = "cubecl-backend")]
+impl MatmulOps for CubeBackend {}
+
+impl MatmulOps for Flex {
+    fn matmul(lhs: FlexTensor, rhs: FlexTensor, precision: Precision) -> FlexTensor {
+        let (rows, depth, columns) = (lhs.shape()[0], lhs.shape()[1], rhs.shape()[1]);
+        if rows * depth * columns == 0 || !cpu::all_f32(&[&lhs, &rhs]) {
+            return <Self as FloatTensorOps<Self>>::float_matmul(lhs, rhs);
+        }
+        assert_eq!(depth, rhs.shape()[0], "matmul: columns of lhs against rows of rhs");
+        let out = if precision.is_bf16(rows) {
+            let mut out = vec![0.0; rows * columns];
+            let (lhs, rhs) = (readable(lhs), readable(rhs));
+            gemm_bf16(&mut out, false, lines(&lhs, 0), lines(&rhs, 1), Level::best());
+            out
+        } else {
+            let mut out = Vec::with_capacity(rows * columns);
+            gemm_f32(out.spare_capacity_mut(), false, &lhs, &rhs, rayon::current_num_threads());
+            // SAFETY: a product that reads nothing of its result has written all of it.
+            unsafe { out.set_len(rows * columns) };
+            out
+        };
+        cpu::tensor(out, Shape::new([rows, columns]))
+    }
+
+    fn matmul_add(sum: FlexTensor, lhs: FlexTensor, rhs: FlexTensor, precision: Precision) -> FlexTensor {
+        let [rows, columns] = [lhs.shape()[0], rhs.shape()[1]];
+        if rows * lhs.shape()[1] * columns == 0 || !cpu::all_f32(&[&sum, &lhs, &rhs]) {
+            return <Self as FloatTensorOps<Self>>::float_add(
+                sum,
+                <Self as FloatTensorOps<Self>>::float_matmul(lhs, rhs),
+            );
+        }
+        assert_eq!(sum.shape(), Shape::new([rows, columns]), "matmul_add: shape of the sum");
+        assert_eq!(lhs.shape()[1], rhs.shape()[0], "matmul_add: columns of lhs against rows of rhs");
+        cpu::reuse(cpu::contiguous(sum), |source, out| {
+            if let Some(source) = source {
+                out.copy_from_slice(source);
+            }
+            if precision.is_bf16(rows) {
+                let (lhs, rhs) = (readable(lhs), readable(rhs));
+                gemm_bf16(out, true, lines(&lhs, 0), lines(&rhs, 1), Level::best());
+            } else {
+                // SAFETY: values that are there may be seen as values that may not be; the product writes values alone.
+                let out = unsafe { &mut *(std::ptr::from_mut(out) as *mut [MaybeUninit<f32>]) };
+                gemm_f32(out, true, &lhs, &rhs, rayon::current_num_threads());
+            }
+        })
+    }
+}
+
+/// Writes `lhs rhs` to `out`, row-major, or adds it to what `out` then has to hold.
+///
+/// Each thread has columns of its own, or rows where those are few: `gemm`'s own threads wait for each other block by block. The order of
+/// a sum depends on its length alone, but for results of 64 by 64 numbers at most, which no part is: so parts never show.
+fn gemm_f32(out: &mut [MaybeUninit<f32>], add: bool, lhs: &FlexTensor, rhs: &FlexTensor, threads: usize) {
+    /// Multiplications for which one thread is enough.
+    const ONE_THREAD: usize = 1 << 20;
+    /// Rows or columns of a part, at least, where there are more.
+    const LEAST: usize = 65;
+    let (rows, depth, columns) = (lhs.shape()[0], lhs.shape()[1], rhs.shape()[1]);
+    assert!(out.len() >= rows * columns && depth == rhs.shape()[0]);
+    // Sums of a product with a vector depend on how many there are.
+    let alone = rows.saturating_mul(depth).saturating_mul(columns) < ONE_THREAD || rows.min(columns) == 1;
+    let threads = if alone { 1 } else { threads };
+    let across = (columns / LEAST).clamp(1, threads);
+    let down = (rows / LEAST).clamp(1, threads.div_ceil(across));
+    let part = |i: usize, of: usize, parts: usize| i * of / parts..(i + 1) * of / parts;
+    let parts =
+        (0..down).flat_map(|i| (0..across).map(move |j| (part(i, rows, down), part(j, columns, across))));
+    let mut parts: Vec<_> = parts.collect();
+
+    let first = |x: &FlexTensor| Start(x.storage::<f32>()[x.layout().start_offset()..].as_ptr().cast_mut());
+    let (lhs_first, rhs_first, out) = (first(lhs), first(rhs), Start(out.as_mut_ptr().cast::<f32>()));
+    let (l, r) = (lhs.layout().strides(), rhs.layout().strides());
+    awake::parts(&mut parts, 1, |_, part| {
+        let (down, across) = &part[0];
+        let (row, column) = (down.start, across.start);
+        // SAFETY: `out` has room for the result, of which each part is one task's; a layout leads to elements of its storage alone, also
+        // from the start of a row or column on; nothing of `out` is read without `add`.
+        unsafe {
+            gemm::gemm(
+                down.len(),
+                across.len(),
+                depth,
+                out.at(row * columns + column),
+                1,
+                columns as isize,
+                add,
+                lhs_first.offset(row as isize * l[0]),
+                l[1],
+                l[0],
+                rhs_first.offset(column as isize * r[1]),
+                r[1],
+                r[0],
+                1.0,
+                1.0,
+                false,
+                false,
+                false,
+                gemm::Parallelism::None,
+            );
+        }
+    });
+}
+
+/// Whether the numbers along dimension 1, or those along dimension 0, lie together without gaps between the lines.
+fn unbroken(x: &FlexTensor, along: usize) -> bool {
+    let (strides, shape) = (x.layout().strides(), x.shape());
+    strides[along] == 1 && strides[1 - along] == shape[along] as isize
+}
+
+fn readable(x: FlexTensor) -> FlexTensor {
+    if unbroken(&x, 0) || unbroken(&x, 1) { x } else { x.to_contiguous() }
+}
+
+/// The matrix as lines along dimension `1 - across`.
+fn lines(x: &FlexTensor, across: usize) -> Operand<'_> {
+    let (lines, depth) = (x.shape()[across], x.shape()[1 - across]);
+    let data = &x.storage::<f32>()[x.layout().start_offset()..][..lines * depth];
+    Operand { data, lines, depth, by_line: unbroken(x, 1 - across) }
+}
+
+impl<B: Backend + MatmulOps, C: CheckpointStrategy> MatmulOps for Autodiff<B, C> {
+    fn matmul(lhs: FloatTensor<Self>, rhs: FloatTensor<Self>, precision: Precision) -> FloatTensor<Self> {
+        #[derive(Debug)]
+        struct Matmul;
+
+        impl<B: Backend + MatmulOps> Backward<B, 2> for Matmul {
+            type State = Operands<B>;
+
+            fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
+                let grad = grads.consume::<B>(&ops.node);
+                for (parent, grad) in ops.parents.into_iter().zip(ops.state.gradients(grad)) {
+                    if let (Some(parent), Some(grad)) = (parent, grad) {
+                        grads.register::<B>(parent.id, grad);
+                    }
+                }
+            }
+        }
+
+        let tracked = [lhs.is_tracked(), rhs.is_tracked()];
+        let (lhs, lhs_node) = lhs.into_parts();
+        let (rhs, rhs_node) = rhs.into_parts();
+        match Matmul.prepare::<C>([lhs_node, rhs_node]).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => {
+                let operands = Operands::new(tracked, &lhs, &rhs, precision);
+                prep.finish(operands, B::matmul(lhs, rhs, precision))
+            }
+            OpsKind::UnTracked(prep) => prep.finish(B::matmul(lhs, rhs, precision)),
+        }
+    }
+
+    fn matmul_add(
+        sum: FloatTensor<Self>,
+        lhs: FloatTensor<Self>,
+        rhs: FloatTensor<Self>,
+        precision: Precision,
+    ) -> FloatTensor<Self> {
+        #[derive(Debug)]
+        struct MatmulAdd;
+
+        impl<B: Backend + MatmulOps> Backward<B, 3> for MatmulAdd {
+            type State = Operands<B>;
+
+            fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
+                let grad = grads.consume::<B>(&ops.node);
+                let [d_lhs, d_rhs] = ops.state.gradients(grad.clone());
+                for (parent, grad) in ops.parents.into_iter().zip([Some(grad), d_lhs, d_rhs]) {
+                    if let (Some(parent), Some(grad)) = (parent, grad) {
+                        grads.register::<B>(parent.id, grad);
+                    }
+                }
+            }
+        }
+
+        let tracked = [lhs.is_tracked(), rhs.is_tracked()];
+        let (sum, sum_node) = sum.into_parts();
+        let (lhs, lhs_node) = lhs.into_parts();
+        let (rhs, rhs_node) = rhs.into_parts();
+        match MatmulAdd.prepare::<C>([sum_node, lhs_node, rhs_node]).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => {
+                let operands = Operands::new(tracked, &lhs, &rhs, precision);
+                prep.finish(operands, B::matmul_add(sum, lhs, rhs, precision))
+            }
+            OpsKind::UnTracked(prep) => prep.finish(B::matmul_add(sum, lhs, rhs, precision)),
+        }
+    }
+}
+
+/// What the gradients of a product need: each operand where the other one's gradient is asked for.
+#[derive(Clone, Debug)]
+struct Operands<B: Backend> {
+    lhs: Option<FloatTensor<B>>,
+    rhs: Option<FloatTensor<B>>,
+    precision: Precision,
+}
+
+impl<B: Backend + MatmulOps> Operands<B> {
+    fn new(
+        [lhs_tracked, rhs_tracked]: [bool; 2],
+        lhs: &FloatTensor<B>,
+        rhs: &FloatTensor<B>,
+        precision: Precision,
+    ) -> Self {
+        let (lhs, rhs) = (rhs_tracked.then(|| lhs.clone()), lhs_tracked.then(|| rhs.clone()));
+        Operands { lhs, rhs, precision }
+    }
+
+    /// Gradients of both operands, each if it is asked for.
+    fn gradients(self, grad: FloatTensor<B>) -> [Option<FloatTensor<B>>; 2] {
+        let Operands { lhs, rhs, precision } = self;
+        let d_lhs = rhs.map(|rhs| B::matmul(grad.clone(), B::float_swap_dims(rhs, 0, 1), precision));
+        [d_lhs, lhs.map(|lhs| B::matmul(B::float_swap_dims(lhs, 0, 1), grad, precision))]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use firebrick_core::Seed;
+
+    use super::*;
+
+    #[test]
+    fn parts_of_threads_do_not_show() {
+        let shapes = [
+            (512, 576, 192),
+            (131, 700, 257),
+            (131, 700, 326),
+            (1000, 1100, 8),
+            (4000, 600, 1),
+            (1, 600, 4000),
+            (8, 700, 999),
+            (64, 1000, 64),
+        ];
+        for (rows, depth, columns) in shapes {
+            let matrix = |name: &str, rows: usize, columns: usize| {
+                cpu::tensor(Seed(1).normal(name, rows * columns, 1.0), Shape::new([rows, columns]))
+            };
+            let (lhs, rhs) = (matrix("lhs", rows, depth), matrix("rhs", columns, depth).transpose(0, 1));
+            for add in [false, true] {
+                let product = |threads: usize| {
+                    let mut out: Vec<f32> = if add {
+                        Seed(2).normal("sum", rows * columns, 1.0)
+                    } else {
+                        vec![f32::NAN; rows * columns]
+                    };
+                    // SAFETY: as above.
+                    let view =
+                        unsafe { &mut *(std::ptr::from_mut(out.as_mut_slice()) as *mut [MaybeUninit<f32>]) };
+                    gemm_f32(view, add, &lhs, &rhs, threads);
+                    out
+                };
+                let one = product(1);
+                assert!(one.iter().all(|v| v.is_finite()));
+                for threads in [2, 3, 5, 16] {
+                    assert!(
+                        product(threads) == one,
+                        "[{rows}, {depth}] [{depth}, {columns}], {threads} threads"
+                    );
+                }
+            }
+        }
+    }
+}
