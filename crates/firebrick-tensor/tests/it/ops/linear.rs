@@ -1,5 +1,5 @@
 use burn::tensor::{DType, Device, Tensor};
-use firebrick_tensor::ops::{Precision, linear};
+use firebrick_tensor::ops::{Precision, linear, linear_add};
 
 use super::support::{Case, devices_and, error, flat, host, normal, of_products};
 
@@ -41,6 +41,37 @@ fn agrees_with_the_reference_on_ragged_shapes() {
                 if d_in > 1 && d_out > 1 {
                     case.refutes(&device, &|t| reference(&t[0], &t[1], d_in, d_out, !transposed));
                 }
+            }
+        }
+    }
+}
+
+#[test]
+fn products_are_added_to_what_is_there() {
+    for (rows, d_in, d_out) in [(1, 7, 5), (9, 33, 17), (150, 300, 70)] {
+        for transposed in [false, true] {
+            let sum = |t: &[Vec<f64>], sign: f64| {
+                let product = reference(&t[1], &t[2], d_in, d_out, transposed);
+                t[0].iter().zip(product).map(|(y, p)| sign * y + p).collect::<Vec<f64>>()
+            };
+            let case = Case {
+                name: format!("linear_add [{rows}, {d_in}] [{d_in}, {d_out}], transposed: {transposed}"),
+                inputs: vec![
+                    normal("y", rows * d_out),
+                    normal("x", rows * d_in),
+                    normal("weight", d_in * d_out),
+                ],
+                op: &|t| {
+                    let [y, x, w] = t.try_into().expect("three inputs");
+                    let (y, x) = (y.reshape([rows, d_out]), x.reshape([rows, d_in]));
+                    let weight = weight(w, d_in, d_out, transposed);
+                    linear_add(y, x, weight, Precision::F32).reshape([rows * d_out])
+                },
+                reference: &|t| sum(t, 1.0),
+            };
+            for device in devices_and(rows == 9) {
+                case.check(&device, of_products(&device, 3e-6), (rows < 100).then_some(1e-7));
+                case.refutes(&device, &|t| sum(t, -1.0));
             }
         }
     }

@@ -3,7 +3,8 @@
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use firebrick_tensor::ops::{
     AttentionOptions, Divergence, PackedInputs, PackedMatrix, Precision, attention, cross_entropy,
-    grouped_matmul, linear, linear_cross_entropy, linear_kl, packed_matmul, rms_norm, rope, swiglu,
+    grouped_matmul, linear, linear_add, linear_cross_entropy, linear_kl, packed_matmul, rms_norm, rope,
+    swiglu,
 };
 
 use super::support::{below, flat, normal};
@@ -43,7 +44,7 @@ fn everything() -> Vec<(&'static str, Vec<u32>)> {
     let targets = || Tensor::<1, Int>::from_data(TensorData::new(targets.clone(), [131]), &device);
     let (l, logits) = leaf("logits", [131, 1009]);
     out.push(("cross_entropy", bits(cross_entropy(logits, targets()), &[l])));
-    // Products above 192^3, from which burn's own run on several threads.
+    // Products large enough for several threads.
     for (rows, transposed) in [(1, true), (1, false), (7, true), (7, false), (140, true)] {
         let (x, a) = leaf("x", [rows, 101]);
         let (w, weight) = if transposed {
@@ -54,6 +55,9 @@ fn everything() -> Vec<(&'static str, Vec<u32>)> {
         };
         out.push(("linear", bits(linear(a, weight, Precision::F32), &[x, w])));
     }
+    let ((x, a), (w, weight)) = (leaf("x", [331, 101]), leaf("weight", [101, 301]));
+    let (y, sum) = leaf("y", [331, 301]);
+    out.push(("linear_add", bits(linear_add(sum, a, weight, Precision::F32), &[y, x, w])));
     let ((x, a), (w, weight)) = (leaf("x", [331, 101]), leaf("weight", [101, 301]));
     out.push(("linear in bf16", bits(linear(a, weight, Precision::Bf16), &[x, w])));
     for precision in [Precision::F32, Precision::Bf16] {
