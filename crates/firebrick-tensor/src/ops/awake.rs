@@ -78,11 +78,6 @@ impl<T> Start<T> {
     pub(super) fn at(&self, i: usize) -> *mut T {
         self.0.wrapping_add(i)
     }
-
-    /// What is `by` elements on, which may be before it.
-    pub(super) fn offset(&self, by: isize) -> *mut T {
-        self.0.wrapping_offset(by)
-    }
 }
 
 /// Threads that take parts of a region from a counter. Nobody waits for a thread that has not come: the caller does what others leave.

@@ -2,9 +2,11 @@
 //!
 //! Work is cut into blocks by shape alone and every reduction has a fixed order: the thread count never shows in a result.
 
+use std::mem::MaybeUninit;
+
 use burn_backend::{Bytes, DType, Shape, TensorMetadata};
 use burn_flex::{FlexTensor, Layout};
-use faer::{Accum, MatMut, MatRef, Par, linalg::matmul::matmul};
+use faer::MatRef;
 use half::{f16, slice::HalfFloatSliceExt};
 use rayon::prelude::*;
 
@@ -274,9 +276,56 @@ fn dim_len(x: &FlexTensor, dim: usize) -> usize {
 
 /// `dst = alpha * lhs rhs`, or added to `dst`, on the calling thread; `dst` is row-major without gaps.
 pub(super) fn gemm(dst: &mut [f32], add: bool, lhs: MatRef<'_, f32>, rhs: MatRef<'_, f32>, alpha: f32) {
-    let accum = if add { Accum::Add } else { Accum::Replace };
-    let dst = MatMut::from_row_major_slice_mut(dst, lhs.nrows(), rhs.ncols());
-    matmul(dst, accum, lhs, rhs, alpha, Par::Seq);
+    assert_eq!(dst.len(), lhs.nrows() * rhs.ncols(), "gemm: room for the result");
+    // SAFETY: `dst` has room for the result and holds values.
+    unsafe { gemm_at(dst.as_mut_ptr(), rhs.ncols(), add, lhs, rhs, alpha) }
+}
+
+/// `lhs rhs` in memory that holds nothing, as [`gemm`].
+pub(super) fn gemm_into(dst: &mut [MaybeUninit<f32>], lhs: MatRef<'_, f32>, rhs: MatRef<'_, f32>) {
+    assert_eq!(dst.len(), lhs.nrows() * rhs.ncols(), "gemm: room for the result");
+    // SAFETY: `dst` has room for the result, of which nothing is read.
+    unsafe { gemm_at(dst.as_mut_ptr().cast(), rhs.ncols(), false, lhs, rhs, 1.0) }
+}
+
+/// [`gemm`] on rows `stride` apart.
+///
+/// # Safety
+/// Nobody else may have `lhs.nrows()` rows of `rhs.ncols()` numbers at `dst`, which hold values if they are added to.
+pub(super) unsafe fn gemm_at(
+    dst: *mut f32,
+    stride: usize,
+    add: bool,
+    lhs: MatRef<'_, f32>,
+    rhs: MatRef<'_, f32>,
+    alpha: f32,
+) {
+    let (rows, depth, columns) = (lhs.nrows(), lhs.ncols(), rhs.ncols());
+    assert_eq!(depth, rhs.nrows(), "gemm: columns of lhs against rows of rhs");
+    // SAFETY: views lead to values; of `dst` the caller has said what `gemm` needs.
+    unsafe {
+        gemm::gemm(
+            rows,
+            columns,
+            depth,
+            dst,
+            1,
+            stride as isize,
+            add,
+            lhs.as_ptr(),
+            lhs.col_stride(),
+            lhs.row_stride(),
+            rhs.as_ptr(),
+            rhs.col_stride(),
+            rhs.row_stride(),
+            1.0,
+            alpha,
+            false,
+            false,
+            false,
+            gemm::Parallelism::None,
+        );
+    }
 }
 
 #[cfg(test)]

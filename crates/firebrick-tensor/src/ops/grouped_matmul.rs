@@ -1,6 +1,7 @@
 //! Matrix products of expert segments: every expert multiplies its own rows, without padding or dropped tokens (after
 //! MegaBlocks, Gale et al. 2022, arXiv:2211.15841).
 
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use burn::backend::backend_extension;
@@ -21,8 +22,8 @@ use rayon::prelude::*;
 use super::cpu;
 use super::linear_cross_entropy::rows;
 
-/// Rows of a result that one task computes.
-const ROWS: usize = 64;
+/// Rows of a result that one task computes, at most: each reads a whole matrix.
+const ROWS: usize = 256;
 
 /// Rows `offsets[e]..offsets[e + 1]` of `x` times `weight[e]`, for every expert `e`.
 ///
@@ -71,6 +72,11 @@ pub trait GroupedMatmulOps: Backend {
     ) -> FloatTensor<Self> {
         composed_weight::<Self>(x, grad, &offsets)
     }
+}
+
+/// Rows of a task, so that those of `rows` are about even.
+fn even(rows: usize) -> usize {
+    rows.div_ceil(rows.div_ceil(ROWS).max(1)).max(1)
 }
 
 /// The segments, empty ones included.
@@ -122,14 +128,16 @@ impl GroupedMatmulOps for Flex {
         let strides: Vec<usize> = weight.layout().strides().iter().map(|&s| s as usize).collect();
         let w = &weight.storage::<f32>()[weight.layout().start_offset()..];
         let values = x.storage::<f32>();
-        let mut out = vec![0.0; x.shape()[0] * d_out];
-        let mut rest = out.as_mut_slice();
+        let len = x.shape()[0] * d_out;
+        let mut out = Vec::with_capacity(len);
+        let mut rest = &mut out.spare_capacity_mut()[..len];
         let mut tasks = Vec::new();
         for (e, segment) in segments(&offsets).enumerate() {
             let (part, tail) = rest.split_at_mut(segment.len() * d_out);
             rest = tail;
-            for (i, part) in part.chunks_mut(ROWS * d_out).enumerate() {
-                tasks.push((e, segment.start + i * ROWS, part));
+            let rows = even(segment.len());
+            for (i, part) in part.chunks_mut(rows * d_out).enumerate() {
+                tasks.push((e, segment.start + i * rows, part));
             }
         }
         tasks.into_par_iter().for_each(|(e, first, part)| {
@@ -141,8 +149,10 @@ impl GroupedMatmulOps for Flex {
             } else {
                 MatRef::from_row_major_slice_with_stride(w, d_in, d_out, strides[1])
             };
-            cpu::gemm(part, false, x, w, 1.0);
+            cpu::gemm_into(part, x, w);
         });
+        // SAFETY: the segments are all rows, and the products have written them.
+        unsafe { out.set_len(len) };
         cpu::tensor(out, Shape::new([x.shape()[0], d_out]))
     }
 
@@ -154,22 +164,28 @@ impl GroupedMatmulOps for Flex {
         let (x, grad) = (cpu::contiguous(x), cpu::contiguous(grad));
         let (x, grad) = (x.storage::<f32>(), grad.storage::<f32>());
         let experts = offsets.len() - 1;
-        let mut out = vec![0.0; experts * d_in * d_out];
+        let len = experts * d_in * d_out;
+        let mut out = Vec::with_capacity(len);
+        let rows = even(d_in);
         let mut tasks = Vec::new();
-        for (part, segment) in out.chunks_mut(d_in * d_out).zip(segments(&offsets)) {
-            if segment.is_empty() {
-                continue;
-            }
-            for (i, part) in part.chunks_mut(ROWS * d_out).enumerate() {
-                tasks.push((segment.clone(), i * ROWS, part));
+        let matrices = out.spare_capacity_mut()[..len].chunks_mut(d_in * d_out);
+        for (part, segment) in matrices.zip(segments(&offsets)) {
+            for (i, part) in part.chunks_mut(rows * d_out).enumerate() {
+                tasks.push((segment.clone(), i * rows, part));
             }
         }
         tasks.into_par_iter().for_each(|(segment, first, part)| {
+            if segment.is_empty() {
+                part.fill(MaybeUninit::new(0.0));
+                return;
+            }
             let range = |d: usize| segment.start * d..segment.end * d;
             let x = MatRef::from_row_major_slice(&x[range(d_in)], segment.len(), d_in).transpose();
             let grad = MatRef::from_row_major_slice(&grad[range(d_out)], segment.len(), d_out);
-            cpu::gemm(part, false, x.subrows(first, part.len() / d_out), grad, 1.0);
+            cpu::gemm_into(part, x.subrows(first, part.len() / d_out), grad);
         });
+        // SAFETY: the tasks have written all of all matrices.
+        unsafe { out.set_len(len) };
         cpu::tensor(out, Shape::new([experts, d_in, d_out]))
     }
 }

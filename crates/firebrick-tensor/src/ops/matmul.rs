@@ -19,6 +19,7 @@ use burn_backend::{Backend, Shape, TensorMetadata, ops::FloatTensorOps, tensor::
 #[cfg(feature = "cubecl-backend")]
 use burn_cubecl::CubeBackend;
 use burn_flex::{Flex, FlexTensor};
+use faer::MatRef;
 
 use super::awake::{self, Start};
 use super::cpu;
@@ -141,38 +142,21 @@ fn gemm_f32(out: &mut [MaybeUninit<f32>], add: bool, lhs: &FlexTensor, rhs: &Fle
         (0..down).flat_map(|i| (0..across).map(move |j| (part(i, rows, down), part(j, columns, across))));
     let mut parts: Vec<_> = parts.collect();
 
-    let first = |x: &FlexTensor| Start(x.storage::<f32>()[x.layout().start_offset()..].as_ptr().cast_mut());
-    let (lhs_first, rhs_first, out) = (first(lhs), first(rhs), Start(out.as_mut_ptr().cast::<f32>()));
-    let (l, r) = (lhs.layout().strides(), rhs.layout().strides());
+    let (lhs, rhs, out) = (view(lhs), view(rhs), Start(out.as_mut_ptr().cast::<f32>()));
     awake::parts(&mut parts, 1, |_, part| {
         let (down, across) = &part[0];
-        let (row, column) = (down.start, across.start);
-        // SAFETY: `out` has room for the result, of which each part is one task's; a layout leads to elements of its storage alone, also
-        // from the start of a row or column on; nothing of `out` is read without `add`.
-        unsafe {
-            gemm::gemm(
-                down.len(),
-                across.len(),
-                depth,
-                out.at(row * columns + column),
-                1,
-                columns as isize,
-                add,
-                lhs_first.offset(row as isize * l[0]),
-                l[1],
-                l[0],
-                rhs_first.offset(column as isize * r[1]),
-                r[1],
-                r[0],
-                1.0,
-                1.0,
-                false,
-                false,
-                false,
-                gemm::Parallelism::None,
-            );
-        }
+        let lhs = lhs.subrows(down.start, down.len());
+        let rhs = rhs.subcols(across.start, across.len());
+        // SAFETY: `out` has room for the result, of which each part is one task's, and holds values if they are added to.
+        unsafe { cpu::gemm_at(out.at(down.start * columns + across.start), columns, add, lhs, rhs, 1.0) }
     });
+}
+
+fn view(x: &FlexTensor) -> MatRef<'_, f32> {
+    let (shape, strides) = (x.shape(), x.layout().strides());
+    let first = x.storage::<f32>()[x.layout().start_offset()..].as_ptr();
+    // SAFETY: a layout leads to elements of its storage alone.
+    unsafe { MatRef::from_raw_parts(first, shape[0], shape[1], strides[0], strides[1]) }
 }
 
 /// Whether the numbers along dimension 1, or those along dimension 0, lie together without gaps between the lines.
