@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use burn::tensor::Device;
 use firebrick_models::{Export, ExportType, ModelFiles};
 use firebrick_tensor::memory::keep_freed;
-use firebrick_tensor::ops::Precision;
+use firebrick_tensor::ops::{self, Precision};
 use firebrick_tensor::stream::Executor;
 
 use crate::{Case, Measured, Peer, Started, memory};
@@ -78,6 +78,14 @@ impl Bench<'_> {
         work()?;
         sync()?;
         Ok(begin.elapsed().as_secs_f64())
+    }
+
+    /// [`Bench::timed`] with all threads awake, as passes of a model and steps of training keep them.
+    ///
+    /// # Errors
+    /// Those of [`Bench::timed`].
+    pub fn timed_awake(&self, work: impl FnOnce() -> Result<()>) -> Result<f64> {
+        self.timed(|| ops::awake(work))
     }
 
     /// Measures `case` and adds it to the results: [`Bench::take`].

@@ -47,7 +47,7 @@ fn forward(bench: &Bench<'_>) -> Result<()> {
     let (layer, x) = layer(&bench.device)?;
     let peer = bench.peer("moe.py", &[Path::new("forward")])?;
     bench.measure(&case("forward", 1), peer, &mut || {
-        bench.timed(|| {
+        bench.timed_awake(|| {
             apply(&layer, &x);
             Ok(())
         })
@@ -61,7 +61,7 @@ fn both_ways(bench: &Bench<'_>) -> Result<()> {
     let x = x.require_grad();
     let peer = bench.peer("moe.py", &[Path::new("both")])?;
     bench.measure(&case("forward+backward", 3), peer, &mut || {
-        bench.timed(|| {
+        bench.timed_awake(|| {
             let y = apply(&layer, &x);
             let gradients = (y.clone() * y).mean().backward();
             anyhow::ensure!(x.grad(&gradients).is_some(), "the input has no gradient");

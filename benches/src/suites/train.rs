@@ -51,7 +51,7 @@ fn full(bench: &Bench<'_>, name: &str, files: &ModelFiles, precision: Precision)
     let mut optimizer = AdamW::default();
     let peer = bench.model_peer("train.py", files, &["full", dtype(precision)])?;
     bench.measure(&case(name, "full", 3.0 * pass_flop(files), precision), peer, &mut || {
-        bench.timed(|| {
+        bench.timed_awake(|| {
             let current = decoder.take().expect("put back below");
             let loss = current.nll(ids.clone(), &mut Run::default()).mean();
             let gradients = GradientsParams::from_grads(loss.backward(), &current);
@@ -79,7 +79,7 @@ fn lora(bench: &Bench<'_>, name: &str, files: &ModelFiles, precision: Precision)
         &case(name, "lora", 2.0 * pass_flop(files) + 3.0 * adapters, precision),
         peer,
         &mut || {
-            bench.timed(|| {
+            bench.timed_awake(|| {
                 let current = bank.take().expect("put back below");
                 let bricks: [&dyn Brick; 1] = [&current];
                 let loss = decoder.nll(ids.clone(), &mut Run::new(&bricks)).mean();

@@ -81,14 +81,6 @@ struct Layer {
     mlp_post_norm: Option<Param<Tensor<1>>>,
 }
 
-/// Below so many tokens a product is over before a thread that sleeps has woken up.
-const FEW_TOKENS: usize = 8;
-
-/// Runs `f` about tokens of these dimensions; all threads stay awake if they are few.
-pub(crate) fn awake_for<R>([batch, length]: [usize; 2], f: impl FnOnce() -> R) -> R {
-    if batch * length < FEW_TOKENS { ops::awake(f) } else { f() }
-}
-
 /// The flat values of a weight, by site and shape.
 type Values<'a> = dyn FnMut(Site, &[usize]) -> Result<Tensor<1>, ModelError> + 'a;
 
@@ -395,7 +387,7 @@ impl Decoder {
 
     /// Logits `[batch, tokens, vocab]` of `tokens: [batch, tokens]`.
     pub fn forward(&self, tokens: Tensor<2, Int>, run: &mut Run<'_>) -> Tensor<3> {
-        awake_for(tokens.dims(), || {
+        ops::awake(|| {
             let hidden = self.hidden(tokens, run);
             self.logits(hidden, run)
         })
@@ -407,7 +399,7 @@ impl Decoder {
     /// # Panics
     /// If the run has a cache and segments, or segments of another shape than `tokens`.
     pub fn hidden(&self, tokens: Tensor<2, Int>, run: &mut Run<'_>) -> Tensor<3> {
-        awake_for(tokens.dims(), || self.residual_stream(tokens, run))
+        ops::awake(|| self.residual_stream(tokens, run))
     }
 
     fn residual_stream(&self, tokens: Tensor<2, Int>, run: &mut Run<'_>) -> Tensor<3> {

@@ -3,8 +3,9 @@
 use std::ops::ControlFlow;
 
 use firebrick_core::{Brick, Run};
+use firebrick_tensor::ops;
 
-use crate::decoder::{Decoder, awake_for};
+use crate::decoder::Decoder;
 use crate::error::ModelError;
 use crate::sampling::Sampler;
 use crate::tokens::token_tensor;
@@ -91,7 +92,7 @@ pub fn generate_with(
             next.clone_from(&ids);
         }
         let length = next.len();
-        let logits = awake_for([1, length], || {
+        let logits = ops::awake(|| {
             let hidden = decoder.hidden(token_tensor(&[&next], &device), &mut run);
             decoder.logits(hidden.narrow(1, length - 1, 1), &mut run)
         });

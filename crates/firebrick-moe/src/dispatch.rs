@@ -6,7 +6,6 @@
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DispatchPlan {
     order: Vec<usize>,
-    inverse: Vec<usize>,
     offsets: Vec<usize>,
 }
 
@@ -27,23 +26,17 @@ impl DispatchPlan {
             offsets[e + 1] += offsets[e];
         }
         let mut next = offsets.clone();
-        let (mut order, mut inverse) = (vec![0; slots.len()], vec![0; slots.len()]);
+        let mut order = vec![0; slots.len()];
         for (slot, &expert) in slots.iter().enumerate() {
-            let row = next[expert];
+            order[next[expert]] = slot;
             next[expert] += 1;
-            (order[row], inverse[slot]) = (slot, row);
         }
-        DispatchPlan { order, inverse, offsets }
+        DispatchPlan { order, offsets }
     }
 
     /// The slot of each sorted row.
     pub fn order(&self) -> &[usize] {
         &self.order
-    }
-
-    /// The sorted row of each slot.
-    pub fn inverse(&self) -> &[usize] {
-        &self.inverse
     }
 
     /// The rows of expert `e` are `offsets[e]..offsets[e + 1]`.
@@ -54,11 +47,6 @@ impl DispatchPlan {
     /// How many slots each expert has.
     pub fn counts(&self) -> Vec<usize> {
         self.offsets.windows(2).map(|pair| pair[1] - pair[0]).collect()
-    }
-
-    /// The token of each sorted row, if every token has `top_k` slots.
-    pub fn tokens(&self, top_k: usize) -> Vec<usize> {
-        self.order.iter().map(|slot| slot / top_k).collect()
     }
 }
 
@@ -71,16 +59,14 @@ mod tests {
     fn a_small_plan_by_hand() {
         let plan = DispatchPlan::new(&[2, 0, 2, 1, 0, 2], 4);
         assert_eq!(plan.order(), [1, 4, 3, 0, 2, 5]);
-        assert_eq!(plan.inverse(), [3, 0, 4, 2, 1, 5]);
         assert_eq!(plan.offsets(), [0, 2, 3, 6, 6]);
         assert_eq!(plan.counts(), [2, 1, 3, 0]);
-        assert_eq!(plan.tokens(2), [0, 2, 1, 0, 1, 2]);
         let empty = DispatchPlan::new(&[], 2);
         assert_eq!((empty.offsets(), empty.counts()), (&[0, 0, 0][..], vec![0, 0]));
     }
 
     #[test]
-    fn every_plan_is_a_stable_sort_with_its_inverse() {
+    fn every_plan_is_a_stable_sort() {
         for (seed, experts, n) in [(0, 1, 7), (1, 3, 1), (2, 8, 300), (3, 64, 40)] {
             let draws = Seed(seed).uniform("slots", n, 1.0);
             let slots: Vec<usize> = draws
@@ -90,9 +76,9 @@ mod tests {
             let plan = DispatchPlan::new(&slots, experts);
             assert_eq!((plan.offsets()[0], plan.offsets()[experts]), (0, n));
             assert_eq!(plan.counts().iter().sum::<usize>(), n);
-            for row in 0..n {
-                assert_eq!(plan.inverse()[plan.order()[row]], row);
-            }
+            let mut every = plan.order().to_vec();
+            every.sort_unstable();
+            assert_eq!(every, (0..n).collect::<Vec<_>>());
             for e in 0..experts {
                 let rows = &plan.order()[plan.offsets()[e]..plan.offsets()[e + 1]];
                 assert!(rows.iter().all(|&slot| slots[slot] == e));

@@ -3,9 +3,9 @@
 use std::collections::BTreeMap;
 
 use burn::module::{Module, Param};
-use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn::tensor::{Device, Tensor, TensorData};
 use firebrick_core::{Base, Brick, Mode, Part, Run, Seed, Site, SiteSet};
-use firebrick_tensor::ops::{grouped_matmul, swiglu};
+use firebrick_tensor::ops::{self, grouped_matmul, swiglu};
 use serde::{Deserialize, Serialize};
 
 use crate::{AuxNorm, DispatchPlan, MoeError, RouterConfig, Routing, TopKRouter};
@@ -247,14 +247,11 @@ impl MoeLayer {
 }
 
 impl MoeBlock {
-    /// Sort, three grouped products, unsort, weigh: no scatter on the way forward.
+    /// Sort, three grouped products, unsort and weigh.
     fn grouped(&self, x: Tensor<2>, routing: &Routing, plan: &DispatchPlan) -> Tensor<2> {
-        let ([tokens, d], [_, k]) = (x.dims(), routing.weights.dims());
-        let device = x.device();
-        let rows = x.select(0, numbers(&plan.tokens(k), &device));
-        let slots = self.experts.grouped(rows, plan.offsets()).select(0, numbers(plan.inverse(), &device));
-        let weights = routing.weights.clone().cast(slots.dtype()).reshape([tokens, k, 1]);
-        (slots.reshape([tokens, k, d]) * weights).sum_dim(1).reshape([tokens, d])
+        let rows = self.experts.grouped(ops::permute(x, plan.order()), plan.offsets());
+        let weights = routing.weights.clone().cast(rows.dtype());
+        ops::unpermute(rows, weights, plan.order())
     }
 
     fn one_by_one(&self, x: Tensor<2>, routing: &Routing) -> Tensor<2> {
@@ -266,12 +263,6 @@ impl MoeBlock {
         }
         sum
     }
-}
-
-fn numbers(values: &[usize], device: &Device) -> Tensor<1, Int> {
-    let values: Vec<i32> = values.iter().map(|&v| v as i32).collect();
-    let n = values.len();
-    Tensor::from_data(TensorData::new(values, [n]), device)
 }
 
 impl Brick for MoeLayer {

@@ -9,6 +9,7 @@ use burn::module::{Module, ParamGroup};
 use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::{Int, Tensor, TensorData, Transaction};
 use firebrick_core::{Event, Progress, Seed, Task, resident_bytes};
+use firebrick_tensor::ops;
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::{self, State, write_file};
@@ -482,7 +483,8 @@ pub fn fit_passes<M: Module>(
         for (i, rows) in rows.chunks(config.batch).enumerate() {
             let number = state.step * config.accumulate + i;
             let batch = Batch::new(rows, weight / config.accumulate as f64, &device);
-            let passed = pass(&module, &batch, seed.derive(&format!("step/{number}")), config.accumulate);
+            let seed = seed.derive(&format!("step/{number}"));
+            let passed = ops::awake(|| pass(&module, &batch, seed, config.accumulate));
             let Some((part, gradients)) = passed else { return Err(TrainError::Untracked { step }) };
             accumulator.accumulate(&module, gradients);
             total = Some(match total {
@@ -500,7 +502,7 @@ pub fn fit_passes<M: Module>(
         };
         let (Some(total), Some(norm)) = (total, norm) else { return Err(TrainError::Untracked { step }) };
         let learning_rate = config.learning_rate_at(state.step);
-        module = optimizer::step(&*rule, &mut memory, learning_rate, module, gradients);
+        module = ops::awake(|| optimizer::step(&*rule, &mut memory, learning_rate, module, gradients));
 
         let [value, norm] = read_back(total, norm)?;
         for (what, value) in [("loss", value), ("gradient norm", norm)] {

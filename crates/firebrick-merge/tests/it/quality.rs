@@ -1,5 +1,7 @@
 //! What merges of specialists of the embedded model and of SmolLM2 in five domains are worth. `docs/methods.md` has the figures; the
 //! tables also go to `quality-MODEL.json` in cargo's folder for temporary files of tests.
+//!
+//! `FIREBRICK_PART=adapters/2` measures one kind of specialists at one seed alone, into a file of its own.
 
 use std::cell::RefCell;
 use std::fmt::Write as _;
@@ -31,7 +33,6 @@ const SEEDS: u64 = 3;
 
 /// How much is trained and measured.
 struct Effort {
-    seeds: u64,
     /// Windows of a domain that are measured on, and as many others that scales are chosen and coefficients are fitted on.
     windows: usize,
     /// Steps of training a specialist, eight windows each.
@@ -406,9 +407,15 @@ fn table(rows: &[Row]) -> String {
 fn measure(name: &str, model: &Model, effort: &Effort) {
     let texts = Texts::new(model, effort.windows);
     let base = &model.decoder;
+    let part = std::env::var("FIREBRICK_PART").ok();
+    let suffix = part.iter().map(|p| format!("-{}", p.replace('/', "-"))).collect::<String>();
+    let json = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("quality-{name}{suffix}.json"));
     let mut rows = Vec::new();
-    for seed in 0..effort.seeds {
+    for seed in 0..SEEDS {
         for kind in ["fine-tunes", "adapters"] {
+            if part.as_ref().is_some_and(|p| *p != format!("{kind}/{seed}")) {
+                continue;
+            }
             let whole = effort.whole && kind == "fine-tunes";
             let family = Family::new(&texts, effort, base, kind, seed);
             let ends = [family.one("base", base), family.each("specialists", &family.experts)];
@@ -427,9 +434,9 @@ fn measure(name: &str, model: &Model, effort: &Effort) {
                 rows.extend(weak_to_strong(&family));
             }
         }
-        let json = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("quality-{name}.json"));
         std::fs::write(&json, serde_json::to_string_pretty(&rows).unwrap()).unwrap();
     }
+    assert!(!rows.is_empty(), "FIREBRICK_PART is a kind, a slash and a seed: adapters/2");
     println!("{}", table(&rows));
 }
 
@@ -437,7 +444,7 @@ fn measure(name: &str, model: &Model, effort: &Effort) {
 #[ignore = "a quarter of an hour on two cores: a measurement"]
 fn what_merges_of_five_specialists_are_worth() {
     let model = Model::embedded(&Device::flex()).unwrap();
-    let effort = Effort { seeds: SEEDS, windows: 24, steps: 24, rates: [1e-3, 1e-2], fits: 30, whole: true };
+    let effort = Effort { windows: 24, steps: 24, rates: [1e-3, 1e-2], fits: 30, whole: true };
     measure("embedded", &model, &effort);
 }
 
@@ -447,6 +454,6 @@ fn what_merges_of_five_specialists_of_smollm2_are_worth() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let path = root.join("../../target/models/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf");
     let model = Model::open(&path, &Device::flex()).expect("`cargo xtask model smollm2` fetches it");
-    let effort = Effort { seeds: 1, windows: 12, steps: 12, rates: [1e-4, 2e-3], fits: 15, whole: false };
+    let effort = Effort { windows: 8, steps: 12, rates: [1e-4, 2e-3], fits: 10, whole: false };
     measure("smollm2", &model, &effort);
 }

@@ -7,8 +7,8 @@ use burn_backend::{Backend, tensor::FloatTensor};
 use burn_cubecl::CubeBackend;
 use burn_flex::{Flex, FlexTensor};
 use pulp::{Arch, Simd, WithSimd};
-use rayon::prelude::*;
 
+use super::awake;
 use super::cpu;
 
 /// Settings of [`adamw`].
@@ -136,11 +136,11 @@ impl AdamWOps for Flex {
         let (mut values, mut first, mut second) = (owned(values), owned(first), owned(second));
         let tasks = values
             .storage_mut::<f32>()
-            .par_chunks_mut(TASK)
-            .zip(first.storage_mut::<f32>().par_chunks_mut(TASK))
-            .zip(second.storage_mut::<f32>().par_chunks_mut(TASK))
-            .zip(gradient.par_chunks(TASK));
-        tasks.for_each(|(((values, first), second), gradient)| {
+            .chunks_mut(TASK)
+            .zip(first.storage_mut::<f32>().chunks_mut(TASK))
+            .zip(second.storage_mut::<f32>().chunks_mut(TASK))
+            .zip(gradient.chunks(TASK));
+        awake::each(tasks.collect(), |(((values, first), second), gradient)| {
             Arch::new().dispatch(Step { values, gradient, first, second, factors: &factors });
         });
         (values, first, second)

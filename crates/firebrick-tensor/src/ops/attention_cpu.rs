@@ -3,17 +3,25 @@
 //! A block computes scores only for the keys its mask lets through, so causal attention costs half and a window
 //! costs its width; memory is one block of scores for each thread.
 
+use std::cell::RefCell;
+
 use burn_backend::Shape;
 use burn_flex::FlexTensor;
 use faer::MatRef;
 use pulp::{Arch, Simd, WithSimd};
-use rayon::prelude::*;
 
+use super::awake;
 use super::cpu::{self, Heads};
+use super::gemm_f32::{gemm, gemm_into};
 use super::{AttentionOptions, Segments};
 
 /// Scores in a block, at most (for as long as that leaves 16 queries).
 const BLOCK_SCORES: usize = 1 << 17;
+
+thread_local! {
+    /// The scores of a block.
+    static SCORES: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
 
 /// Queries in a block, from the shape alone.
 fn block_queries(keys: usize) -> usize {
@@ -32,20 +40,23 @@ pub(super) fn forward(
     let [batch, heads, t, _] = problem.q.dims;
     let value_dim = problem.v.dims[3];
     let rows = block_queries(problem.k.dims[2]);
-    let mut out = vec![0.0; batch * heads * t * value_dim];
-    if value_dim > 0 {
-        let mut tasks = Vec::new();
-        for (head, out) in out.chunks_mut(t * value_dim).enumerate() {
-            for (i, out) in out.chunks_mut(rows * value_dim).enumerate() {
-                tasks.push((head, i * rows, out));
-            }
+    let len = batch * heads * t * value_dim;
+    let mut out = Vec::with_capacity(len);
+    let mut tasks = Vec::new();
+    for (head, out) in out.spare_capacity_mut()[..len].chunks_mut((t * value_dim).max(1)).enumerate() {
+        for (i, out) in out.chunks_mut(rows * value_dim).enumerate() {
+            tasks.push((head, i * rows, out));
         }
-        tasks.into_par_iter().for_each_init(Vec::new, |scores, (head, first, out)| {
-            let block = problem.block(head, first, out.len() / value_dim);
-            block.probabilities(scores, None);
-            cpu::gemm(out, false, block.scores(scores), block.v, 1.0);
-        });
     }
+    awake::each(tasks, |(head, first, out)| {
+        let block = problem.block(*head, *first, out.len() / value_dim);
+        SCORES.with_borrow_mut(|scores| {
+            block.probabilities(scores, None);
+            gemm_into(out, block.scores(scores), block.v);
+        });
+    });
+    // SAFETY: the tasks are all of it, and the products have written them.
+    unsafe { out.set_len(len) };
     cpu::tensor(out, Shape::new([batch, heads, t, value_dim]))
 }
 
@@ -67,17 +78,16 @@ pub(super) fn backward(
     // One gradient for each query head; those of a group are added up at the end, in order.
     let mut dk = vec![0.0; batch * heads * s * head_dim];
     let mut dv = vec![0.0; batch * heads * s * value_dim];
-    dq.par_chunks_mut((t * head_dim).max(1))
-        .zip(dk.par_chunks_mut((s * head_dim).max(1)))
-        .zip(dv.par_chunks_mut((s * value_dim).max(1)))
-        .enumerate()
-        .for_each_init(Scratch::default, |scratch, (head, ((dq, dk), dv))| {
-            for (i, dq) in dq.chunks_mut(rows * head_dim).enumerate() {
-                let block = problem.block(head, i * rows, dq.len() / head_dim);
-                let grad = grad.tokens(head / heads, head % heads, block.first, block.first + block.rows);
-                block.backward(scratch, grad, dq, dk, dv);
-            }
-        });
+    let tasks = dq.chunks_mut((t * head_dim).max(1)).zip(dk.chunks_mut((s * head_dim).max(1)));
+    let tasks = tasks.zip(dv.chunks_mut((s * value_dim).max(1))).enumerate();
+    awake::each(tasks.collect(), |(head, ((dq, dk), dv))| {
+        let mut scratch = Scratch::default();
+        for (i, dq) in dq.chunks_mut(rows * head_dim).enumerate() {
+            let block = problem.block(*head, i * rows, dq.len() / head_dim);
+            let grad = grad.tokens(*head / heads, *head % heads, block.first, block.first + block.rows);
+            block.backward(&mut scratch, grad, dq, dk, dv);
+        }
+    });
     let group = heads / kv_heads;
     (
         cpu::tensor(dq, Shape::new([batch, heads, t, head_dim])),
@@ -91,15 +101,13 @@ fn sum_groups(x: Vec<f32>, group: usize, len: usize) -> Vec<f32> {
     if group == 1 || x.is_empty() {
         return x;
     }
-    let mut out = vec![0.0; x.len() / group];
-    out.par_chunks_mut(len).zip(x.par_chunks(len * group)).for_each(|(out, heads)| {
-        for head in heads.chunks_exact(len) {
+    cpu::fresh(x.len() / group, len, |i, out| {
+        for head in x[i * len * group..][..len * group].chunks_exact(len) {
             for (sum, &part) in out.iter_mut().zip(head) {
                 *sum += part;
             }
         }
-    });
-    out
+    })
 }
 
 #[derive(Clone, Copy)]
@@ -177,7 +185,7 @@ impl Block<'_> {
     /// Fills `scores` with probabilities, and `capped` with the scores before the softmax if asked to.
     fn probabilities(&self, scores: &mut Vec<f32>, capped: Option<&mut Vec<f32>>) {
         scores.resize(self.rows * self.keys(), 0.0);
-        cpu::gemm(scores, false, self.q, self.k.transpose(), self.options.scale as f32);
+        gemm(scores, false, self.q, self.k.transpose(), self.options.scale as f32);
         if let Some(cap) = self.options.softcap {
             Arch::new().dispatch(Cap { scores, cap: cap as f32 });
             if let Some(capped) = capped {
@@ -211,15 +219,15 @@ impl Block<'_> {
         self.probabilities(scores, Some(&mut *capped));
         let (head_dim, value_dim) = (self.q.ncols(), self.v.ncols());
         let dv = &mut dv[self.from * value_dim..self.to * value_dim];
-        cpu::gemm(dv, true, self.scores(scores).transpose(), grad, 1.0);
+        gemm(dv, true, self.scores(scores).transpose(), grad, 1.0);
         slopes.resize(self.rows * self.keys(), 0.0);
-        cpu::gemm(slopes, false, grad, self.v.transpose(), 1.0);
+        gemm(slopes, false, grad, self.v.transpose(), 1.0);
         let (cap, scale) = (self.options.softcap.map(|cap| cap as f32), self.options.scale as f32);
         let keys = self.keys();
         Arch::new().dispatch(ScoreGradient { probabilities: scores, slopes, capped, cap, scale, keys });
         let slopes = self.scores(slopes);
-        cpu::gemm(dq, false, slopes, self.k, 1.0);
-        cpu::gemm(&mut dk[self.from * head_dim..self.to * head_dim], true, slopes.transpose(), self.q, 1.0);
+        gemm(dq, false, slopes, self.k, 1.0);
+        gemm(&mut dk[self.from * head_dim..self.to * head_dim], true, slopes.transpose(), self.q, 1.0);
     }
 }
 

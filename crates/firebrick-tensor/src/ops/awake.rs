@@ -13,8 +13,8 @@ use std::sync::{Arc, Mutex};
 use rayon::Yield;
 use rayon::prelude::*;
 
-/// Looks for work in a row that find none before a thread goes to sleep: about a millisecond.
-const IDLE: u32 = 1 << 14;
+/// Looks for work in a row that find none before a thread goes to sleep: some 16 milliseconds.
+const IDLE: u32 = 1 << 18;
 
 /// Looks between two at what else the pool has to do, and between two offers of the processor to other programs.
 const PATIENCE: u32 = 64;
@@ -25,7 +25,7 @@ thread_local! {
 }
 
 /// Runs `f` while the other threads of rayon's pool look for its work without pause: waking a thread that sleeps takes longer than
-/// a product with one row. A thread that finds nothing for a millisecond sleeps after all.
+/// a product with one row. A thread that finds nothing for some 16 milliseconds sleeps after all.
 ///
 /// Where the caller is not a thread of the pool (see `rayon::ThreadPoolBuilder::use_current_thread`), `f` just runs: its regions
 /// would each hand their work over and sleep until it is done, however awake the others are.
@@ -34,7 +34,7 @@ pub fn awake<R>(f: impl FnOnce() -> R) -> R {
     if TEAM.with_borrow(Option::is_some) {
         return f();
     }
-    let team = Arc::new(Team::default());
+    let team = Arc::new(Team { others: rayon::current_num_threads() - 1, ..Team::default() });
     rayon::in_place_scope(|scope| {
         let others = team.clone();
         scope.spawn_broadcast(move |_, thread| {
@@ -51,7 +51,7 @@ pub fn awake<R>(f: impl FnOnce() -> R) -> R {
 /// `f(number, part)` for parts of `size` elements of `data`, in parallel.
 pub(super) fn parts<T: Send>(data: &mut [T], size: usize, f: impl Fn(usize, &mut [T]) + Sync) {
     // A part may have regions of its own, which are rayon's.
-    let Some(team) = TEAM.take() else {
+    let Some(team) = TEAM.take().filter(|team| team.asleep.load(Relaxed) < team.others) else {
         return data.par_chunks_mut(size).enumerate().for_each(|(i, part)| f(i, part));
     };
     let (len, start) = (data.len(), Start(data.as_mut_ptr()));
@@ -65,6 +65,11 @@ pub(super) fn parts<T: Send>(data: &mut [T], size: usize, f: impl Fn(usize, &mut
     }));
     TEAM.set(Some(team));
     outcome.unwrap_or_else(|panic| resume_unwind(panic));
+}
+
+/// `f(task)` for each of `tasks`, in parallel.
+pub(super) fn each<T: Send>(mut tasks: Vec<T>, f: impl Fn(&mut T) + Sync) {
+    parts(&mut tasks, 1, |_, task| f(&mut task[0]));
 }
 
 /// Where elements begin that tasks share out among themselves.
@@ -90,6 +95,9 @@ struct Team {
     /// Regions begun so far.
     begun: AtomicUsize,
     over: AtomicBool,
+    /// Threads of the pool but for the caller, and how many of them have found nothing for too long.
+    others: usize,
+    asleep: AtomicUsize,
 }
 
 struct Region<'a> {
@@ -170,6 +178,7 @@ impl Team {
             idle += 1;
             pause(idle);
         }
+        self.asleep.fetch_add(1, Relaxed);
     }
 }
 

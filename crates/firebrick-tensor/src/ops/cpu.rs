@@ -1,4 +1,4 @@
-//! Pieces the CPU kernels share: buffers, blocks of rows, vector arithmetic and matrix products on slices.
+//! Pieces the CPU kernels share: buffers, blocks of rows and vector arithmetic.
 //!
 //! Work is cut into blocks by shape alone and every reduction has a fixed order: the thread count never shows in a result.
 
@@ -8,7 +8,6 @@ use burn_backend::{Bytes, DType, Shape, TensorMetadata};
 use burn_flex::{FlexTensor, Layout};
 use faer::MatRef;
 use half::{f16, slice::HalfFloatSliceExt};
-use rayon::prelude::*;
 
 use super::awake;
 
@@ -51,6 +50,39 @@ pub(super) fn reuse(mut x: FlexTensor, f: impl FnOnce(Option<&[f32]>, &mut [f32]
     tensor(out, x.shape())
 }
 
+/// `f(first row, old, new)` over blocks of rows of length `d`, in parallel, as [`reuse`]: `old` is there unless `new` holds the values.
+pub(super) fn map_rows(
+    x: FlexTensor,
+    d: usize,
+    f: impl Fn(usize, Option<&[f32]>, &mut [f32]) + Sync,
+) -> FlexTensor {
+    let mut x = contiguous(x);
+    let rows = block_rows(d);
+    if let Some(values) = x.try_storage_mut::<f32>() {
+        blocks(values, d, rows, |first, out| f(first, None, out));
+        return x;
+    }
+    let values = x.storage::<f32>();
+    let out = fresh(values.len(), rows * d, |i, out| {
+        let first = i * rows;
+        f(first, Some(&values[first * d..][..out.len()]), out);
+    });
+    tensor(out, x.shape())
+}
+
+/// A buffer that `f(number, part)` writes in parts of `size`, in parallel. Parts are zero at first, made so by the thread that has them.
+pub(super) fn fresh(len: usize, size: usize, f: impl Fn(usize, &mut [f32]) + Sync) -> Vec<f32> {
+    let mut out = Vec::with_capacity(len);
+    awake::parts(&mut out.spare_capacity_mut()[..len], size, |i, part| {
+        part.fill(MaybeUninit::new(0.0));
+        // SAFETY: all of it has just been written.
+        f(i, unsafe { part.assume_init_mut() });
+    });
+    // SAFETY: the parts are all there is.
+    unsafe { out.set_len(len) };
+    out
+}
+
 /// Rows in a block, from the shape alone.
 pub(super) fn block_rows(d: usize) -> usize {
     (BLOCK / d.max(1)).max(1)
@@ -80,8 +112,8 @@ pub(super) fn blocks2(
         }
         return;
     }
-    let pairs = a.par_chunks_mut(rows * da).zip(b.par_chunks_mut(rows * db));
-    pairs.enumerate().for_each(|(i, (a, b))| f(i * rows, a, b));
+    let pairs = a.chunks_mut(rows * da).zip(b.chunks_mut(rows * db)).enumerate();
+    awake::each(pairs.collect(), |(i, (a, b))| f(*i * rows, a, b));
 }
 
 /// `[rows, columns]` from parts of `width` columns in parallel: `f(first column, part)` fills `[rows, its columns]`, zero at first.
@@ -248,12 +280,6 @@ impl<'a> Heads<'a> {
         }
     }
 
-    /// Views row-major data.
-    pub fn dense(data: &'a [f32], dims: [usize; 4]) -> Self {
-        let [_, heads, tokens, d] = dims;
-        Self { data, strides: [heads * tokens * d, tokens * d, d], dims }
-    }
-
     /// Row `index` of all `batch * heads * tokens`.
     #[inline(always)]
     pub fn row(&self, index: usize) -> &'a [f32] {
@@ -272,60 +298,6 @@ impl<'a> Heads<'a> {
 
 fn dim_len(x: &FlexTensor, dim: usize) -> usize {
     x.layout().shape()[dim]
-}
-
-/// `dst = alpha * lhs rhs`, or added to `dst`, on the calling thread; `dst` is row-major without gaps.
-pub(super) fn gemm(dst: &mut [f32], add: bool, lhs: MatRef<'_, f32>, rhs: MatRef<'_, f32>, alpha: f32) {
-    assert_eq!(dst.len(), lhs.nrows() * rhs.ncols(), "gemm: room for the result");
-    // SAFETY: `dst` has room for the result and holds values.
-    unsafe { gemm_at(dst.as_mut_ptr(), rhs.ncols(), add, lhs, rhs, alpha) }
-}
-
-/// `lhs rhs` in memory that holds nothing, as [`gemm`].
-pub(super) fn gemm_into(dst: &mut [MaybeUninit<f32>], lhs: MatRef<'_, f32>, rhs: MatRef<'_, f32>) {
-    assert_eq!(dst.len(), lhs.nrows() * rhs.ncols(), "gemm: room for the result");
-    // SAFETY: `dst` has room for the result, of which nothing is read.
-    unsafe { gemm_at(dst.as_mut_ptr().cast(), rhs.ncols(), false, lhs, rhs, 1.0) }
-}
-
-/// [`gemm`] on rows `stride` apart.
-///
-/// # Safety
-/// Nobody else may have `lhs.nrows()` rows of `rhs.ncols()` numbers at `dst`, which hold values if they are added to.
-pub(super) unsafe fn gemm_at(
-    dst: *mut f32,
-    stride: usize,
-    add: bool,
-    lhs: MatRef<'_, f32>,
-    rhs: MatRef<'_, f32>,
-    alpha: f32,
-) {
-    let (rows, depth, columns) = (lhs.nrows(), lhs.ncols(), rhs.ncols());
-    assert_eq!(depth, rhs.nrows(), "gemm: columns of lhs against rows of rhs");
-    // SAFETY: views lead to values; of `dst` the caller has said what `gemm` needs.
-    unsafe {
-        gemm::gemm(
-            rows,
-            columns,
-            depth,
-            dst,
-            1,
-            stride as isize,
-            add,
-            lhs.as_ptr(),
-            lhs.col_stride(),
-            lhs.row_stride(),
-            rhs.as_ptr(),
-            rhs.col_stride(),
-            rhs.row_stride(),
-            1.0,
-            alpha,
-            false,
-            false,
-            false,
-            gemm::Parallelism::None,
-        );
-    }
 }
 
 #[cfg(test)]

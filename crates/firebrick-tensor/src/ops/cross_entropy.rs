@@ -135,13 +135,10 @@ impl CrossEntropyOps for Flex {
         };
         let (log_sum, grad) = (cpu::contiguous(log_sum), cpu::contiguous(grad));
         let (log_sum, grad) = (log_sum.storage::<f32>(), grad.storage::<f32>());
-        cpu::reuse(cpu::contiguous(logits), |source, out| {
-            cpu::blocks(out, vocab, cpu::block_rows(vocab), |first, out| {
-                let source = source.map(|logits| &logits[first * vocab..][..out.len()]);
-                let rows = first..first + out.len() / vocab;
-                let (targets, log_sum, grad) = (&targets[rows.clone()], &log_sum[rows.clone()], &grad[rows]);
-                Arch::new().dispatch(Reverse { source, out, targets, log_sum, grad });
-            });
+        cpu::map_rows(logits, vocab, |first, source, out| {
+            let rows = first..first + out.len() / vocab;
+            let (targets, log_sum, grad) = (&targets[rows.clone()], &log_sum[rows.clone()], &grad[rows]);
+            Arch::new().dispatch(Reverse { source, out, targets, log_sum, grad });
         })
     }
 }

@@ -68,26 +68,18 @@ impl GeluOps for Flex {
         if !cpu::all_f32(&[&x]) {
             return composed::<Self>(x);
         }
-        cpu::reuse(cpu::contiguous(x), |source, out| {
-            cpu::blocks(out, 1, cpu::block_rows(1), |first, out| {
-                let source = source.map(|x| &x[first..][..out.len()]);
-                Arch::new().dispatch(Forward { source, out });
-            });
-        })
+        cpu::map_rows(x, 1, |_, source, out| Arch::new().dispatch(Forward { source, out }))
     }
 
     fn exact_gelu_backward(x: FlexTensor, grad: FlexTensor) -> FlexTensor {
         if !cpu::all_f32(&[&x, &grad]) {
             return composed_backward::<Self>(x, grad);
         }
-        let (x, grad) = (cpu::contiguous(x), cpu::contiguous(grad));
+        let x = cpu::contiguous(x);
         let x = x.storage::<f32>();
-        cpu::reuse(grad, |source, out| {
-            cpu::blocks(out, 1, cpu::block_rows(1), |first, out| {
-                let x = &x[first..][..out.len()];
-                let source = source.map(|g| &g[first..][..out.len()]);
-                Arch::new().dispatch(Reverse { x, source, out });
-            });
+        cpu::map_rows(grad, 1, |first, source, out| {
+            let x = &x[first..][..out.len()];
+            Arch::new().dispatch(Reverse { x, source, out });
         })
     }
 }

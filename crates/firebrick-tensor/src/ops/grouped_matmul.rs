@@ -4,6 +4,10 @@
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
+use super::awake;
+use super::cpu;
+use super::gemm_f32::gemm_into;
+use super::linear_cross_entropy::rows;
 use burn::backend::backend_extension;
 use burn::tensor::Tensor;
 use burn_autodiff::{
@@ -17,10 +21,6 @@ use burn_backend::{Backend, Shape, Slice, TensorMetadata, tensor::FloatTensor};
 use burn_cubecl::CubeBackend;
 use burn_flex::{Flex, FlexTensor};
 use faer::MatRef;
-use rayon::prelude::*;
-
-use super::cpu;
-use super::linear_cross_entropy::rows;
 
 /// Rows of a result that one task computes, at most: each reads a whole matrix.
 const ROWS: usize = 256;
@@ -140,16 +140,16 @@ impl GroupedMatmulOps for Flex {
                 tasks.push((e, segment.start + i * rows, part));
             }
         }
-        tasks.into_par_iter().for_each(|(e, first, part)| {
+        awake::each(tasks, |(e, first, part)| {
             let count = part.len() / d_out;
-            let x = MatRef::from_row_major_slice(&values[first * d_in..][..count * d_in], count, d_in);
-            let w = &w[e * strides[0]..];
+            let x = MatRef::from_row_major_slice(&values[*first * d_in..][..count * d_in], count, d_in);
+            let w = &w[*e * strides[0]..];
             let w = if by_columns {
                 MatRef::from_column_major_slice_with_stride(w, d_in, d_out, strides[2])
             } else {
                 MatRef::from_row_major_slice_with_stride(w, d_in, d_out, strides[1])
             };
-            cpu::gemm_into(part, x, w);
+            gemm_into(part, x, w);
         });
         // SAFETY: the segments are all rows, and the products have written them.
         unsafe { out.set_len(len) };
@@ -174,7 +174,8 @@ impl GroupedMatmulOps for Flex {
                 tasks.push((segment.clone(), i * rows, part));
             }
         }
-        tasks.into_par_iter().for_each(|(segment, first, part)| {
+        awake::each(tasks, |(segment, first, part)| {
+            let segment = segment.clone();
             if segment.is_empty() {
                 part.fill(MaybeUninit::new(0.0));
                 return;
@@ -182,7 +183,7 @@ impl GroupedMatmulOps for Flex {
             let range = |d: usize| segment.start * d..segment.end * d;
             let x = MatRef::from_row_major_slice(&x[range(d_in)], segment.len(), d_in).transpose();
             let grad = MatRef::from_row_major_slice(&grad[range(d_out)], segment.len(), d_out);
-            cpu::gemm_into(part, x.subrows(first, part.len() / d_out), grad);
+            gemm_into(part, x.subrows(*first, part.len() / d_out), grad);
         });
         // SAFETY: the tasks have written all of all matrices.
         unsafe { out.set_len(len) };

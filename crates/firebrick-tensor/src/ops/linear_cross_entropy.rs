@@ -1,7 +1,8 @@
 //! Cross-entropy of a linear head that never holds the logits of all rows.
 //!
 //! Rows go through in chunks; the backward pass computes each chunk's logits again, so that what is kept between
-//! the passes is one log-sum-exp for each row (after Wijmans et al. 2024, arXiv:2411.09009, and Liger-Kernel).
+//! the passes is one log-sum-exp for each row (after Wijmans et al. 2024, arXiv:2411.09009, and Liger-Kernel). Below a
+//! head that is not trained, the slope of each row's loss is taken while its logits are there, and they are computed once.
 
 use burn::backend::backend_extension;
 use burn::tensor::{Int, Tensor};
@@ -19,16 +20,16 @@ use burn_backend::{
 use burn_cubecl::CubeBackend;
 use burn_flex::Flex;
 
-use super::cross_entropy::CrossEntropyOps;
+use super::cross_entropy::{CrossEntropyOps, column};
 use super::matmul::{MatmulOps, Precision};
 
 /// Logits held at a time.
-const CHUNK: usize = 1 << 22;
+const CHUNK: usize = 1 << 24;
 
 /// Negative log-likelihood of each target under `softmax(hidden weight)`, in nats.
 ///
-/// About 4 million logits (16 million in bf16) exist at a time, whatever `n` is, in the forward and in the backward pass. The gradient
-/// of the weight is computed only if the weight is tracked.
+/// About 16 million logits exist at a time, whatever `n` is, in the forward and in the backward pass. The gradient of the weight is
+/// computed only if the weight is tracked.
 ///
 /// - hidden: `[n, d]`
 /// - weight: `[d, vocab]`
@@ -66,7 +67,7 @@ pub trait LinearCrossEntropyOps: Backend + CrossEntropyOps + MatmulOps {
         targets: IntTensor<Self>,
         precision: Precision,
     ) -> FloatTensor<Self> {
-        forward::<Self>(&hidden, &weight, &targets, precision).0
+        forward::<Self>(&hidden, &weight, &targets, precision, false).loss
     }
 }
 
@@ -75,12 +76,10 @@ impl LinearCrossEntropyOps for Flex {}
 #[cfg(feature = "cubecl-backend")]
 impl LinearCrossEntropyOps for CubeBackend {}
 
-/// Row ranges of the chunks for `rows` rows of `width` values; at least one, possibly empty.
-///
-/// Chunks of bf16 products are longer: the weights are rounded anew for each.
-pub(super) fn chunks(rows: usize, width: usize, precision: Precision) -> Vec<std::ops::Range<usize>> {
-    let values = if precision.is_bf16(rows) { 4 * CHUNK } else { CHUNK };
-    let step = (values / width.max(1)).max(1);
+/// Row ranges of about even chunks for `rows` rows of `width` values; at least one, possibly empty. Each reads all weights.
+pub(super) fn chunks(rows: usize, width: usize) -> Vec<std::ops::Range<usize>> {
+    let most = (CHUNK / width.max(1)).max(1);
+    let step = rows.div_ceil(rows.div_ceil(most).max(1)).max(1);
     (0..rows.max(1)).step_by(step).map(|first| first..rows.min(first + step)).collect()
 }
 
@@ -91,25 +90,50 @@ pub(super) fn rows<B: Backend>(x: &FloatTensor<B>, rows: &std::ops::Range<usize>
     B::float_slice(x.clone(), &slices)
 }
 
+struct Forward<B: Backend> {
+    loss: FloatTensor<B>,
+    log_sum: FloatTensor<B>,
+    /// Gradient of each row's own loss for its hidden state, `[n, d]`.
+    slopes: Option<FloatTensor<B>>,
+}
+
 fn forward<B: LinearCrossEntropyOps>(
     hidden: &FloatTensor<B>,
     weight: &FloatTensor<B>,
     targets: &IntTensor<B>,
     precision: Precision,
-) -> (FloatTensor<B>, FloatTensor<B>) {
-    let (mut loss, mut log_sum) = (Vec::new(), Vec::new());
-    for chunk in chunks(hidden.shape()[0], weight.shape()[1], precision) {
+    with_slopes: bool,
+) -> Forward<B> {
+    let (mut loss, mut log_sum, mut slopes) = (Vec::new(), Vec::new(), Vec::new());
+    for chunk in chunks(hidden.shape()[0], weight.shape()[1]) {
         let logits = B::matmul(rows::<B>(hidden, &chunk), weight.clone(), precision);
         let targets = B::int_slice(targets.clone(), &[Slice::from(chunk)]);
-        let (l, s) = B::cross_entropy(logits, targets);
+        let (l, s) = B::cross_entropy(logits.clone(), targets.clone());
+        if with_slopes {
+            let ones = B::float_ones(l.shape(), &l.device(), l.dtype().into());
+            let dlogits = B::cross_entropy_backward(logits, targets, s.clone(), ones);
+            slopes.push(B::matmul(dlogits, B::float_swap_dims(weight.clone(), 0, 1), precision));
+        }
         loss.push(l);
         log_sum.push(s);
     }
-    (B::float_cat(loss, 0), B::float_cat(log_sum, 0))
+    Forward {
+        loss: B::float_cat(loss, 0),
+        log_sum: B::float_cat(log_sum, 0),
+        slopes: with_slopes.then(|| B::float_cat(slopes, 0)),
+    }
+}
+
+/// What is kept for the backward pass.
+#[derive(Debug, Clone)]
+enum State<B: Backend> {
+    /// Of a head that is not trained: the gradient of each row's loss, `[n, d]`.
+    Slopes(FloatTensor<B>),
+    Inputs(Inputs<B>),
 }
 
 #[derive(Debug, Clone)]
-struct State<B: Backend> {
+struct Inputs<B: Backend> {
     hidden: FloatTensor<B>,
     weight: FloatTensor<B>,
     targets: IntTensor<B>,
@@ -123,7 +147,12 @@ fn backward<B: LinearCrossEntropyOps>(
     grad: FloatTensor<B>,
     wants: [bool; 2],
 ) -> [Option<FloatTensor<B>>; 2] {
-    let State { hidden, weight, targets, log_sum, precision } = state;
+    let Inputs { hidden, weight, targets, log_sum, precision } = match state {
+        State::Slopes(slopes) => {
+            return [Some(B::float_mul(slopes, column::<B>(grad))), None];
+        }
+        State::Inputs(inputs) => inputs,
+    };
     head_backward::<B>(&hidden, &weight, wants, precision, |chunk, logits| {
         let (log_sum, grad) = (rows::<B>(&log_sum, chunk), rows::<B>(&grad, chunk));
         let targets = B::int_slice(targets.clone(), &[Slice::from(chunk.clone())]);
@@ -141,15 +170,20 @@ pub(super) fn head_backward<B: MatmulOps>(
     dlogits: impl Fn(&std::ops::Range<usize>, FloatTensor<B>) -> FloatTensor<B>,
 ) -> [Option<FloatTensor<B>>; 2] {
     let mut dhidden = Vec::new();
-    let mut dweight =
-        wants[1].then(|| B::float_zeros(weight.shape(), &weight.device(), weight.dtype().into()));
-    for chunk in chunks(hidden.shape()[0], weight.shape()[1], precision) {
+    let mut dweight = None;
+    for chunk in chunks(hidden.shape()[0], weight.shape()[1]) {
         let h = rows::<B>(hidden, &chunk);
         let dlogits = dlogits(&chunk, B::matmul(h.clone(), weight.clone(), precision));
         if wants[0] {
             dhidden.push(B::matmul(dlogits.clone(), B::float_swap_dims(weight.clone(), 0, 1), precision));
         }
-        dweight = dweight.map(|sum| B::matmul_add(sum, B::float_swap_dims(h, 0, 1), dlogits, precision));
+        if wants[1] {
+            let h = B::float_swap_dims(h, 0, 1);
+            dweight = Some(match dweight {
+                Some(sum) => B::matmul_add(sum, h, dlogits, precision),
+                None => B::matmul(h, dlogits, precision),
+            });
+        }
     }
     [wants[0].then(|| B::float_cat(dhidden, 0)), dweight]
 }
@@ -179,12 +213,15 @@ impl<B: Backend + LinearCrossEntropyOps, C: CheckpointStrategy> LinearCrossEntro
             }
         }
 
+        let frozen_head = hidden.is_tracked() && !weight.is_tracked();
         let (hidden, hidden_node) = hidden.into_parts();
         let (weight, weight_node) = weight.into_parts();
-        let (loss, log_sum) = forward::<B>(&hidden, &weight, &targets, precision);
+        let Forward { loss, log_sum, slopes } =
+            forward::<B>(&hidden, &weight, &targets, precision, frozen_head);
         match LinearCrossEntropy.prepare::<C>([hidden_node, weight_node]).compute_bound().stateful() {
             OpsKind::Tracked(prep) => {
-                prep.finish(State { hidden, weight, targets, log_sum, precision }, loss)
+                let inputs = Inputs { hidden, weight, targets, log_sum, precision };
+                prep.finish(slopes.map_or(State::Inputs(inputs), State::Slopes), loss)
             }
             OpsKind::UnTracked(prep) => prep.finish(loss),
         }

@@ -31,7 +31,7 @@ pub enum Divergence {
 /// Divergence of each row between `softmax(teacher teacher_weight / T)` and `softmax(student student_weight / T)`, in
 /// nats, without the factor `T^2` (Hinton et al. 2015, arXiv:1503.02531, multiply by it).
 ///
-/// About 4 million logits of each head exist at a time. Gradients reach the student's side only, and its weight only
+/// About 16 million logits of each head exist at a time. Gradients reach the student's side only, and its weight only
 /// if that is tracked.
 ///
 /// - student: `[n, d_s]`, student_weight: `[d_s, vocab]`
@@ -191,13 +191,11 @@ struct TwoHeads<B: Backend> {
 }
 
 fn forward<B: LinearKlOps>(heads: &TwoHeads<B>) -> FloatTensor<B> {
-    let parts = chunks(heads.student.shape()[0], heads.student_weight.shape()[1], Precision::F32)
-        .into_iter()
-        .map(|chunk| {
-            let s = B::float_matmul(rows::<B>(&heads.student, &chunk), heads.student_weight.clone());
-            let t = B::float_matmul(rows::<B>(&heads.teacher, &chunk), heads.teacher_weight.clone());
-            B::kl(s, t, heads.temperature, heads.divergence)
-        });
+    let parts = chunks(heads.student.shape()[0], heads.student_weight.shape()[1]).into_iter().map(|chunk| {
+        let s = B::float_matmul(rows::<B>(&heads.student, &chunk), heads.student_weight.clone());
+        let t = B::float_matmul(rows::<B>(&heads.teacher, &chunk), heads.teacher_weight.clone());
+        B::kl(s, t, heads.temperature, heads.divergence)
+    });
     B::float_cat(parts.collect(), 0)
 }
 
@@ -247,14 +245,11 @@ impl LinearKlOps for Flex {
         }
         let (teacher, grad) = (cpu::contiguous(teacher), cpu::contiguous(grad));
         let (t, grad) = (teacher.storage::<f32>(), grad.storage::<f32>());
-        cpu::reuse(cpu::contiguous(student), |source, out| {
-            cpu::blocks(out, vocab, cpu::block_rows(vocab), |first, out| {
-                let range = first * vocab..first * vocab + out.len();
-                let source = source.map(|s| &s[range.clone()]);
-                let grad = &grad[first..][..out.len() / vocab];
-                let inverse = 1.0 / temperature as f32;
-                Arch::new().dispatch(Reverse { source, out, teacher: &t[range], grad, inverse, divergence });
-            });
+        cpu::map_rows(student, vocab, |first, source, out| {
+            let teacher = &t[first * vocab..][..out.len()];
+            let grad = &grad[first..][..out.len() / vocab];
+            let inverse = 1.0 / temperature as f32;
+            Arch::new().dispatch(Reverse { source, out, teacher, grad, inverse, divergence });
         })
     }
 }

@@ -21,9 +21,9 @@ use burn_cubecl::CubeBackend;
 use burn_flex::{Flex, FlexTensor};
 use faer::MatRef;
 
-use super::awake::{self, Start};
 use super::cpu;
 use super::gemm_bf16::{Level, Operand, gemm_bf16};
+use super::gemm_f32::gemm_f32;
 use super::linear::FEW_ROWS;
 
 /// How the large products of a model are computed. What is stored is f32 either way.
@@ -87,7 +87,7 @@ impl MatmulOps for Flex {
             out
         } else {
             let mut out = Vec::with_capacity(rows * columns);
-            gemm_f32(out.spare_capacity_mut(), false, &lhs, &rhs, rayon::current_num_threads());
+            gemm_f32(out.spare_capacity_mut(), false, view(&lhs), view(&rhs), rayon::current_num_threads());
             // SAFETY: a product that reads nothing of its result has written all of it.
             unsafe { out.set_len(rows * columns) };
             out
@@ -115,41 +115,10 @@ impl MatmulOps for Flex {
             } else {
                 // SAFETY: values that are there may be seen as values that may not be; the product writes values alone.
                 let out = unsafe { &mut *(std::ptr::from_mut(out) as *mut [MaybeUninit<f32>]) };
-                gemm_f32(out, true, &lhs, &rhs, rayon::current_num_threads());
+                gemm_f32(out, true, view(&lhs), view(&rhs), rayon::current_num_threads());
             }
         })
     }
-}
-
-/// Writes `lhs rhs` to `out`, row-major, or adds it to what `out` then has to hold.
-///
-/// Each thread has columns of its own, or rows where those are few: `gemm`'s own threads wait for each other block by block. The order of
-/// a sum depends on its length alone, but for results of 64 by 64 numbers at most, which no part is: so parts never show.
-fn gemm_f32(out: &mut [MaybeUninit<f32>], add: bool, lhs: &FlexTensor, rhs: &FlexTensor, threads: usize) {
-    /// Multiplications for which one thread is enough.
-    const ONE_THREAD: usize = 1 << 20;
-    /// Rows or columns of a part, at least, where there are more.
-    const LEAST: usize = 65;
-    let (rows, depth, columns) = (lhs.shape()[0], lhs.shape()[1], rhs.shape()[1]);
-    assert!(out.len() >= rows * columns && depth == rhs.shape()[0]);
-    // Sums of a product with a vector depend on how many there are.
-    let alone = rows.saturating_mul(depth).saturating_mul(columns) < ONE_THREAD || rows.min(columns) == 1;
-    let threads = if alone { 1 } else { threads };
-    let across = (columns / LEAST).clamp(1, threads);
-    let down = (rows / LEAST).clamp(1, threads.div_ceil(across));
-    let part = |i: usize, of: usize, parts: usize| i * of / parts..(i + 1) * of / parts;
-    let parts =
-        (0..down).flat_map(|i| (0..across).map(move |j| (part(i, rows, down), part(j, columns, across))));
-    let mut parts: Vec<_> = parts.collect();
-
-    let (lhs, rhs, out) = (view(lhs), view(rhs), Start(out.as_mut_ptr().cast::<f32>()));
-    awake::parts(&mut parts, 1, |_, part| {
-        let (down, across) = &part[0];
-        let lhs = lhs.subrows(down.start, down.len());
-        let rhs = rhs.subcols(across.start, across.len());
-        // SAFETY: `out` has room for the result, of which each part is one task's, and holds values if they are added to.
-        unsafe { cpu::gemm_at(out.at(down.start * columns + across.start), columns, add, lhs, rhs, 1.0) }
-    });
 }
 
 fn view(x: &FlexTensor) -> MatRef<'_, f32> {
@@ -267,54 +236,5 @@ impl<B: Backend + MatmulOps> Operands<B> {
         let Operands { lhs, rhs, precision } = self;
         let d_lhs = rhs.map(|rhs| B::matmul(grad.clone(), B::float_swap_dims(rhs, 0, 1), precision));
         [d_lhs, lhs.map(|lhs| B::matmul(B::float_swap_dims(lhs, 0, 1), grad, precision))]
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use firebrick_core::Seed;
-
-    use super::*;
-
-    #[test]
-    fn parts_of_threads_do_not_show() {
-        let shapes = [
-            (512, 576, 192),
-            (131, 700, 257),
-            (131, 700, 326),
-            (1000, 1100, 8),
-            (4000, 600, 1),
-            (1, 600, 4000),
-            (8, 700, 999),
-            (64, 1000, 64),
-        ];
-        for (rows, depth, columns) in shapes {
-            let matrix = |name: &str, rows: usize, columns: usize| {
-                cpu::tensor(Seed(1).normal(name, rows * columns, 1.0), Shape::new([rows, columns]))
-            };
-            let (lhs, rhs) = (matrix("lhs", rows, depth), matrix("rhs", columns, depth).transpose(0, 1));
-            for add in [false, true] {
-                let product = |threads: usize| {
-                    let mut out: Vec<f32> = if add {
-                        Seed(2).normal("sum", rows * columns, 1.0)
-                    } else {
-                        vec![f32::NAN; rows * columns]
-                    };
-                    // SAFETY: as above.
-                    let view =
-                        unsafe { &mut *(std::ptr::from_mut(out.as_mut_slice()) as *mut [MaybeUninit<f32>]) };
-                    gemm_f32(view, add, &lhs, &rhs, threads);
-                    out
-                };
-                let one = product(1);
-                assert!(one.iter().all(|v| v.is_finite()));
-                for threads in [2, 3, 5, 16] {
-                    assert!(
-                        product(threads) == one,
-                        "[{rows}, {depth}] [{depth}, {columns}], {threads} threads"
-                    );
-                }
-            }
-        }
     }
 }

@@ -11,8 +11,8 @@
 mod x86;
 
 use pulp::{Arch, Simd, WithSimd};
-use rayon::prelude::*;
 
+use super::awake;
 use super::packed::{COLUMNS, PackedLayout, Scales, Weight};
 
 /// Inputs that share a scale.
@@ -151,13 +151,13 @@ pub(super) fn blocks<const D: usize>(x: &[f32], layout: PackedLayout) -> Vec<Blo
     const ROWS: usize = 16;
     let rows = x.len() / layout.d_in;
     let mut blocks = vec![Block { quads: [[0; 8]; D], scale: 0.0, sum: 0.0 }; rows * steps(layout)];
-    let split = |x, blocks| Arch::new().dispatch(Split { x, layout, blocks });
+    let split = |x: &[f32], blocks: &mut [Block<D>]| Arch::new().dispatch(Split { x, layout, blocks });
     match rows {
         0..=ROWS => split(x, &mut blocks),
-        _ => x
-            .par_chunks(ROWS * layout.d_in)
-            .zip(blocks.par_chunks_mut(ROWS * steps(layout)))
-            .for_each(|(x, blocks)| split(x, blocks)),
+        _ => awake::parts(&mut blocks, ROWS * steps(layout), |i, blocks| {
+            let first = i * ROWS;
+            split(&x[first * layout.d_in..(first + ROWS).min(rows) * layout.d_in], blocks);
+        }),
     }
     blocks
 }

@@ -6,6 +6,7 @@ use faer::MatRef;
 use pulp::{Arch, Simd, WithSimd};
 
 use super::cpu;
+use super::gemm_f32::gemm;
 use super::packed::{COLUMNS, Weight};
 
 /// Inputs whose codes are read together: the words of a task's outputs for them stay in the first-level cache.
@@ -51,7 +52,7 @@ pub(super) fn many_rows(x: &[f32], weight: &Weight<'_>, arch: Arch) -> FlexTenso
             let tile = &mut tile[..inputs * columns];
             arch.dispatch(Decode { weight, input, output, columns, out: &mut *tile });
             let x = MatRef::from_row_major_slice_with_stride(&x[input..], rows, inputs, d_in);
-            cpu::gemm(out, true, x, MatRef::from_row_major_slice(tile, inputs, columns), 1.0);
+            gemm(out, true, x, MatRef::from_row_major_slice(tile, inputs, columns), 1.0);
         }
     })
 }

@@ -99,11 +99,8 @@ impl RmsNormOps for Flex {
         }
         let gamma = cpu::contiguous(gamma);
         let gamma = gamma.storage::<f32>();
-        cpu::reuse(cpu::contiguous(x), |source, out| {
-            cpu::blocks(out, d, cpu::block_rows(d), |first, out| {
-                let source = source.map(|x| &x[first * d..][..out.len()]);
-                Arch::new().dispatch(Forward { source, out, gamma, eps: eps as f32 });
-            });
+        cpu::map_rows(x, d, |_, source, out| {
+            Arch::new().dispatch(Forward { source, out, gamma, eps: eps as f32 });
         })
     }
 

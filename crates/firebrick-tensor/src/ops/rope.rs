@@ -83,20 +83,21 @@ impl RopeOps for Flex {
         }
         let (cos, sin) = (cpu::contiguous(cos), cpu::contiguous(sin));
         let (cos, sin) = (cos.storage::<f32>(), sin.storage::<f32>());
-        let kernel = |source: Option<Heads>, out: &mut [f32]| {
-            cpu::blocks(out, d, cpu::block_rows(d), |first, out| {
-                Arch::new().dispatch(Rotate { source, out, first, tokens: shape[2], d, cos, sin, inverse });
-            });
+        let rotate = |source: Option<Heads>, first: usize, out: &mut [f32]| {
+            Arch::new().dispatch(Rotate { source, out, first, tokens: shape[2], d, cos, sin, inverse });
         };
         if x.is_contiguous() {
-            return cpu::reuse(cpu::contiguous(x), |source, out| {
-                kernel(source.map(|data| Heads::dense(data, [shape[0], shape[1], shape[2], d])), out);
+            return cpu::map_rows(x, d, |first, source, out| {
+                if let Some(source) = source {
+                    out.copy_from_slice(source);
+                }
+                rotate(None, first, out);
             });
         }
         // Heads arrive as a transposed view of a projection; reading it as it is saves a copy of the tensor.
         let x = Heads::readable(x);
-        let mut out = vec![0.0; shape.num_elements()];
-        kernel(Some(Heads::new(&x)), &mut out);
+        let (heads, rows) = (Heads::new(&x), cpu::block_rows(d));
+        let out = cpu::fresh(shape.num_elements(), rows * d, |i, out| rotate(Some(heads), i * rows, out));
         cpu::tensor(out, shape)
     }
 }

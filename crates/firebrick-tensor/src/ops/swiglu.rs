@@ -75,14 +75,11 @@ impl SwigluOps for Flex {
         if !cpu::all_f32(&[&gate, &up]) {
             return composed::<Self>(gate, up);
         }
-        let (gate, up) = (cpu::contiguous(gate), cpu::contiguous(up));
+        let gate = cpu::contiguous(gate);
         let gate = gate.storage::<f32>();
-        cpu::reuse(up, |source, out| {
-            cpu::blocks(out, 1, cpu::block_rows(1), |first, out| {
-                let gate = &gate[first..][..out.len()];
-                let source = source.map(|up| &up[first..][..out.len()]);
-                Arch::new().dispatch(Forward { gate, source, out });
-            });
+        cpu::map_rows(up, 1, |first, source, out| {
+            let gate = &gate[first..][..out.len()];
+            Arch::new().dispatch(Forward { gate, source, out });
         })
     }
 

@@ -10,6 +10,7 @@ mod kv_cache;
 mod linear;
 mod linear_kl;
 mod packed;
+mod permute;
 mod rms_norm;
 mod rope;
 mod sparse_kl;

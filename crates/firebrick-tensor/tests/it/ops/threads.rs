@@ -2,9 +2,9 @@
 
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use firebrick_tensor::ops::{
-    AttentionOptions, Divergence, PackedInputs, PackedMatrix, Precision, attention, cross_entropy,
-    grouped_matmul, linear, linear_add, linear_cross_entropy, linear_kl, packed_matmul, rms_norm, rope,
-    swiglu,
+    AttentionOptions, Divergence, PackedInputs, PackedMatrix, Precision, attention, awake, cross_entropy,
+    grouped_matmul, linear, linear_add, linear_cross_entropy, linear_kl, packed_matmul, permute, rms_norm,
+    rope, swiglu, unpermute,
 };
 
 use super::support::{below, flat, normal};
@@ -71,6 +71,11 @@ fn everything() -> Vec<(&'static str, Vec<u32>)> {
     out.push(("linear_kl", bits(kl, &[h, w])));
     let ((x, a), (e, experts)) = (leaf("x", [333, 40]), leaf("experts", [3, 40, 50]));
     out.push(("grouped_matmul", bits(grouped_matmul(a, experts, &[0, 100, 100, 333]), &[x, e])));
+    let order: Vec<usize> = (0..333).map(|i| i * 100 % 333).collect();
+    let ((x, a), (r, rows)) = (leaf("x", [111, 301]), leaf("rows", [333, 301]));
+    let (w, weights) = leaf("weights", [111, 3]);
+    out.push(("permute", bits(permute(a, &order), &[x])));
+    out.push(("unpermute", bits(unpermute(rows, weights, &order), &[r, w])));
     let codes: Vec<u8> = below("codes", 640 * 700, 16).into_iter().map(|c| c as u8).collect();
     let ones = || Tensor::<2>::ones([10, 700], &Device::flex());
     let packed = PackedMatrix::pack(&codes, 640, 700, 4, 64, ones(), ones() * 8);
@@ -86,13 +91,13 @@ fn everything() -> Vec<(&'static str, Vec<u32>)> {
 
 #[test]
 fn the_thread_count_does_not_show() {
-    let on = |threads| {
-        rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool").install(everything)
-    };
-    let one = on(1);
+    let pool = |threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool");
+    let one = pool(1).install(everything);
     for threads in [2, 3] {
-        for ((name, got), (_, want)) in on(threads).into_iter().zip(&one) {
-            assert!(got == *want, "{name} depends on the thread count ({threads} threads)");
+        for results in [pool(threads).install(everything), pool(threads).install(|| awake(everything))] {
+            for ((name, got), (_, want)) in results.into_iter().zip(&one) {
+                assert!(got == *want, "{name} depends on the thread count ({threads} threads)");
+            }
         }
     }
 }
