@@ -85,7 +85,7 @@ impl Bench<'_> {
     /// # Errors
     /// Those of [`Bench::timed`].
     pub fn timed_awake(&self, work: impl FnOnce() -> Result<()>) -> Result<f64> {
-        self.timed(|| ops::awake(work))
+        self.timed(|| ops::awake(&self.device, work))
     }
 
     /// Measures `case` and adds it to the results: [`Bench::take`].

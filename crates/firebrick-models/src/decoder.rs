@@ -387,7 +387,7 @@ impl Decoder {
 
     /// Logits `[batch, tokens, vocab]` of `tokens: [batch, tokens]`.
     pub fn forward(&self, tokens: Tensor<2, Int>, run: &mut Run<'_>) -> Tensor<3> {
-        ops::awake(|| {
+        ops::awake(&tokens.device(), || {
             let hidden = self.hidden(tokens, run);
             self.logits(hidden, run)
         })
@@ -399,7 +399,7 @@ impl Decoder {
     /// # Panics
     /// If the run has a cache and segments, or segments of another shape than `tokens`.
     pub fn hidden(&self, tokens: Tensor<2, Int>, run: &mut Run<'_>) -> Tensor<3> {
-        ops::awake(|| self.residual_stream(tokens, run))
+        ops::awake(&tokens.device(), || self.residual_stream(tokens, run))
     }
 
     fn residual_stream(&self, tokens: Tensor<2, Int>, run: &mut Run<'_>) -> Tensor<3> {
@@ -419,7 +419,7 @@ impl Decoder {
     pub fn embed(&self, tokens: Tensor<2, Int>, run: &mut Run<'_>) -> Tensor<3> {
         let [batch, length] = tokens.dims();
         run.tokens = Some(tokens.clone());
-        let mut rows = self.embed.val().select(0, tokens.reshape([batch * length]));
+        let mut rows = ops::embedding(self.embed.val(), tokens.reshape([batch * length]));
         let d = self.config().d_model;
         if self.config().scaled_embedding {
             rows = rows * (d as f64).sqrt();

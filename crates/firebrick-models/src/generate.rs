@@ -92,7 +92,7 @@ pub fn generate_with(
             next.clone_from(&ids);
         }
         let length = next.len();
-        let logits = ops::awake(|| {
+        let logits = ops::awake(&device, || {
             let hidden = decoder.hidden(token_tensor(&[&next], &device), &mut run);
             decoder.logits(hidden.narrow(1, length - 1, 1), &mut run)
         });

@@ -484,7 +484,7 @@ pub fn fit_passes<M: Module>(
             let number = state.step * config.accumulate + i;
             let batch = Batch::new(rows, weight / config.accumulate as f64, &device);
             let seed = seed.derive(&format!("step/{number}"));
-            let passed = ops::awake(|| pass(&module, &batch, seed, config.accumulate));
+            let passed = ops::awake(&device, || pass(&module, &batch, seed, config.accumulate));
             let Some((part, gradients)) = passed else { return Err(TrainError::Untracked { step }) };
             accumulator.accumulate(&module, gradients);
             total = Some(match total {
@@ -502,7 +502,8 @@ pub fn fit_passes<M: Module>(
         };
         let (Some(total), Some(norm)) = (total, norm) else { return Err(TrainError::Untracked { step }) };
         let learning_rate = config.learning_rate_at(state.step);
-        module = ops::awake(|| optimizer::step(&*rule, &mut memory, learning_rate, module, gradients));
+        module =
+            ops::awake(&device, || optimizer::step(&*rule, &mut memory, learning_rate, module, gradients));
 
         let [value, norm] = read_back(total, norm)?;
         for (what, value) in [("loss", value), ("gradient norm", norm)] {

@@ -10,6 +10,7 @@ use std::sync::atomic::{
 };
 use std::sync::{Arc, Mutex};
 
+use burn::tensor::Device;
 use rayon::Yield;
 use rayon::prelude::*;
 
@@ -25,13 +26,14 @@ thread_local! {
 }
 
 /// Runs `f` while the other threads of rayon's pool look for its work without pause: waking a thread that sleeps takes longer than
-/// a product with one row. A thread that finds nothing for some 16 milliseconds sleeps after all.
+/// a product with one row, and a pass of a model has hundreds of regions. A thread that finds nothing for some 16 milliseconds sleeps
+/// after all.
 ///
-/// Where the caller is not a thread of the pool (see `rayon::ThreadPoolBuilder::use_current_thread`), `f` just runs: its regions
-/// would each hand their work over and sleep until it is done, however awake the others are.
-pub fn awake<R>(f: impl FnOnce() -> R) -> R {
+/// On a GPU `f` just runs, and where the caller is not a thread of the pool (see `rayon::ThreadPoolBuilder::use_current_thread`): its
+/// regions would each hand their work over and sleep until it is done, however awake the others are.
+pub fn awake<R>(device: &Device, f: impl FnOnce() -> R) -> R {
     let Some(caller) = rayon::current_thread_index() else { return f() };
-    if TEAM.with_borrow(Option::is_some) {
+    if *device != Device::flex() || TEAM.with_borrow(Option::is_some) {
         return f();
     }
     let team = Arc::new(Team { others: rayon::current_num_threads() - 1, ..Team::default() });
@@ -203,6 +205,10 @@ impl Drop for Dismiss<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn awake<R>(f: impl FnOnce() -> R) -> R {
+        super::awake(&Device::flex(), f)
+    }
 
     fn sum() -> usize {
         awake(|| (0..100).map(|i| (0..64usize).into_par_iter().map(|j| i * j).sum::<usize>()).sum())

@@ -147,7 +147,7 @@ impl CrossEntropyOps for Flex {
 ///
 /// # Panics
 /// If one is not in `0..vocab`.
-fn indices(targets: &FlexTensor, vocab: usize) -> Option<Vec<usize>> {
+pub(super) fn indices(targets: &FlexTensor, vocab: usize) -> Option<Vec<usize>> {
     let targets = cpu::contiguous(targets.clone());
     let wide: Vec<i64> = match targets.dtype() {
         DType::I64 => targets.storage::<i64>().to_vec(),
@@ -155,7 +155,7 @@ fn indices(targets: &FlexTensor, vocab: usize) -> Option<Vec<usize>> {
         _ => return None,
     };
     if let Some(bad) = wide.iter().find(|&&t| t < 0 || t as usize >= vocab) {
-        panic!("cross_entropy: target {bad} is outside of a vocabulary of {vocab}");
+        panic!("target {bad} is outside of a vocabulary of {vocab}");
     }
     Some(wide.into_iter().map(|t| t as usize).collect())
 }

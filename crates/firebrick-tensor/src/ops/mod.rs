@@ -12,6 +12,7 @@ mod awake;
 mod cpu;
 mod cross_entropy;
 mod decode_block;
+mod embedding;
 mod gelu;
 mod gemm_bf16;
 mod gemm_f32;
@@ -40,6 +41,7 @@ pub use cross_entropy::cross_entropy;
 pub use decode_block::{
     BlockLinear, BlockMatrix, BlockOptions, BlockWeights, Gate, PackedWeight, decode_block,
 };
+pub use embedding::embedding;
 pub use gelu::gelu;
 pub use grouped_matmul::grouped_matmul;
 pub use kv_cache::KvCache;

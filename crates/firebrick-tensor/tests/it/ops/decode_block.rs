@@ -337,7 +337,7 @@ fn threads_do_not_show() {
             let model = Model::new(Shape { past: 300, extras: true, packed, d: 320, inner: 640, ..LLAMA });
             let mut cache = model.cache(2, 1, DType::F32, &device);
             let run = || model.run(&mut cache, DType::F32, &device);
-            firebrick_tensor::ops::awake(run).expect("a kernel")
+            firebrick_tensor::ops::awake(&Device::flex(), run).expect("a kernel")
         })
     };
     let one = of(1);

@@ -4,6 +4,7 @@ mod adamw;
 mod attention;
 mod cross_entropy;
 mod decode_block;
+mod embedding;
 mod gelu;
 mod grouped_matmul;
 mod kv_cache;

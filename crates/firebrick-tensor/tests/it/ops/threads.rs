@@ -94,7 +94,8 @@ fn the_thread_count_does_not_show() {
     let pool = |threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool");
     let one = pool(1).install(everything);
     for threads in [2, 3] {
-        for results in [pool(threads).install(everything), pool(threads).install(|| awake(everything))] {
+        let awake = || awake(&Device::flex(), everything);
+        for results in [pool(threads).install(everything), pool(threads).install(awake)] {
             for ((name, got), (_, want)) in results.into_iter().zip(&one) {
                 assert!(got == *want, "{name} depends on the thread count ({threads} threads)");
             }
