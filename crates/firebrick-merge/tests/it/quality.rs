@@ -404,6 +404,7 @@ fn table(rows: &[Row]) -> String {
     table
 }
 
+#[expect(clippy::disallowed_methods, reason = "a test takes no arguments")]
 fn measure(name: &str, model: &Model, effort: &Effort) {
     let texts = Texts::new(model, effort.windows);
     let base = &model.decoder;

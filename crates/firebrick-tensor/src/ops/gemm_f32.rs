@@ -127,15 +127,14 @@ unsafe fn gemm_at(
 
 /// Whether panels are transposed for a product: for one of whole rows with outputs whose numbers lie together.
 fn in_panels(lhs: MatRef<'_, f32>, rhs: MatRef<'_, f32>) -> bool {
+    /// Rows for which it pays.
+    const ROWS: usize = 8;
     #[cfg(target_arch = "x86_64")]
-    {
-        /// Rows for which it pays.
-        const ROWS: usize = 8;
-        let fits = lhs.nrows() >= ROWS && rhs.ncols() >= PANEL && rhs.nrows() >= 16;
-        return fits && lhs.col_stride() == 1 && rhs.row_stride() == 1 && is_x86_feature_detected!("avx512f");
-    }
+    let able = is_x86_feature_detected!("avx512f");
     #[cfg(not(target_arch = "x86_64"))]
-    false
+    let able = false;
+    let large = lhs.nrows() >= ROWS && rhs.ncols() >= PANEL && rhs.nrows() >= 16;
+    able && large && lhs.col_stride() == 1 && rhs.row_stride() == 1
 }
 
 /// [`gemm_at`] by the library alone.
