@@ -4,10 +4,6 @@
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-use super::awake;
-use super::cpu;
-use super::gemm_f32::gemm_into;
-use super::linear_cross_entropy::rows;
 use burn::backend::backend_extension;
 use burn::tensor::Tensor;
 use burn_autodiff::{
@@ -21,6 +17,11 @@ use burn_backend::{Backend, Shape, Slice, TensorMetadata, tensor::FloatTensor};
 use burn_cubecl::CubeBackend;
 use burn_flex::{Flex, FlexTensor};
 use faer::MatRef;
+
+use super::awake;
+use super::cpu;
+use super::gemm_f32::gemm_into;
+use super::linear_cross_entropy::rows;
 
 /// Rows of a result that one task computes, at most: each reads a whole matrix.
 const ROWS: usize = 256;
