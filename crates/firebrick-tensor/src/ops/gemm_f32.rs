@@ -116,39 +116,11 @@ unsafe fn gemm_at(
                     PANEL as isize,
                     1,
                 );
-                library(dst.add(first), stride, add, lhs, panel, alpha);
+                gemm_at(dst.add(first), stride, add, lhs, panel, alpha);
             }
         }
         return;
     }
-    // SAFETY: as the caller says.
-    unsafe { library(dst, stride, add, lhs, rhs, alpha) }
-}
-
-/// Whether panels are transposed for a product: for one of whole rows with outputs whose numbers lie together.
-fn in_panels(lhs: MatRef<'_, f32>, rhs: MatRef<'_, f32>) -> bool {
-    /// Rows for which it pays.
-    const ROWS: usize = 8;
-    #[cfg(target_arch = "x86_64")]
-    let able = is_x86_feature_detected!("avx512f");
-    #[cfg(not(target_arch = "x86_64"))]
-    let able = false;
-    let large = lhs.nrows() >= ROWS && rhs.ncols() >= PANEL && rhs.nrows() >= 16;
-    able && large && lhs.col_stride() == 1 && rhs.row_stride() == 1
-}
-
-/// [`gemm_at`] by the library alone.
-///
-/// # Safety
-/// As there.
-unsafe fn library(
-    dst: *mut f32,
-    stride: usize,
-    add: bool,
-    lhs: MatRef<'_, f32>,
-    rhs: MatRef<'_, f32>,
-    alpha: f32,
-) {
     let (rows, depth, columns) = (lhs.nrows(), lhs.ncols(), rhs.ncols());
     assert_eq!(depth, rhs.nrows(), "gemm: columns of lhs against rows of rhs");
     // SAFETY: views lead to values; of `dst` the caller has said what `gemm` needs.
@@ -175,6 +147,18 @@ unsafe fn library(
             gemm::Parallelism::None,
         );
     }
+}
+
+/// Whether panels are transposed for a product: for one of whole rows with outputs whose numbers lie together.
+fn in_panels(lhs: MatRef<'_, f32>, rhs: MatRef<'_, f32>) -> bool {
+    /// Rows for which it pays.
+    const ROWS: usize = 8;
+    #[cfg(target_arch = "x86_64")]
+    let able = is_x86_feature_detected!("avx512f");
+    #[cfg(not(target_arch = "x86_64"))]
+    let able = false;
+    let large = lhs.nrows() >= ROWS && rhs.ncols() >= PANEL && rhs.nrows() >= 16;
+    able && large && lhs.col_stride() == 1 && rhs.row_stride() == 1
 }
 
 #[cfg(target_arch = "x86_64")]
