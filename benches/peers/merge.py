@@ -32,4 +32,4 @@ def work():
     run_merge(config, out, options, config_source=source)
 
 
-take_turns(f"mergekit {version('mergekit')}", work, clear)
+take_turns(f"mergekit {version('mergekit')}", work, clear, warm_ups=1)

@@ -23,10 +23,11 @@ def missing(error):
     sys.exit(0)
 
 
-def take_turns(name, work, prepare=lambda: None):
+def take_turns(name, work, prepare=lambda: None, warm_ups=3):
     """`prepare` is done before each call of `work`, and is not timed; where `work` returns its own seconds, those count."""
-    prepare()
-    work()
+    for _ in range(warm_ups):
+        prepare()
+        work()
     _say(peer=name)
     while sys.stdin.readline():
         prepare()

@@ -17,6 +17,9 @@ use crate::{Case, Measured, Peer, Started, memory};
 /// Fewer pairs than this say little on a machine that does other things too.
 const PAIRS: usize = 5;
 
+/// Calls to warm up. A training step that is the second still asks for memory: the first ended with the optimizer's state in its place.
+const WARM_UPS: usize = 3;
+
 /// A pause before our turn: threads of the peer's libraries wait for more work by spinning, for some 0.2 s at most.
 const PAUSE: Duration = Duration::from_millis(200);
 
@@ -103,8 +106,8 @@ impl Bench<'_> {
         Ok(measured)
     }
 
-    /// Measures `case`: one call of `turn`, which returns its seconds, to warm up, then the repeats, each after a turn of the
-    /// peer. A peer that fails is dropped with a note.
+    /// Measures `case`: some calls of `turn`, which returns its seconds, to warm up (one of work that knows no device), then the
+    /// repeats, each after a turn of the peer. A peer that fails is dropped with a note.
     ///
     /// # Errors
     /// Those of `turn`.
@@ -116,9 +119,14 @@ impl Bench<'_> {
     ) -> Result<Measured> {
         // What the case before kept is not this one's; work on the host moves weights through a bounded amount of memory.
         keep_freed(false);
-        keep_freed(self.name != "host");
-        turn()?;
+        let host = self.name == "host";
+        keep_freed(!host);
+        for _ in 0..if host { 1 } else { WARM_UPS } {
+            turn()?;
+        }
         memory::reset("self");
+        let faults = memory::faults("self");
+        let peer_faults = peer.as_ref().and_then(Peer::faults);
         let repeats = if peer.is_some() { self.repeats.max(PAIRS) } else { self.repeats.max(1) };
         let (mut ours, mut theirs) = (Vec::new(), Vec::new());
         for _ in 0..repeats {
@@ -136,9 +144,12 @@ impl Bench<'_> {
         }
         let mut measured = Measured::new(case, &self.name, &ours, self.roofline.as_ref());
         measured.peak_bytes = memory::peak("self");
+        let each = |before: Option<u64>, after: Option<u64>| Some((after? - before?) as f64 / repeats as f64);
+        measured.faults = each(faults, memory::faults("self"));
         if let Some(peer) = &peer {
             measured = measured.with_peer(&peer.name, case, &theirs);
             measured.peer_peak_bytes = peer.peak();
+            measured.peer_faults = each(peer_faults, peer.faults());
         }
         Ok(measured)
     }
@@ -232,11 +243,11 @@ mod tests {
     }
 
     #[test]
-    fn the_first_call_is_not_counted_and_results_are_kept() {
+    fn the_first_calls_are_not_counted_and_results_are_kept() {
         let seen = RefCell::new(Vec::new());
         let measured = |m: &Measured| seen.borrow_mut().push(m.case.clone());
         let bench = bench(&measured, &|_| {});
-        let mut seconds = [100.0, 1.0, 2.0, 3.0].into_iter();
+        let mut seconds = [100.0; WARM_UPS].into_iter().chain([1.0, 2.0, 3.0]);
         let measured = bench.measure(&case(), None, &mut || Ok(seconds.next().unwrap())).unwrap();
         assert_eq!((measured.median, measured.mad, measured.repeats), (2.0, 1.0, 3));
         assert_eq!(seen.borrow().as_slice(), ["c"]);

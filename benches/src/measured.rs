@@ -79,12 +79,18 @@ pub struct Measured {
     /// `gbytes_per_s` as a share of what reading, or copying, a large buffer reached in the same run.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub share_of_bandwidth: Option<f64>,
-    /// The most memory the process had resident while the case ran, in bytes, after loading and one call to warm up.
+    /// The most memory the process had resident while the case ran, in bytes, after loading and warming up.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub peak_bytes: Option<u64>,
     /// The same of the peer's process.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub peer_peak_bytes: Option<u64>,
+    /// Page faults of the process in a call, their mean.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub faults: Option<f64>,
+    /// The same of the peer's process.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub peer_faults: Option<f64>,
 }
 
 /// Median and median absolute deviation.

@@ -1,4 +1,4 @@
-//! The most memory a process had resident, from Linux's procfs; unknown elsewhere.
+//! The most memory a process had resident, and how often it was given some, from Linux's procfs; unknown elsewhere.
 
 use std::fs;
 
@@ -11,6 +11,18 @@ pub fn reset(pid: &str) -> bool {
 /// while they are resident.
 pub fn peak(pid: &str) -> Option<u64> {
     parse(&fs::read_to_string(format!("/proc/{pid}/status")).ok()?)
+}
+
+/// How often process `pid` (`self` for this one) touched a page that was not mapped yet, of memory that was there: each costs the kernel
+/// some 0.2 us, and clearing the page.
+pub fn faults(pid: &str) -> Option<u64> {
+    parse_faults(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
+}
+
+/// Field 10; field 2 is a name, which may hold anything.
+fn parse_faults(stat: &str) -> Option<u64> {
+    let (_, fields) = stat.rsplit_once(')')?;
+    fields.split_whitespace().nth(10 - 3)?.parse().ok()
 }
 
 fn parse(status: &str) -> Option<u64> {
@@ -29,6 +41,18 @@ mod tests {
         assert_eq!(parse("Name:\tx\n"), None);
         assert_eq!(parse("VmHWM:\t many kB\n"), None);
         assert_eq!(peak("no-such-process"), None);
+    }
+
+    #[test]
+    fn faults_are_counted() {
+        assert_eq!(parse_faults("1 (a) b) S 3 4 5 6 7 8 1234 9 10 11"), Some(1234));
+        assert_eq!(parse_faults("1 (a S 3 4 5 6 7 8 1234"), None);
+        assert_eq!(parse_faults("1 (a) S 3 4"), None);
+        if let Some(before) = faults("self") {
+            let pages = 64;
+            drop(std::hint::black_box(vec![1u8; pages << 21]));
+            assert!(faults("self").unwrap() >= before + pages, "new memory is touched page by page");
+        }
     }
 
     #[test]

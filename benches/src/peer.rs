@@ -84,6 +84,11 @@ impl Peer {
         memory::peak(&self.pid())
     }
 
+    /// How many page faults it had so far, where that is known.
+    pub fn faults(&self) -> Option<u64> {
+        memory::faults(&self.pid())
+    }
+
     fn pid(&self) -> String {
         self.child.id().to_string()
     }

@@ -224,6 +224,11 @@ fn print(m: &Measured, json: bool) {
         (Some(ours), None) => more += &format!("  {:.2} GB", gigabytes(ours)),
         _ => {}
     }
+    match (m.faults, m.peer_faults) {
+        (Some(ours), Some(theirs)) => more += &format!("  {ours:.0} of {theirs:.0} page faults"),
+        (Some(ours), None) => more += &format!("  {ours:.0} page faults"),
+        _ => {}
+    }
     println!(
         "{:10} {:28} {:6} {:>10.2} {:9} ±{:.2}{more}",
         m.suite, m.case, m.device, m.median, m.unit, m.mad

@@ -16,7 +16,7 @@ use firebrick_models::{GgufForm, ModelFiles, TensorSource};
 use firebrick_peft::hf::{self, SiteFactors, WholeWeight};
 use firebrick_peft::{LoraSettings, PeftError};
 use firebrick_tensor::block::DType;
-use firebrick_tensor::linalg::{LinalgError, Matrix, Svd, randomized_svd, svd};
+use firebrick_tensor::linalg::{LinalgError, Matrix, Svd, leading_svd};
 use rayon::prelude::*;
 use serde::Serialize;
 
@@ -24,12 +24,6 @@ use crate::MergeError;
 
 /// Elements of the matrices that are decomposed side by side, unless a single one is larger.
 const TOGETHER: usize = 1 << 25;
-
-/// Dimensions of a random projection beyond the rank, and how often it is sharpened.
-const OVERSAMPLE: usize = 16;
-const POWER_ITERATIONS: usize = 3;
-/// A random projection is cheaper than the whole decomposition below this share of the smaller side.
-const RANDOMIZED_BELOW: usize = 4;
 
 /// Singular values below this share of the largest are rounding in f64.
 const ZERO: f64 = 1e-13;
@@ -343,7 +337,7 @@ impl ExtractLora {
         let deltas = after.iter().zip(&before).map(delta).collect();
         let delta = Matrix::new(item.shape[0], item.shape[1], deltas).map_err(fail)?;
         drop((before, after));
-        let top = leading(&delta, rank, self.seed.derive(&item.tensor)).map_err(fail)?;
+        let top = leading_svd(&delta, rank, self.seed.derive(&item.tensor)).map_err(fail)?;
         drop(delta);
         let least = self.epsilon.max(ZERO * top.sigma.first().copied().unwrap_or(0.0));
         let rank = top.sigma.iter().filter(|s| **s > least).count();
@@ -393,15 +387,6 @@ impl Extraction<'_> {
         }
         placed
     }
-}
-
-/// The leading triplets of a matrix.
-fn leading(delta: &Matrix, rank: usize, seed: Seed) -> Result<Svd, LinalgError> {
-    let side = delta.rows().min(delta.cols());
-    if rank.saturating_add(OVERSAMPLE).saturating_mul(RANDOMIZED_BELOW) <= side {
-        return randomized_svd(delta, rank, OVERSAMPLE, POWER_ITERATIONS, seed);
-    }
-    Ok(svd(delta)?.truncate(rank))
 }
 
 /// `A: [rank, d_in]` and `B: [d_out, rank]`.

@@ -67,8 +67,9 @@ impl Rule for AdamW {
         moments: Option<Moments>,
     ) -> (Tensor<1>, Moments) {
         let Rates { learning_rate, weight_decay, .. } = rates;
-        let zeros = Moments { updates: 0, first: gradient.zeros_like(), second: Some(gradient.zeros_like()) };
-        let Moments { updates, first, second } = moments.unwrap_or(zeros);
+        let zeros =
+            || Moments { updates: 0, first: gradient.zeros_like(), second: Some(gradient.zeros_like()) };
+        let Moments { updates, first, second } = moments.unwrap_or_else(zeros);
         let second = second.expect("Adam keeps two moments");
         let (betas, eps, step) = (self.betas, self.eps, updates + 1);
         let options = AdamWOptions { betas, eps, learning_rate, weight_decay, step };

@@ -14,9 +14,9 @@ mod wudi;
 use std::collections::BTreeMap;
 
 use burn::tensor::Device;
-use firebrick_core::Site;
+use firebrick_core::{Seed, Site};
 use firebrick_models::{Decoder, DecoderConfig, ModelError, TensorSource};
-use firebrick_tensor::linalg::{LinalgError, Matrix, Svd, svd};
+use firebrick_tensor::linalg::{LinalgError, Matrix, Svd, leading_svd, svd};
 use rayon::prelude::*;
 
 pub use emr::{Emr, EmrTask, emr};
@@ -105,7 +105,7 @@ impl TaskVector {
         self
     }
 
-    /// The `rank` largest singular triplets at each matrix; vectors stay as they are, in [`LowRank::vectors`].
+    /// The `rank` largest singular triplets at each matrix ([`leading_svd`]); vectors stay as they are, in [`LowRank::vectors`].
     ///
     /// # Errors
     /// If a weight is not finite or a decomposition does not converge.
@@ -113,7 +113,8 @@ impl TaskVector {
         let (matrices, vectors): (Vec<_>, Vec<_>) = self.sites.iter().partition(|(_, m)| is_matrix(m));
         let cut = |(site, matrix): (&Site, &Matrix)| {
             let most = matrix.rows().min(matrix.cols());
-            Ok((*site, svd(matrix)?.truncate(rank(*site, matrix).min(most))))
+            let seed = Seed(0).derive(&site.to_string());
+            Ok((*site, leading_svd(matrix, rank(*site, matrix).min(most), seed)?))
         };
         let cut: Vec<Result<_, TaskVectorError>> = matrices.into_par_iter().map(cut).collect();
         Ok(LowRank {

@@ -41,8 +41,8 @@ struct Effort {
     rates: [f64; 2],
     /// Steps of fitting coefficients.
     fits: usize,
-    /// Whether what takes long is measured too.
-    whole: bool,
+    /// Seeds for which what takes long is measured too, by fine-tunes.
+    whole: u64,
 }
 
 /// Every `step`-th of `windows`, from the `first` on.
@@ -204,9 +204,6 @@ fn merges(family: &Family<'_>, whole: bool) -> Vec<Row> {
     rows.push(family.one("task arithmetic, 0.3", &family.scaled(&composed, 0.3)));
     let scale = family.chosen(&composed, &[average, 0.3, 0.4, 0.6, 0.8]);
     rows.push(family.one("task arithmetic, scale chosen", &family.scaled(&composed, scale)));
-    let elected = Composed::new(family.base, vec![ties(family.vectors())]).unwrap();
-    let scale = family.chosen(&elected, &[0.5, 1.0, 2.0]);
-    rows.push(family.one("TIES, scale chosen", &family.scaled(&elected, scale)));
 
     // Steps times rate as in the paper.
     let steps = family.effort.fits;
@@ -232,6 +229,9 @@ fn merges(family: &Family<'_>, whole: bool) -> Vec<Row> {
     rows.push(family.one("AdaMerging, task-wise", &sure(&composed, Granularity::Task)));
     rows.push(family.one("AdaMerging, layer-wise", &sure(&composed, Granularity::Tensor)));
     if whole {
+        let elected = Composed::new(family.base, vec![ties(family.vectors())]).unwrap();
+        let scale = family.chosen(&elected, &[0.5, 1.0, 2.0]);
+        rows.push(family.one("TIES, scale chosen", &family.scaled(&elected, scale)));
         let default = AtlasConfig::default();
         let train = short(default.train.clone(), default.train.learning_rate);
         let config = AtlasConfig { train, ..default };
@@ -284,7 +284,11 @@ fn beside(family: &Family<'_>) -> Vec<Row> {
     let bricks: [&dyn Brick; 1] = [&bank];
     let windows: Vec<&[u32]> = family.texts.train.iter().flat_map(|t| t.spread(WINDOW, 32)).collect();
     let labels: Vec<usize> = (0..windows.len()).map(|i| i / 32).collect();
-    for (method, read) in [("Twin-Merging", WINDOW), ("Twin-Merging, routed by 16 tokens", 16)] {
+    let mut reads = vec![("Twin-Merging", WINDOW)];
+    if family.effort.whole == SEEDS {
+        reads.push(("Twin-Merging, routed by 16 tokens", 16));
+    }
+    for (method, read) in reads {
         // What the router reads of a window.
         let seen = |ids: Tensor<2, Int>| mean_hidden(&decoder, ids.narrow(1, 0, read));
         let features = seen(token_tensor(&windows, &device));
@@ -330,21 +334,24 @@ fn few_examples(family: &Family<'_>) -> Vec<Row> {
     };
     vec![
         family.each("aTLAS, 16 examples", &each(&composing, &[AtlasConfig::default().train.learning_rate])),
-        family.each("LoRA, 16 examples", &each(&adapting, &[1e-2, 2e-3])),
+        family.each("LoRA, 16 examples", &each(&adapting, &[1.0, 0.2].map(|r| r * family.effort.rates[1]))),
     ]
 }
 
-/// Three of the eight layers of `base`, taught its predictions on windows of all domains, which are not its labels.
-fn smaller(base: &Decoder, texts: &Texts, seed: u64) -> Decoder {
+/// Three eighths of the layers of `base`, taught its predictions on windows of all domains, which are not its labels.
+fn smaller(base: &Decoder, texts: &Texts, learning_rate: f64, seed: u64) -> Decoder {
     let teacher = base.clone().train().no_grad();
-    let student = base.clone().with_layers(&[0, 3, 7]).train().trainable();
+    let layers = base.config().layers;
+    let fewer = 3 * layers / 8;
+    let kept: Vec<usize> = (0..fewer).map(|i| i * (layers - 1) / (fewer - 1)).collect();
+    let student = base.clone().with_layers(&kept).train().trainable();
     let loss = &mut |d: &Decoder, ids: Tensor<2, Int>, _| {
         let wanted = softmax(teacher.forward(ids.clone(), &mut Run::default()), 2);
         let found = log_softmax(d.forward(ids, &mut Run::default()), 2);
         (wanted * found).sum_dim(2).mean().neg()
     };
     let data = TextData::interleave(&texts.train, WINDOW);
-    fit(student, &settings(80, 8, 2e-3, seed), &data, loss, &Silent, false).unwrap().0.valid()
+    fit(student, &settings(80, 8, learning_rate, seed), &data, loss, &Silent, false).unwrap().0.valid()
 }
 
 /// `large` shifted by what tuning did to `small`.
@@ -367,8 +374,9 @@ fn fused(
 
 /// Small experts in place of the fine-tunes of the base.
 fn weak_to_strong(family: &Family<'_>) -> Vec<Row> {
-    let small = smaller(family.base, family.texts, family.seed);
-    let tune = |text: &TextData| fine_tuned(&small, text, &settings(24, 8, 2e-3, family.seed));
+    let learning_rate = 2.0 * family.effort.rates[0];
+    let small = smaller(family.base, family.texts, learning_rate, family.seed);
+    let tune = |text: &TextData| fine_tuned(&small, text, &settings(24, 8, learning_rate, family.seed));
     let experts: Vec<Decoder> = family.texts.train.iter().map(tune).collect();
     let by = |method: &str, weight: FusionWeight| {
         let config = LogitsFusionConfig { weight, ..LogitsFusionConfig::default() };
@@ -417,7 +425,7 @@ fn measure(name: &str, model: &Model, effort: &Effort) {
             if part.as_ref().is_some_and(|p| *p != format!("{kind}/{seed}")) {
                 continue;
             }
-            let whole = effort.whole && kind == "fine-tunes";
+            let whole = seed < effort.whole && kind == "fine-tunes";
             let family = Family::new(&texts, effort, base, kind, seed);
             let ends = [family.one("base", base), family.each("specialists", &family.experts)];
             for (row, share) in ends.iter().zip([0.0, 1.0]) {
@@ -428,14 +436,13 @@ fn measure(name: &str, model: &Model, effort: &Effort) {
                 );
             }
             rows.extend(ends);
-            rows.extend(merges(&family, whole));
-            rows.extend(beside(&family));
-            if whole {
-                rows.extend(few_examples(&family));
-                rows.extend(weak_to_strong(&family));
+            let stages: [&dyn Fn(&Family<'_>) -> Vec<Row>; 4] =
+                [&beside, &|f| merges(f, whole), &few_examples, &weak_to_strong];
+            for stage in &stages[..if whole { 4 } else { 2 }] {
+                rows.extend(stage(&family));
+                std::fs::write(&json, serde_json::to_string_pretty(&rows).unwrap()).unwrap();
             }
         }
-        std::fs::write(&json, serde_json::to_string_pretty(&rows).unwrap()).unwrap();
     }
     assert!(!rows.is_empty(), "FIREBRICK_PART is a kind, a slash and a seed: adapters/2");
     println!("{}", table(&rows));
@@ -445,16 +452,16 @@ fn measure(name: &str, model: &Model, effort: &Effort) {
 #[ignore = "a quarter of an hour on two cores: a measurement"]
 fn what_merges_of_five_specialists_are_worth() {
     let model = Model::embedded(&Device::flex()).unwrap();
-    let effort = Effort { windows: 24, steps: 24, rates: [1e-3, 1e-2], fits: 30, whole: true };
+    let effort = Effort { windows: 24, steps: 24, rates: [1e-3, 1e-2], fits: 30, whole: SEEDS };
     measure("embedded", &model, &effort);
 }
 
 #[test]
-#[ignore = "half an hour a seed on two cores: a measurement"]
+#[ignore = "an hour and a half on two cores: a measurement"]
 fn what_merges_of_five_specialists_of_smollm2_are_worth() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let path = root.join("../../target/models/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf");
     let model = Model::open(&path, &Device::flex()).expect("`cargo xtask model smollm2` fetches it");
-    let effort = Effort { windows: 8, steps: 12, rates: [1e-4, 2e-3], fits: 10, whole: false };
+    let effort = Effort { windows: 8, steps: 12, rates: [1e-4, 2e-3], fits: 10, whole: 1 };
     measure("smollm2", &model, &effort);
 }

@@ -538,6 +538,46 @@ mod tests {
     }
 
     #[test]
+    #[cfg(target_os = "linux")]
+    fn nothing_is_read_or_written_past_the_ends() {
+        use super::super::guarded::Guarded;
+        for (m, k, n) in [(1, 1, 1), (7, 5, 3), (33, 31, 65), (32, 64, 32), (131, 97, 47)] {
+            let (a, b) = (numbers(1, m * k), numbers(2, k * n));
+            let (a_end, b_end) = (Guarded::new(&a), Guarded::new(&b));
+            for by_line in [true, false] {
+                let product = |a, b, out: &mut [f32], level| {
+                    let left = Operand { data: a, lines: m, depth: k, by_line };
+                    let right = Operand { data: b, lines: n, depth: k, by_line: !by_line };
+                    gemm_bf16(out, false, left, right, level);
+                };
+                for level in Level::all() {
+                    let mut out = vec![f32::NAN; m * n];
+                    product(&a, &b, &mut out, level);
+                    let mut out_end = Guarded::new(&vec![f32::NAN; m * n]);
+                    product(a_end.slice(), b_end.slice(), out_end.slice_mut(), level);
+                    assert!(*out_end.slice() == *out, "[{m}, {k}, {n}] at {level:?}");
+                }
+            }
+        }
+        for blocks in [1, 2, 5] {
+            let panels: [Guarded<u32>; 4] = std::array::from_fn(|i| {
+                let pairs = numbers(i as u32 + 3, blocks * DEPTH * LINES);
+                Guarded::new(&pairs.as_chunks().0.iter().map(|[a, b]| rounded(*a, *b)).collect::<Vec<u32>>())
+            });
+            let [a, b, c, d] = panels.each_ref().map(Guarded::slice);
+            let mut want = [0.0; SQUARE * SQUARE];
+            portable([a, b], [c, d], &mut want);
+            for level in Level::all() {
+                let mut sums = Guarded::new(&[f32::NAN; SQUARE * SQUARE]);
+                let room = sums.slice_mut().try_into().expect("a square");
+                Tiles::begin(level).square([a, b], [c, d], room);
+                let far = sums.slice().iter().zip(want).map(|(s, w)| (s - w).abs()).fold(0.0, f32::max);
+                assert!(far < 1e-4, "{blocks} blocks at {level:?}: {far:e}");
+            }
+        }
+    }
+
+    #[test]
     fn what_is_not_finite_shows() {
         for level in Level::all() {
             for (x, want) in [(f32::INFINITY, f32::INFINITY), (f32::NAN, f32::NAN)] {

@@ -295,6 +295,31 @@ mod tests {
                 for threads in [2, 3, 5, 16] {
                     assert!(product(by_output, threads) == one, "{name}, {threads} threads");
                 }
+                #[cfg(target_os = "linux")]
+                for rhs in [by_output, by_input] {
+                    use super::super::guarded::Guarded;
+                    let copy = |x: MatRef<'_, f32>, by_row: bool| {
+                        let (lines, depth) =
+                            if by_row { (x.nrows(), x.ncols()) } else { (x.ncols(), x.nrows()) };
+                        let at = |i: usize| {
+                            if by_row { x[(i / depth, i % depth)] } else { x[(i % depth, i / depth)] }
+                        };
+                        Guarded::new(&(0..lines * depth).map(at).collect::<Vec<f32>>())
+                    };
+                    let (lhs, right) = (copy(lhs, true), copy(rhs, rhs.col_stride() == 1));
+                    let lhs = MatRef::from_row_major_slice(lhs.slice(), rows, depth);
+                    let right = match rhs.col_stride() {
+                        1 => MatRef::from_row_major_slice(right.slice(), depth, columns),
+                        _ => MatRef::from_column_major_slice(right.slice(), depth, columns),
+                    };
+                    let sums = if add { numbers("sum", rows * columns) } else { vec![0.0; rows * columns] };
+                    let mut out = Guarded::new(&sums);
+                    // SAFETY: as above.
+                    let room =
+                        unsafe { &mut *(std::ptr::from_mut(out.slice_mut()) as *mut [MaybeUninit<f32>]) };
+                    gemm_f32(room, add, lhs, right, 2);
+                    assert!(*out.slice() == *product(rhs, 2), "{name}, at the end of memory");
+                }
                 let far =
                     product(by_input, 2).iter().zip(&one).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
                 assert!(far < 1e-3, "{name}, input by input: {far:e} away");

@@ -1,7 +1,7 @@
 //! Cross-entropy of a linear head that never holds the logits of all rows.
 //!
-//! Rows go through in chunks; the backward pass computes each chunk's logits again, so that what is kept between
-//! the passes is one log-sum-exp for each row (after Wijmans et al. 2024, arXiv:2411.09009, and Liger-Kernel). Below a
+//! Rows go through in chunks; the backward pass computes each chunk's logits again but for the last one's, so that what is kept between
+//! the passes is those and one log-sum-exp for each row (after Wijmans et al. 2024, arXiv:2411.09009, and Liger-Kernel). Below a
 //! head that is not trained, the slope of each row's loss is taken while its logits are there, and they are computed once.
 
 use burn::backend::backend_extension;
@@ -24,11 +24,11 @@ use super::cross_entropy::{CrossEntropyOps, column};
 use super::matmul::{MatmulOps, Precision};
 
 /// Logits held at a time.
-const CHUNK: usize = 1 << 24;
+const CHUNK: usize = 1 << 25;
 
 /// Negative log-likelihood of each target under `softmax(hidden weight)`, in nats.
 ///
-/// About 16 million logits exist at a time, whatever `n` is, in the forward and in the backward pass. The gradient of the weight is
+/// About 32 million logits exist at a time, whatever `n` is, in the forward and in the backward pass. The gradient of the weight is
 /// computed only if the weight is tracked.
 ///
 /// - hidden: `[n, d]`
@@ -67,7 +67,7 @@ pub trait LinearCrossEntropyOps: Backend + CrossEntropyOps + MatmulOps {
         targets: IntTensor<Self>,
         precision: Precision,
     ) -> FloatTensor<Self> {
-        forward::<Self>(&hidden, &weight, &targets, precision, false).loss
+        forward::<Self>(&hidden, &weight, &targets, precision, Keep::Nothing).loss
     }
 }
 
@@ -93,8 +93,18 @@ pub(super) fn rows<B: Backend>(x: &FloatTensor<B>, rows: &std::ops::Range<usize>
 struct Forward<B: Backend> {
     loss: FloatTensor<B>,
     log_sum: FloatTensor<B>,
-    /// Gradient of each row's own loss for its hidden state, `[n, d]`.
-    slopes: Option<FloatTensor<B>>,
+    /// Gradient of each row's own loss for its hidden state, `[n, d]`, if they are to be kept.
+    slopes: Vec<FloatTensor<B>>,
+    /// Logits of the last chunk, if they are to be kept.
+    last: Option<FloatTensor<B>>,
+}
+
+/// What of the logits the backward pass will want.
+#[derive(Clone, Copy, PartialEq)]
+enum Keep {
+    Nothing,
+    Slopes,
+    Last,
 }
 
 fn forward<B: LinearCrossEntropyOps>(
@@ -102,26 +112,27 @@ fn forward<B: LinearCrossEntropyOps>(
     weight: &FloatTensor<B>,
     targets: &IntTensor<B>,
     precision: Precision,
-    with_slopes: bool,
+    keep: Keep,
 ) -> Forward<B> {
-    let (mut loss, mut log_sum, mut slopes) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut loss, mut log_sum, mut slopes, mut last) = (Vec::new(), Vec::new(), Vec::new(), None);
     for chunk in chunks(hidden.shape()[0], weight.shape()[1]) {
+        drop(last.take());
         let logits = B::matmul(rows::<B>(hidden, &chunk), weight.clone(), precision);
         let targets = B::int_slice(targets.clone(), &[Slice::from(chunk)]);
         let (l, s) = B::cross_entropy(logits.clone(), targets.clone());
-        if with_slopes {
-            let ones = B::float_ones(l.shape(), &l.device(), l.dtype().into());
-            let dlogits = B::cross_entropy_backward(logits, targets, s.clone(), ones);
-            slopes.push(B::matmul(dlogits, B::float_swap_dims(weight.clone(), 0, 1), precision));
+        match keep {
+            Keep::Nothing => {}
+            Keep::Slopes => {
+                let ones = B::float_ones(l.shape(), &l.device(), l.dtype().into());
+                let dlogits = B::cross_entropy_backward(logits, targets, s.clone(), ones);
+                slopes.push(B::matmul(dlogits, B::float_swap_dims(weight.clone(), 0, 1), precision));
+            }
+            Keep::Last => last = Some(logits),
         }
         loss.push(l);
         log_sum.push(s);
     }
-    Forward {
-        loss: B::float_cat(loss, 0),
-        log_sum: B::float_cat(log_sum, 0),
-        slopes: with_slopes.then(|| B::float_cat(slopes, 0)),
-    }
+    Forward { loss: B::float_cat(loss, 0), log_sum: B::float_cat(log_sum, 0), slopes, last }
 }
 
 /// What is kept for the backward pass.
@@ -138,6 +149,8 @@ struct Inputs<B: Backend> {
     weight: FloatTensor<B>,
     targets: IntTensor<B>,
     log_sum: FloatTensor<B>,
+    /// Logits of the last chunk.
+    last: Option<FloatTensor<B>>,
     precision: Precision,
 }
 
@@ -147,44 +160,46 @@ fn backward<B: LinearCrossEntropyOps>(
     grad: FloatTensor<B>,
     wants: [bool; 2],
 ) -> [Option<FloatTensor<B>>; 2] {
-    let Inputs { hidden, weight, targets, log_sum, precision } = match state {
+    let Inputs { hidden, weight, targets, log_sum, last, precision } = match state {
         State::Slopes(slopes) => {
             return [Some(B::float_mul(slopes, column::<B>(grad))), None];
         }
         State::Inputs(inputs) => inputs,
     };
-    head_backward::<B>(&hidden, &weight, wants, precision, |chunk, logits| {
+    head_backward::<B>(&hidden, &weight, wants, precision, last, |chunk, logits| {
         let (log_sum, grad) = (rows::<B>(&log_sum, chunk), rows::<B>(&grad, chunk));
         let targets = B::int_slice(targets.clone(), &[Slice::from(chunk.clone())]);
         B::cross_entropy_backward(logits, targets, log_sum, grad)
     })
 }
 
-/// Gradients for the hidden states and the weight of a linear head, each only if asked for; `dlogits` makes that of the
-/// logits of a chunk of rows from the rows and the logits.
+/// Gradients for the hidden states and the weight of a linear head, each only if asked for; `last` are the logits of the last chunk if
+/// they are still there, and `dlogits` makes the gradient of the logits of a chunk of rows from the rows and the logits.
 pub(super) fn head_backward<B: MatmulOps>(
     hidden: &FloatTensor<B>,
     weight: &FloatTensor<B>,
     wants: [bool; 2],
     precision: Precision,
+    mut last: Option<FloatTensor<B>>,
     dlogits: impl Fn(&std::ops::Range<usize>, FloatTensor<B>) -> FloatTensor<B>,
 ) -> [Option<FloatTensor<B>>; 2] {
     let mut dhidden = Vec::new();
     let mut dweight = None;
-    for chunk in chunks(hidden.shape()[0], weight.shape()[1]) {
+    for chunk in chunks(hidden.shape()[0], weight.shape()[1]).into_iter().rev() {
         let h = rows::<B>(hidden, &chunk);
-        let dlogits = dlogits(&chunk, B::matmul(h.clone(), weight.clone(), precision));
+        let logits = last.take().unwrap_or_else(|| B::matmul(h.clone(), weight.clone(), precision));
+        let dlogits = dlogits(&chunk, logits);
         if wants[0] {
             dhidden.push(B::matmul(dlogits.clone(), B::float_swap_dims(weight.clone(), 0, 1), precision));
         }
         if wants[1] {
-            let h = B::float_swap_dims(h, 0, 1);
             dweight = Some(match dweight {
-                Some(sum) => B::matmul_add(sum, h, dlogits, precision),
-                None => B::matmul(h, dlogits, precision),
+                Some(sum) => B::matmul_add(sum, B::float_swap_dims(h, 0, 1), dlogits, precision),
+                None => B::weight_gradient(h, dlogits, weight.clone(), precision),
             });
         }
     }
+    dhidden.reverse();
     [wants[0].then(|| B::float_cat(dhidden, 0)), dweight]
 }
 
@@ -213,15 +228,22 @@ impl<B: Backend + LinearCrossEntropyOps, C: CheckpointStrategy> LinearCrossEntro
             }
         }
 
-        let frozen_head = hidden.is_tracked() && !weight.is_tracked();
+        let keep = match (hidden.is_tracked(), weight.is_tracked()) {
+            (false, false) => Keep::Nothing,
+            (true, false) => Keep::Slopes,
+            (_, true) => Keep::Last,
+        };
         let (hidden, hidden_node) = hidden.into_parts();
         let (weight, weight_node) = weight.into_parts();
-        let Forward { loss, log_sum, slopes } =
-            forward::<B>(&hidden, &weight, &targets, precision, frozen_head);
+        let Forward { loss, log_sum, slopes, last } =
+            forward::<B>(&hidden, &weight, &targets, precision, keep);
         match LinearCrossEntropy.prepare::<C>([hidden_node, weight_node]).compute_bound().stateful() {
+            OpsKind::Tracked(prep) if keep == Keep::Slopes => {
+                prep.finish(State::Slopes(B::float_cat(slopes, 0)), loss)
+            }
             OpsKind::Tracked(prep) => {
-                let inputs = Inputs { hidden, weight, targets, log_sum, precision };
-                prep.finish(slopes.map_or(State::Inputs(inputs), State::Slopes), loss)
+                let inputs = Inputs { hidden, weight, targets, log_sum, last, precision };
+                prep.finish(State::Inputs(inputs), loss)
             }
             OpsKind::UnTracked(prep) => prep.finish(loss),
         }

@@ -205,7 +205,7 @@ fn backward<B: LinearKlOps>(
     grad: &FloatTensor<B>,
     wants: [bool; 2],
 ) -> [Option<FloatTensor<B>>; 2] {
-    head_backward::<B>(&heads.student, &heads.student_weight, wants, Precision::F32, |chunk, s| {
+    head_backward::<B>(&heads.student, &heads.student_weight, wants, Precision::F32, None, |chunk, s| {
         let t = B::float_matmul(rows::<B>(&heads.teacher, chunk), heads.teacher_weight.clone());
         B::kl_backward(s, t, rows::<B>(grad, chunk), heads.temperature, heads.divergence)
     })

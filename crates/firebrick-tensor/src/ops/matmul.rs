@@ -24,7 +24,7 @@ use faer::MatRef;
 use super::cpu;
 use super::gemm_bf16::{Level, Operand, gemm_bf16};
 use super::gemm_f32::gemm_f32;
-use super::linear::FEW_ROWS;
+use super::linear::{FEW_ROWS, is_by_output};
 
 /// How the large products of a model are computed. What is stored is f32 either way.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -68,6 +68,18 @@ pub trait MatmulOps: Backend {
     ) -> FloatTensor<Self> {
         Self::float_add(sum, Self::float_matmul(lhs, rhs))
     }
+
+    /// Gradient of `weight`, by which `x` was multiplied, from that of the product. It lies as the weight does, so that what goes through
+    /// both, or through several of them, reads all in one order.
+    #[fusion(default)]
+    fn weight_gradient(
+        x: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        _weight: FloatTensor<Self>,
+        precision: Precision,
+    ) -> FloatTensor<Self> {
+        Self::matmul(Self::float_swap_dims(x, 0, 1), grad, precision)
+    }
 }
 
 #[cfg(feature = "cubecl-backend")]
@@ -105,6 +117,10 @@ impl MatmulOps for Flex {
         }
         assert_eq!(sum.shape(), Shape::new([rows, columns]), "matmul_add: shape of the sum");
         assert_eq!(lhs.shape()[1], rhs.shape()[0], "matmul_add: columns of lhs against rows of rhs");
+        if is_by_output(&sum) && !sum.is_contiguous() {
+            let [sum, lhs, rhs] = [sum, lhs, rhs].map(transposed);
+            return transposed(<Self as MatmulOps>::matmul_add(sum, rhs, lhs, precision));
+        }
         cpu::reuse(cpu::contiguous(sum), |source, out| {
             if let Some(source) = source {
                 out.copy_from_slice(source);
@@ -119,6 +135,22 @@ impl MatmulOps for Flex {
             }
         })
     }
+
+    fn weight_gradient(
+        x: FlexTensor,
+        grad: FlexTensor,
+        weight: FlexTensor,
+        precision: Precision,
+    ) -> FlexTensor {
+        if is_by_output(&weight) && !weight.is_contiguous() {
+            return transposed(<Self as MatmulOps>::matmul(transposed(grad), x, precision));
+        }
+        <Self as MatmulOps>::matmul(transposed(x), grad, precision)
+    }
+}
+
+fn transposed(x: FlexTensor) -> FlexTensor {
+    <Flex as FloatTensorOps<Flex>>::float_swap_dims(x, 0, 1)
 }
 
 fn view(x: &FlexTensor) -> MatRef<'_, f32> {

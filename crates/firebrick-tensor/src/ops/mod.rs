@@ -17,6 +17,8 @@ mod gelu;
 mod gemm_bf16;
 mod gemm_f32;
 mod grouped_matmul;
+#[cfg(all(test, target_os = "linux"))]
+mod guarded;
 mod kv_cache;
 mod linear;
 mod linear_cross_entropy;
