@@ -114,10 +114,10 @@ fn with_gradients(
     [host(kl.inner()), grad(&student), grad(&weight)]
 }
 
-/// 90 rows of 50021 logits are two chunks; 45 rows are one.
+/// 680 rows of 50021 logits are two chunks; 340 rows are one.
 #[test]
 fn chunks_of_rows_join() {
-    let (n, sizes) = (90, [3, 50_021]);
+    let (n, sizes) = (680, [3, 50_021]);
     let run = |rows| with_gradients(&Device::flex().autodiff(), rows, sizes, Divergence::ReverseKl);
     let (whole, first, second) = (run(0..n), run(0..n / 2), run(n / 2..n));
     let join = |a: &[f64], b: &[f64]| [a, b].concat();
