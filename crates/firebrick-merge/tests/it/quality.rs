@@ -122,6 +122,8 @@ struct Family<'a> {
     base: &'a Decoder,
     kind: &'static str,
     seed: u64,
+    /// Whether what takes long is measured too.
+    whole: bool,
     experts: Vec<Decoder>,
     /// Nats of the base, and of each specialist in its own domain.
     ends: Vec<(f64, f64)>,
@@ -137,7 +139,8 @@ impl<'a> Family<'a> {
         let experts: Vec<Decoder> = texts.train.iter().map(train).collect();
         let nats = |d: &Decoder, t: &TextData| measured(t, &plain(d))[0];
         let ends = texts.test.iter().zip(&experts).map(|(t, own)| (nats(base, t), nats(own, t))).collect();
-        Family { texts, effort, base, kind, seed, experts, ends }
+        let whole = seed < effort.whole && kind == "fine-tunes";
+        Family { texts, effort, base, kind, seed, whole, experts, ends }
     }
 
     /// A row of what `logits` of each domain (by its place) come to.
@@ -195,8 +198,8 @@ fn ties(vectors: Vec<TaskVector>) -> TaskVector {
     TaskVector { deltas: elected[0].deltas.keys().map(|site| (*site, mean(site))).collect() }
 }
 
-/// Merges into one model; the dearer ones of `whole` families alone.
-fn merges(family: &Family<'_>, whole: bool) -> Vec<Row> {
+/// Merges into one model; the dearer ones of whole families alone.
+fn merges(family: &Family<'_>) -> Vec<Row> {
     let composed = Composed::new(family.base, family.vectors()).unwrap();
     let mut rows = Vec::new();
     let average = 1.0 / DOMAINS as f64;
@@ -228,7 +231,7 @@ fn merges(family: &Family<'_>, whole: bool) -> Vec<Row> {
     };
     rows.push(family.one("AdaMerging, task-wise", &sure(&composed, Granularity::Task)));
     rows.push(family.one("AdaMerging, layer-wise", &sure(&composed, Granularity::Tensor)));
-    if whole {
+    if family.whole {
         let elected = Composed::new(family.base, vec![ties(family.vectors())]).unwrap();
         let scale = family.chosen(&elected, &[0.5, 1.0, 2.0]);
         rows.push(family.one("TIES, scale chosen", &family.scaled(&elected, scale)));
@@ -425,7 +428,6 @@ fn measure(name: &str, model: &Model, effort: &Effort) {
             if part.as_ref().is_some_and(|p| *p != format!("{kind}/{seed}")) {
                 continue;
             }
-            let whole = seed < effort.whole && kind == "fine-tunes";
             let family = Family::new(&texts, effort, base, kind, seed);
             let ends = [family.one("base", base), family.each("specialists", &family.experts)];
             for (row, share) in ends.iter().zip([0.0, 1.0]) {
@@ -436,9 +438,8 @@ fn measure(name: &str, model: &Model, effort: &Effort) {
                 );
             }
             rows.extend(ends);
-            let stages: [&dyn Fn(&Family<'_>) -> Vec<Row>; 4] =
-                [&beside, &|f| merges(f, whole), &few_examples, &weak_to_strong];
-            for stage in &stages[..if whole { 4 } else { 2 }] {
+            let stages = [beside, merges, few_examples, weak_to_strong];
+            for stage in &stages[..if family.whole { 4 } else { 2 }] {
                 rows.extend(stage(&family));
                 std::fs::write(&json, serde_json::to_string_pretty(&rows).unwrap()).unwrap();
             }
