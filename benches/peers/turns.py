@@ -24,7 +24,7 @@ def missing(error):
 
 
 def take_turns(name, work, prepare=lambda: None, warm_ups=3):
-    """`prepare` is done before each call of `work`, and is not timed; where `work` returns its own seconds, those count."""
+    """`prepare` is done before each call of `work`, and is not timed; where `work` returns its own seconds, those count. The first `warm_ups` calls are not told."""
     for _ in range(warm_ups):
         prepare()
         work()

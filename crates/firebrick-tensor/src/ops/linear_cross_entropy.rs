@@ -93,7 +93,7 @@ pub(super) fn rows<B: Backend>(x: &FloatTensor<B>, rows: &std::ops::Range<usize>
 struct Forward<B: Backend> {
     loss: FloatTensor<B>,
     log_sum: FloatTensor<B>,
-    /// Gradient of each row's own loss for its hidden state, `[n, d]`, if they are to be kept.
+    /// Of each chunk the gradient of each row's own loss for its hidden state, `[rows, d]`, if they are to be kept.
     slopes: Vec<FloatTensor<B>>,
     /// Logits of the last chunk, if they are to be kept.
     last: Option<FloatTensor<B>>,

@@ -31,7 +31,7 @@ pub enum Divergence {
 /// Divergence of each row between `softmax(teacher teacher_weight / T)` and `softmax(student student_weight / T)`, in
 /// nats, without the factor `T^2` (Hinton et al. 2015, arXiv:1503.02531, multiply by it).
 ///
-/// About 16 million logits of each head exist at a time. Gradients reach the student's side only, and its weight only
+/// About 32 million logits of each head exist at a time. Gradients reach the student's side only, and its weight only
 /// if that is tracked.
 ///
 /// - student: `[n, d_s]`, student_weight: `[d_s, vocab]`

@@ -141,7 +141,7 @@ fn long_rows(device: &Device, n: usize, precision: Precision, tolerance: f64) {
     let by_output = |x: &[f64]| -> Vec<f64> { (0..d * vocab).map(|i| x[i % d * vocab + i / d]).collect() };
     let weight_by_output: Vec<f32> = by_output(&w).into_iter().map(|x| x as f32).collect();
     let dw_by_output = by_output(&dw);
-    for (tracked, transposed) in [(true, false), (true, true), (false, true)] {
+    for (tracked, transposed) in [(true, false), (true, true), (false, false), (false, true)] {
         let leaf = flat(&hidden, &device, DType::F32).require_grad();
         let (weight, dw) = if transposed { (&weight_by_output, &dw_by_output) } else { (&weight, &dw) };
         let head = flat(weight, &device, DType::F32).set_require_grad(tracked);
