@@ -1,7 +1,8 @@
 //! What merges of specialists of the embedded model and of SmolLM2 in five domains are worth. `docs/methods.md` has the figures; the
 //! tables also go to `quality-MODEL.json` in cargo's folder for temporary files of tests.
 //!
-//! `FIREBRICK_PART=adapters/2` measures one kind of specialists at one seed alone, into a file of its own.
+//! `FIREBRICK_PART=adapters/2` measures one kind of specialists at one seed alone, into a file of its own;
+//! `FIREBRICK_PART=fine-tunes/0/few-examples` one stage of it.
 
 use std::cell::RefCell;
 use std::fmt::Write as _;
@@ -12,8 +13,8 @@ use burn::tensor::activation::{log_softmax, softmax};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use firebrick_core::{Brick, Run, Seed, Silent};
 use firebrick_merge::learned::{
-    AdaMergingConfig, AtlasConfig, Coefficients, Composed, ConcreteConfig, Granularity, InnerStep,
-    TaskVector, adamerging, atlas, concrete_merging, elect,
+    AdaMergingConfig, AtlasConfig, Composed, ConcreteConfig, Granularity, InnerStep, TaskVector, adamerging,
+    atlas, concrete_merging, elect,
 };
 use firebrick_merge::logits_fusion::{FusionWeight, LogitsFusionConfig, fuse_logits};
 use firebrick_merge::task_vectors::{TaskVector as Weights, emr};
@@ -122,8 +123,6 @@ struct Family<'a> {
     base: &'a Decoder,
     kind: &'static str,
     seed: u64,
-    /// Whether what takes long is measured too.
-    whole: bool,
     experts: Vec<Decoder>,
     /// Nats of the base, and of each specialist in its own domain.
     ends: Vec<(f64, f64)>,
@@ -139,8 +138,7 @@ impl<'a> Family<'a> {
         let experts: Vec<Decoder> = texts.train.iter().map(train).collect();
         let nats = |d: &Decoder, t: &TextData| measured(t, &plain(d))[0];
         let ends = texts.test.iter().zip(&experts).map(|(t, own)| (nats(base, t), nats(own, t))).collect();
-        let whole = seed < effort.whole && kind == "fine-tunes";
-        Family { texts, effort, base, kind, seed, whole, experts, ends }
+        Family { texts, effort, base, kind, seed, experts, ends }
     }
 
     /// A row of what `logits` of each domain (by its place) come to.
@@ -184,6 +182,22 @@ impl<'a> Family<'a> {
         let found = scales.iter().map(|s| (nats(*s), *s));
         found.min_by(|a, b| a.0.total_cmp(&b.0)).expect("there are scales").1
     }
+
+    /// Few steps of fitting coefficients; with the learning rate the paper's product of the two.
+    fn short(&self, train: TrainConfig, learning_rate: f64) -> TrainConfig {
+        let (steps, batch, seed) = (self.effort.fits, 2 * DOMAINS, self.seed);
+        TrainConfig { steps, batch, window: WINDOW, learning_rate, seed, ..train }
+    }
+
+    /// AdaMerging on what is not measured on.
+    fn sure(&self, composed: &Composed, granularity: Granularity) -> Decoder {
+        let default = AdaMergingConfig::default();
+        let train = self.short(default.train.clone(), 1.0 / self.effort.fits as f64);
+        let config = AdaMergingConfig { granularity, train, ..default };
+        let unseen = self.texts.unseen();
+        let (c, _) = adamerging(composed, &config, &unseen, &Silent, false).unwrap();
+        composed.merge(&c).unwrap()
+    }
 }
 
 /// The sum of TIES over elected entries, divided by how many vectors are in it.
@@ -198,61 +212,43 @@ fn ties(vectors: Vec<TaskVector>) -> TaskVector {
     TaskVector { deltas: elected[0].deltas.keys().map(|site| (*site, mean(site))).collect() }
 }
 
-/// Merges into one model; the dearer ones of whole families alone.
+/// Merges into one model.
 fn merges(family: &Family<'_>) -> Vec<Row> {
     let composed = Composed::new(family.base, family.vectors()).unwrap();
-    let mut rows = Vec::new();
     let average = 1.0 / DOMAINS as f64;
-    rows.push(family.one("average", &family.scaled(&composed, average)));
-    rows.push(family.one("task arithmetic, 0.3", &family.scaled(&composed, 0.3)));
     let scale = family.chosen(&composed, &[average, 0.3, 0.4, 0.6, 0.8]);
-    rows.push(family.one("task arithmetic, scale chosen", &family.scaled(&composed, scale)));
+    vec![
+        family.one("average", &family.scaled(&composed, average)),
+        family.one("task arithmetic, 0.3", &family.scaled(&composed, 0.3)),
+        family.one("task arithmetic, scale chosen", &family.scaled(&composed, scale)),
+        family.one("AdaMerging, task-wise", &family.sure(&composed, Granularity::Task)),
+        family.one("AdaMerging, layer-wise", &family.sure(&composed, Granularity::Tensor)),
+    ]
+}
 
-    // Steps times rate as in the paper.
-    let steps = family.effort.fits;
-    let short = |train: TrainConfig, learning_rate| TrainConfig {
-        steps,
-        batch: 2 * DOMAINS,
-        window: WINDOW,
-        learning_rate,
-        seed: family.seed,
-        ..train
-    };
+/// The dearer merges into one model.
+fn dearer(family: &Family<'_>) -> Vec<Row> {
+    let composed = Composed::new(family.base, family.vectors()).unwrap();
     let unseen = family.texts.unseen();
-    let merged = |composed: &Composed, c: &Coefficients| composed.merge(c).unwrap();
-    let sure = |composed: &Composed, granularity| {
-        let default = AdaMergingConfig::default();
-        let config = AdaMergingConfig {
-            granularity,
-            train: short(default.train.clone(), 1.0 / steps as f64),
-            ..default
-        };
-        merged(composed, &adamerging(composed, &config, &unseen, &Silent, false).unwrap().0)
+    let mut rows = Vec::new();
+    let elected = Composed::new(family.base, vec![ties(family.vectors())]).unwrap();
+    let scale = family.chosen(&elected, &[0.5, 1.0, 2.0]);
+    rows.push(family.one("TIES, scale chosen", &family.scaled(&elected, scale)));
+    let default = AtlasConfig::default();
+    let train = family.short(default.train.clone(), default.train.learning_rate);
+    let (told, _) = atlas(&composed, &AtlasConfig { train, ..default }, &unseen, &Silent, false).unwrap();
+    rows.push(family.one("layer-wise, by labels (aTLAS)", &composed.merge(&told).unwrap()));
+    let masked = |inner| {
+        let default = ConcreteConfig::default();
+        let train = family.short(default.train.clone(), 2.0 / family.effort.fits as f64);
+        let config = ConcreteConfig { inner, train, ..default };
+        let (mask, _) = concrete_merging(&composed, &config, &unseen, &Silent, false).unwrap();
+        composed.masked(&mask.sample(Seed(family.seed)))
     };
-    rows.push(family.one("AdaMerging, task-wise", &sure(&composed, Granularity::Task)));
-    rows.push(family.one("AdaMerging, layer-wise", &sure(&composed, Granularity::Tensor)));
-    if family.whole {
-        let elected = Composed::new(family.base, vec![ties(family.vectors())]).unwrap();
-        let scale = family.chosen(&elected, &[0.5, 1.0, 2.0]);
-        rows.push(family.one("TIES, scale chosen", &family.scaled(&elected, scale)));
-        let default = AtlasConfig::default();
-        let train = short(default.train.clone(), default.train.learning_rate);
-        let config = AtlasConfig { train, ..default };
-        let (told, _) = atlas(&composed, &config, &unseen, &Silent, false).unwrap();
-        rows.push(family.one("layer-wise, by labels (aTLAS)", &merged(&composed, &told)));
-        let masked = |inner| {
-            let default = ConcreteConfig::default();
-            let config =
-                ConcreteConfig { inner, train: short(default.train.clone(), 2.0 / steps as f64), ..default };
-            let (mask, _) = concrete_merging(&composed, &config, &unseen, &Silent, false).unwrap();
-            composed.masked(&mask.sample(Seed(family.seed)))
-        };
-        rows.push(family.one("Concrete task arithmetic, 0.3", &family.scaled(&masked(None), 0.3)));
-        let inner = InnerStep { granularity: Granularity::Tensor, learning_rate: 0.1, rows: 1 };
-        rows.push(
-            family.one("Concrete AdaMerging, layer-wise", &sure(&masked(Some(inner)), Granularity::Tensor)),
-        );
-    }
+    rows.push(family.one("Concrete task arithmetic, 0.3", &family.scaled(&masked(None), 0.3)));
+    let inner = InnerStep { granularity: Granularity::Tensor, learning_rate: 0.1, rows: 1 };
+    let surer = family.sure(&masked(Some(inner)), Granularity::Tensor);
+    rows.push(family.one("Concrete AdaMerging, layer-wise", &surer));
     rows
 }
 
@@ -415,6 +411,15 @@ fn table(rows: &[Row]) -> String {
     table
 }
 
+/// What is measured in one go. Of families that are not whole, the first two.
+const STAGES: [(&str, fn(&Family<'_>) -> Vec<Row>); 5] = [
+    ("beside", beside),
+    ("merges", merges),
+    ("dearer", dearer),
+    ("few-examples", few_examples),
+    ("weak-to-strong", weak_to_strong),
+];
+
 #[expect(clippy::disallowed_methods, reason = "a test takes no arguments")]
 fn measure(name: &str, model: &Model, effort: &Effort) {
     let texts = Texts::new(model, effort.windows);
@@ -423,29 +428,30 @@ fn measure(name: &str, model: &Model, effort: &Effort) {
     let suffix = part.iter().map(|p| format!("-{}", p.replace('/', "-"))).collect::<String>();
     let json = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("quality-{name}{suffix}.json"));
     let mut rows = Vec::new();
-    for seed in 0..SEEDS {
-        for kind in ["fine-tunes", "adapters"] {
-            if part.as_ref().is_some_and(|p| *p != format!("{kind}/{seed}")) {
-                continue;
-            }
-            let family = Family::new(&texts, effort, base, kind, seed);
-            let ends = [family.one("base", base), family.each("specialists", &family.experts)];
-            for (row, share) in ends.iter().zip([0.0, 1.0]) {
-                assert!(
-                    (row.closed - share).abs() < 1e-9 && (row.pooled - share).abs() < 1e-9,
-                    "{}",
-                    row.method
-                );
-            }
-            rows.extend(ends);
-            let stages = [beside, merges, few_examples, weak_to_strong];
-            for stage in &stages[..if family.whole { 4 } else { 2 }] {
-                rows.extend(stage(&family));
-                std::fs::write(&json, serde_json::to_string_pretty(&rows).unwrap()).unwrap();
-            }
+    for (seed, kind) in (0..SEEDS).flat_map(|seed| ["fine-tunes", "adapters"].map(|kind| (seed, kind))) {
+        let family = format!("{kind}/{seed}");
+        let whole = seed < effort.whole && kind == "fine-tunes";
+        let mut stages = STAGES[..if whole { STAGES.len() } else { 2 }].to_vec();
+        if let Some(asked) = part.as_ref().filter(|p| **p != family) {
+            stages = STAGES.to_vec();
+            stages.retain(|(stage, _)| *asked == format!("{family}/{stage}"));
+        }
+        if stages.is_empty() {
+            continue;
+        }
+        let family = Family::new(&texts, effort, base, kind, seed);
+        let ends = [family.one("base", base), family.each("specialists", &family.experts)];
+        for (row, share) in ends.iter().zip([0.0, 1.0]) {
+            let off = [row.closed, row.pooled].map(|s| (s - share).abs());
+            assert!(off.iter().all(|o| *o < 1e-9), "{}", row.method);
+        }
+        rows.extend(ends);
+        for (_, stage) in stages {
+            rows.extend(stage(&family));
+            std::fs::write(&json, serde_json::to_string_pretty(&rows).unwrap()).unwrap();
         }
     }
-    assert!(!rows.is_empty(), "FIREBRICK_PART is a kind, a slash and a seed: adapters/2");
+    assert!(!rows.is_empty(), "FIREBRICK_PART is a kind and a seed, and may name a stage: adapters/2/beside");
     println!("{}", table(&rows));
 }
 

@@ -1,7 +1,11 @@
 //! Products of f32 matrices on slices by the library `gemm`, on the calling thread or on several.
 //!
 //! Where the right matrix lies output by output, as the weights of files do, `gemm` would gather its panels of 64 outputs number by number.
-//! With AVX-512 panels are transposed in registers here, and are the tasks of the threads.
+//! With AVX-512 panels are transposed in registers here, and are the tasks of the threads. Where few rows meet a matrix that comes from
+//! memory, as those of an expert do, the library waits for memory and then computes; there the product is our own.
+
+#[cfg(target_arch = "x86_64")]
+mod x86;
 
 use std::mem::MaybeUninit;
 
@@ -27,6 +31,42 @@ pub(super) fn gemm_into(dst: &mut [MaybeUninit<f32>], lhs: MatRef<'_, f32>, rhs:
     }
     // SAFETY: `dst` has room for the result, of which nothing is read.
     unsafe { gemm_at(dst.as_mut_ptr().cast(), rhs.ncols(), false, lhs, rhs, 1.0) }
+}
+
+/// [`gemm_into`] for a right matrix that comes from memory and few rows that it is multiplied by; `next` is what this thread multiplies by
+/// afterwards.
+pub(super) fn gemm_ahead(
+    dst: &mut [MaybeUninit<f32>],
+    lhs: MatRef<'_, f32>,
+    rhs: MatRef<'_, f32>,
+    next: MatRef<'_, f32>,
+) {
+    #[cfg(target_arch = "x86_64")]
+    if able() && rhs.nrows() > 0 && (rhs.row_stride() == 1 || rhs.col_stride() == 1) {
+        assert_eq!(dst.len(), lhs.nrows() * rhs.ncols(), "gemm: room for the result");
+        // SAFETY: the processor has these instructions; `dst` has room for the result.
+        return unsafe { x86::product(dst.as_mut_ptr().cast(), rhs.ncols(), lhs, rhs, next, false) };
+    }
+    gemm_into(dst, lhs, rhs);
+}
+
+/// [`gemm_into`] for a result that is larger than the operands and is not read soon.
+pub(super) fn gemm_past(dst: &mut [MaybeUninit<f32>], lhs: MatRef<'_, f32>, rhs: MatRef<'_, f32>) {
+    #[cfg(target_arch = "x86_64")]
+    if able() && (1..=x86::DEPTH).contains(&rhs.nrows()) && rhs.col_stride() == 1 {
+        assert_eq!(dst.len(), lhs.nrows() * rhs.ncols(), "gemm: room for the result");
+        // SAFETY: as above.
+        return unsafe { x86::product(dst.as_mut_ptr().cast(), rhs.ncols(), lhs, rhs, rhs, true) };
+    }
+    gemm_into(dst, lhs, rhs);
+}
+
+/// Whether this processor has what panels take.
+fn able() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return is_x86_feature_detected!("avx512f");
+    #[cfg(not(target_arch = "x86_64"))]
+    return false;
 }
 
 /// Writes `lhs rhs` to `out`, row-major, or adds it to what `out` then has to hold.
@@ -153,95 +193,8 @@ unsafe fn gemm_at(
 fn in_panels(lhs: MatRef<'_, f32>, rhs: MatRef<'_, f32>) -> bool {
     /// Rows for which it pays.
     const ROWS: usize = 8;
-    #[cfg(target_arch = "x86_64")]
-    let able = is_x86_feature_detected!("avx512f");
-    #[cfg(not(target_arch = "x86_64"))]
-    let able = false;
     let large = lhs.nrows() >= ROWS && rhs.ncols() >= PANEL && rhs.nrows() >= 16;
-    able && large && lhs.col_stride() == 1 && rhs.row_stride() == 1
-}
-
-#[cfg(target_arch = "x86_64")]
-mod x86 {
-    use std::arch::x86_64::*;
-    use std::mem::MaybeUninit;
-
-    use faer::MatRef;
-
-    use super::PANEL;
-
-    /// Numbers of a vector.
-    const LANES: usize = 16;
-
-    /// A row of a panel. Vectors that do not cross lines of the cache are read twice as fast.
-    #[repr(align(64))]
-    #[expect(dead_code, reason = "read and written by address")]
-    pub(super) struct Row([f32; PANEL]);
-
-    /// Writes the rows of `columns`, whose columns are unbroken, at most [`PANEL`] of them.
-    #[target_feature(enable = "avx512f")]
-    pub(super) fn transpose(columns: MatRef<'_, f32>, rows: &mut [MaybeUninit<Row>]) {
-        let (depth, count) = (columns.nrows(), columns.ncols());
-        assert!(rows.len() == depth && count <= PANEL && (columns.row_stride() == 1 || depth == 1));
-        let out = rows.as_mut_ptr().cast::<f32>();
-        let (whole_depth, whole_count) = (depth / LANES * LANES, count / LANES * LANES);
-        for j in (0..whole_count).step_by(LANES) {
-            for p in (0..whole_depth).step_by(LANES) {
-                // SAFETY: sixteen numbers of sixteen columns, and as many of as many rows, from here on.
-                unsafe {
-                    let from = columns.as_ptr().offset(j as isize * columns.col_stride()).add(p);
-                    square(from, columns.col_stride(), out.add(p * PANEL + j));
-                }
-            }
-        }
-        for j in 0..count {
-            let from = if j < whole_count { whole_depth } else { 0 };
-            for p in from..depth {
-                // SAFETY: row `p` is one of `rows`, which has `PANEL` numbers.
-                unsafe { out.add(p * PANEL + j).write(columns[(p, j)]) };
-            }
-        }
-    }
-
-    /// Sixteen rows of sixteen numbers at `to`, [`PANEL`] apart, of sixteen columns at `from`, `stride` apart.
-    ///
-    /// # Safety
-    /// All of both has to be there, and `to` for this thread alone.
-    #[target_feature(enable = "avx512f")]
-    unsafe fn square(from: *const f32, stride: isize, to: *mut f32) {
-        // SAFETY: the caller's.
-        let r: [__m512; LANES] =
-            std::array::from_fn(|i| unsafe { _mm512_loadu_ps(from.offset(i as isize * stride)) });
-        let wide = |v| _mm512_castps_pd(v);
-        let narrow = |v| _mm512_castpd_ps(v);
-        // Fours of numbers by fours of columns: number `4 q + n` of columns `4 c..` is part `q` of `fours[c][n]`.
-        let mut fours = [[_mm512_setzero_ps(); 4]; 4];
-        for (c, fours) in fours.iter_mut().enumerate() {
-            let [a, b, c, d] = [r[4 * c], r[4 * c + 1], r[4 * c + 2], r[4 * c + 3]];
-            let (ab, cd) = (wide(_mm512_unpacklo_ps(a, b)), wide(_mm512_unpacklo_ps(c, d)));
-            fours[0] = narrow(_mm512_unpacklo_pd(ab, cd));
-            fours[1] = narrow(_mm512_unpackhi_pd(ab, cd));
-            let (ab, cd) = (wide(_mm512_unpackhi_ps(a, b)), wide(_mm512_unpackhi_ps(c, d)));
-            fours[2] = narrow(_mm512_unpacklo_pd(ab, cd));
-            fours[3] = narrow(_mm512_unpackhi_pd(ab, cd));
-        }
-        for n in 0..4 {
-            let [a, b, c, d] = [fours[0][n], fours[1][n], fours[2][n], fours[3][n]];
-            // Parts 0 and 2, or 1 and 3, of two.
-            let (ab_even, ab_odd) = (_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b));
-            let (cd_even, cd_odd) = (_mm512_shuffle_f32x4::<0x88>(c, d), _mm512_shuffle_f32x4::<0xdd>(c, d));
-            let parts = [
-                _mm512_shuffle_f32x4::<0x88>(ab_even, cd_even),
-                _mm512_shuffle_f32x4::<0x88>(ab_odd, cd_odd),
-                _mm512_shuffle_f32x4::<0xdd>(ab_even, cd_even),
-                _mm512_shuffle_f32x4::<0xdd>(ab_odd, cd_odd),
-            ];
-            for (q, part) in parts.into_iter().enumerate() {
-                // SAFETY: the caller's.
-                unsafe { _mm512_storeu_ps(to.add((4 * q + n) * PANEL), part) };
-            }
-        }
-    }
+    able() && large && lhs.col_stride() == 1 && rhs.row_stride() == 1
 }
 
 #[cfg(test)]
@@ -249,6 +202,43 @@ mod tests {
     use firebrick_core::Seed;
 
     use super::*;
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn products_of_few_rows_are_those_of_numbers() {
+        use super::super::guarded::Guarded;
+        for rows in [1, 5, 6, 7, 13, 67] {
+            for depth in [1, 15, 64, 65, 191, 193, 401] {
+                // The last one's rows are whole lines of the cache.
+                for columns in [1, 15, 16, 63, 64, 65, 130, 192] {
+                    let numbers = |name: &str, count: usize| Guarded::new(&Seed(1).normal(name, count, 1.0));
+                    let (lhs, rhs) = (numbers("lhs", rows * depth), numbers("rhs", columns * depth));
+                    let lhs = MatRef::from_row_major_slice(lhs.slice(), rows, depth);
+                    let by_input = MatRef::from_row_major_slice(rhs.slice(), depth, columns);
+                    let by_output = MatRef::from_column_major_slice(rhs.slice(), depth, columns);
+                    for (rhs, past) in [(by_input, false), (by_input, true), (by_output, false)] {
+                        let mut out = Guarded::new(&vec![f32::NAN; rows * columns]);
+                        // SAFETY: values that are there may be seen as values that may not be; the product writes values alone.
+                        let room =
+                            unsafe { &mut *(std::ptr::from_mut(out.slice_mut()) as *mut [MaybeUninit<f32>]) };
+                        if past {
+                            gemm_past(room, lhs, rhs)
+                        } else {
+                            gemm_ahead(room, lhs, rhs, by_output)
+                        }
+                        for (i, found) in out.slice().iter().enumerate() {
+                            let (row, column) = (i / columns, i % columns);
+                            let terms =
+                                || (0..depth).map(|p| f64::from(lhs[(row, p)]) * f64::from(rhs[(p, column)]));
+                            let far = (f64::from(*found) - terms().sum::<f64>()).abs();
+                            let size = terms().map(f64::abs).sum::<f64>();
+                            assert!(far <= 1e-5 * size, "[{rows}, {depth}] [{depth}, {columns}]: {far:e}");
+                        }
+                    }
+                }
+            }
+        }
+    }
 
     #[test]
     fn parts_of_threads_do_not_show() {

@@ -20,7 +20,7 @@ use faer::MatRef;
 
 use super::awake;
 use super::cpu;
-use super::gemm_f32::gemm_into;
+use super::gemm_f32::{gemm_ahead, gemm_past};
 use super::linear_cross_entropy::rows;
 
 /// Rows of a result that one task computes, at most: each reads a whole matrix.
@@ -141,16 +141,22 @@ impl GroupedMatmulOps for Flex {
                 tasks.push((e, segment.start + i * rows, part));
             }
         }
-        awake::each(tasks, |(e, first, part)| {
-            let count = part.len() / d_out;
-            let x = MatRef::from_row_major_slice(&values[*first * d_in..][..count * d_in], count, d_in);
-            let w = &w[*e * strides[0]..];
-            let w = if by_columns {
+        let experts: Vec<usize> = tasks.iter().map(|(e, ..)| *e).collect();
+        let matrix = |e: usize| {
+            let w = &w[e * strides[0]..];
+            if by_columns {
                 MatRef::from_column_major_slice_with_stride(w, d_in, d_out, strides[2])
             } else {
                 MatRef::from_row_major_slice_with_stride(w, d_in, d_out, strides[1])
-            };
-            gemm_into(part, x, w);
+            }
+        };
+        awake::parts(&mut tasks, 1, |i, task| {
+            let (e, first, part) = &mut task[0];
+            let count = part.len() / d_out;
+            let x = MatRef::from_row_major_slice(&values[*first * d_in..][..count * d_in], count, d_in);
+            // Threads take the tasks in turns.
+            let next = experts.get(i + rayon::current_num_threads()).unwrap_or(e);
+            gemm_ahead(part, x, matrix(*e), matrix(*next));
         });
         // SAFETY: the segments are all rows, and the products have written them.
         unsafe { out.set_len(len) };
@@ -184,7 +190,7 @@ impl GroupedMatmulOps for Flex {
             let range = |d: usize| segment.start * d..segment.end * d;
             let x = MatRef::from_row_major_slice(&x[range(d_in)], segment.len(), d_in).transpose();
             let grad = MatRef::from_row_major_slice(&grad[range(d_out)], segment.len(), d_out);
-            gemm_into(part, x.subrows(*first, part.len() / d_out), grad);
+            gemm_past(part, x.subrows(*first, part.len() / d_out), grad);
         });
         // SAFETY: the tasks have written all of all matrices.
         unsafe { out.set_len(len) };

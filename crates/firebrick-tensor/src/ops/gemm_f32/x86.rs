@@ -1,0 +1,318 @@
+//! Panels of 64 outputs with AVX-512: transposed for the library, or multiplied here.
+
+use std::arch::x86_64::*;
+use std::mem::MaybeUninit;
+
+use faer::MatRef;
+
+use super::PANEL;
+
+/// Numbers of a vector.
+const LANES: usize = 16;
+
+/// A row of a panel. Vectors that do not cross lines of the cache are read twice as fast.
+#[repr(align(64))]
+#[expect(dead_code, reason = "read and written by address")]
+pub(super) struct Row([f32; PANEL]);
+
+/// Writes the rows of `columns`, whose columns are unbroken, at most [`PANEL`] of them; the last vector of a row is filled up with zeros.
+#[target_feature(enable = "avx512f")]
+pub(super) fn transpose(columns: MatRef<'_, f32>, rows: &mut [MaybeUninit<Row>]) {
+    let (depth, count) = (columns.nrows(), columns.ncols());
+    assert!(rows.len() == depth && count <= PANEL && (columns.row_stride() == 1 || depth == 1));
+    let out = rows.as_mut_ptr().cast::<f32>();
+    let (whole_depth, whole_count) = (depth / LANES * LANES, count / LANES * LANES);
+    for j in (0..whole_count).step_by(LANES) {
+        for p in (0..whole_depth).step_by(LANES) {
+            // SAFETY: sixteen numbers of sixteen columns, and as many of as many rows, from here on.
+            unsafe {
+                let from = columns.as_ptr().offset(j as isize * columns.col_stride()).add(p);
+                square(from, columns.col_stride(), out.add(p * PANEL + j));
+            }
+        }
+    }
+    for j in 0..count.next_multiple_of(LANES) {
+        let from = if j < whole_count { whole_depth } else { 0 };
+        for p in from..depth {
+            let value = if j < count { columns[(p, j)] } else { 0.0 };
+            // SAFETY: row `p` is one of `rows`, which has `PANEL` numbers.
+            unsafe { out.add(p * PANEL + j).write(value) };
+        }
+    }
+}
+
+/// As [`transpose`], of columns whose rows are unbroken.
+#[target_feature(enable = "avx512f")]
+fn copy(columns: MatRef<'_, f32>, rows: &mut [MaybeUninit<Row>]) {
+    let (depth, count) = (columns.nrows(), columns.ncols());
+    assert!(rows.len() == depth && count <= PANEL && (columns.col_stride() == 1 || count == 1));
+    let vectors = count.div_ceil(LANES);
+    for (p, row) in rows.iter_mut().enumerate() {
+        let from = columns.as_ptr().wrapping_offset(p as isize * columns.row_stride());
+        let to = row.as_mut_ptr().cast::<f32>();
+        for v in 0..vectors {
+            // SAFETY: of row `p` this reads columns that there are, and a row of a panel has room for all vectors.
+            unsafe {
+                let values = _mm512_maskz_loadu_ps(mask(count - v * LANES), from.wrapping_add(v * LANES));
+                _mm512_store_ps(to.add(v * LANES), values);
+            }
+        }
+    }
+}
+
+/// The lanes of a vector of which `count` values are left.
+fn mask(count: usize) -> __mmask16 {
+    if count < LANES { (1 << count) - 1 } else { !0 }
+}
+
+/// Sixteen rows of sixteen numbers at `to`, [`PANEL`] apart, of sixteen columns at `from`, `stride` apart.
+///
+/// # Safety
+/// All of both has to be there, and `to` for this thread alone.
+#[target_feature(enable = "avx512f")]
+unsafe fn square(from: *const f32, stride: isize, to: *mut f32) {
+    // SAFETY: the caller's.
+    let r: [__m512; LANES] =
+        std::array::from_fn(|i| unsafe { _mm512_loadu_ps(from.offset(i as isize * stride)) });
+    let wide = |v| _mm512_castps_pd(v);
+    let narrow = |v| _mm512_castpd_ps(v);
+    // Fours of numbers by fours of columns: number `4 q + n` of columns `4 c..` is part `q` of `fours[c][n]`.
+    let mut fours = [[_mm512_setzero_ps(); 4]; 4];
+    for (c, fours) in fours.iter_mut().enumerate() {
+        let [a, b, c, d] = [r[4 * c], r[4 * c + 1], r[4 * c + 2], r[4 * c + 3]];
+        let (ab, cd) = (wide(_mm512_unpacklo_ps(a, b)), wide(_mm512_unpacklo_ps(c, d)));
+        fours[0] = narrow(_mm512_unpacklo_pd(ab, cd));
+        fours[1] = narrow(_mm512_unpackhi_pd(ab, cd));
+        let (ab, cd) = (wide(_mm512_unpackhi_ps(a, b)), wide(_mm512_unpackhi_ps(c, d)));
+        fours[2] = narrow(_mm512_unpacklo_pd(ab, cd));
+        fours[3] = narrow(_mm512_unpackhi_pd(ab, cd));
+    }
+    for n in 0..4 {
+        let [a, b, c, d] = [fours[0][n], fours[1][n], fours[2][n], fours[3][n]];
+        // Parts 0 and 2, or 1 and 3, of two.
+        let (ab_even, ab_odd) = (_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b));
+        let (cd_even, cd_odd) = (_mm512_shuffle_f32x4::<0x88>(c, d), _mm512_shuffle_f32x4::<0xdd>(c, d));
+        let parts = [
+            _mm512_shuffle_f32x4::<0x88>(ab_even, cd_even),
+            _mm512_shuffle_f32x4::<0x88>(ab_odd, cd_odd),
+            _mm512_shuffle_f32x4::<0xdd>(ab_even, cd_even),
+            _mm512_shuffle_f32x4::<0xdd>(ab_odd, cd_odd),
+        ];
+        for (q, part) in parts.into_iter().enumerate() {
+            // SAFETY: the caller's.
+            unsafe { _mm512_storeu_ps(to.add((4 * q + n) * PANEL), part) };
+        }
+    }
+}
+
+/// Where the tiles of one part of the right matrix ask for the lines of the next: in runs of at most [`PANEL`] lines a step apart, which fill the
+/// second cache while the first one is read.
+#[derive(Clone, Copy)]
+struct Ahead {
+    first: *const f32,
+    step: isize,
+    /// Runs of lines below one another, how far apart they are, and runs in all.
+    below: usize,
+    down: isize,
+    runs: usize,
+}
+
+impl Ahead {
+    fn of(part: MatRef<'_, f32>) -> Self {
+        let (first, depth, count) = (part.as_ptr(), part.nrows(), part.ncols());
+        if part.col_stride() == 1 {
+            let (below, step) = (depth.div_ceil(PANEL), part.row_stride());
+            Ahead { first, step, below, down: PANEL as isize * step, runs: below * count.div_ceil(LANES) }
+        } else {
+            Ahead { first, step: part.col_stride(), below: 1, down: 0, runs: depth.div_ceil(LANES) }
+        }
+    }
+
+    /// The first line of a run, and how far the next one is. Past the last run it is one line over and over.
+    #[inline(always)]
+    fn run(&self, run: usize) -> (*const f32, isize) {
+        if run >= self.runs {
+            return (self.first, 0);
+        }
+        let down = self.down * (run % self.below) as isize;
+        (self.first.wrapping_offset(down).wrapping_add(LANES * (run / self.below)), self.step)
+    }
+}
+
+/// Rows of a part of the right matrix: so many of a panel stay in the first cache.
+pub(super) const DEPTH: usize = 192;
+
+/// `lhs rhs` at `out`, rows `stride` apart, for operands of which one is read or written once: a right matrix that comes from memory, whose
+/// parts are asked for while the ones before them are multiplied, and `next`, what this thread multiplies by afterwards, last; or a result
+/// that goes to memory, past the caches where `past` and lines of the cache allow it.
+///
+/// # Safety
+/// Nobody else may have `lhs.nrows()` rows of `rhs.ncols()` numbers at `out`.
+///
+/// # Panics
+/// If neither the rows nor the columns of `rhs` are unbroken, or there is no depth.
+#[target_feature(enable = "avx512f")]
+pub(super) unsafe fn product(
+    out: *mut f32,
+    stride: usize,
+    lhs: MatRef<'_, f32>,
+    rhs: MatRef<'_, f32>,
+    next: MatRef<'_, f32>,
+    past: bool,
+) {
+    let (depth, columns) = (rhs.nrows(), rhs.ncols());
+    assert!(depth > 0 && lhs.ncols() == depth);
+    let deep = depth.div_ceil(depth.div_ceil(DEPTH));
+    let past = past
+        && deep == depth
+        && stride.is_multiple_of(LANES)
+        && out.addr().is_multiple_of(size_of::<__m512>());
+    let mut panel = Vec::with_capacity(deep);
+    for first in (0..columns).step_by(PANEL) {
+        for from in (0..depth).step_by(deep) {
+            let now = part(rhs, from, deep, first);
+            let panel = &mut panel.spare_capacity_mut()[..now.nrows()];
+            if now.col_stride() == 1 {
+                copy(now, panel)
+            } else {
+                transpose(now, panel)
+            }
+            let ahead = Ahead::of(if from + deep < depth {
+                part(rhs, from + deep, deep, first)
+            } else if first + PANEL < columns {
+                part(rhs, 0, deep, first + PANEL)
+            } else {
+                part(next, 0, deep, 0)
+            });
+            let tiles = match now.ncols().div_ceil(LANES) {
+                1 => tiles::<1, false>,
+                2 => tiles::<2, false>,
+                3 => tiles::<3, false>,
+                _ if past && now.ncols() == PANEL => tiles::<4, true>,
+                _ => tiles::<4, false>,
+            };
+            let task = Task {
+                lhs: lhs.subcols(from, now.nrows()),
+                panel: panel.as_ptr().cast(),
+                count: now.ncols(),
+                add: from > 0,
+                stride,
+                ahead,
+            };
+            // SAFETY: the panel's rows have been written up to the vectors that `count` outputs take; of `out` this is a part, written before
+            // it is added to.
+            unsafe { tiles(&task, out.add(first)) };
+        }
+    }
+    if past {
+        // What goes past the caches is in no order with what is written afterwards, as that this task is done.
+        _mm_sfence();
+    }
+}
+
+/// `deep` rows of a panel, or those that are left, from a row and an output on.
+fn part(of: MatRef<'_, f32>, from: usize, deep: usize, first: usize) -> MatRef<'_, f32> {
+    of.submatrix(from, first, deep.min(of.nrows() - from), PANEL.min(of.ncols() - first))
+}
+
+/// Rows times a part of the right matrix.
+struct Task<'a> {
+    lhs: MatRef<'a, f32>,
+    /// A row for each column of `lhs`, of which `count` outputs are read.
+    panel: *const Row,
+    count: usize,
+    /// Whether the product is added to what `out` holds.
+    add: bool,
+    /// Between rows of `out`.
+    stride: usize,
+    ahead: Ahead,
+}
+
+/// Rows of a tile.
+const TALL: usize = 6;
+
+/// # Safety
+/// [`Task::panel`] has to be as it says, and `out` this thread's alone and written if it is added to. Past the caches go whole vectors of lines.
+#[target_feature(enable = "avx512f")]
+unsafe fn tiles<const V: usize, const PAST: bool>(task: &Task<'_>, out: *mut f32) {
+    let rows = task.lhs.nrows();
+    let groups = rows.div_ceil(TALL);
+    for group in 0..groups {
+        let row = group * rows / groups;
+        let tile = match (group + 1) * rows / groups - row {
+            1 => tile::<1, V, PAST>,
+            2 => tile::<2, V, PAST>,
+            3 => tile::<3, V, PAST>,
+            4 => tile::<4, V, PAST>,
+            5 => tile::<5, V, PAST>,
+            _ => tile::<6, V, PAST>,
+        };
+        // SAFETY: the caller's; the groups are all rows.
+        unsafe { tile(task, row, group, out.add(row * task.stride)) };
+    }
+}
+
+/// `R` rows from `row` on by `V` vectors of outputs, in registers.
+///
+/// # Safety
+/// As for [`tiles`]; the rows have to be there.
+#[target_feature(enable = "avx512f")]
+unsafe fn tile<const R: usize, const V: usize, const PAST: bool>(
+    task: &Task<'_>,
+    row: usize,
+    group: usize,
+    out: *mut f32,
+) {
+    let Task { lhs, count, add, stride, .. } = *task;
+    let (across, depth) = (lhs.row_stride(), lhs.ncols());
+    let at = |r: usize, v: usize| out.wrapping_add(r * stride + v * LANES);
+    if add {
+        for r in 0..R {
+            for v in 0..V {
+                _mm_prefetch::<_MM_HINT_T0>(at(r, v).cast());
+            }
+        }
+    }
+    let mut sums = [[_mm512_setzero_ps(); V]; R];
+    let mut x = lhs.as_ptr().wrapping_offset(row as isize * across);
+    let mut w = task.panel.cast::<f32>();
+    let runs = depth.div_ceil(PANEL);
+    for run in 0..runs {
+        let (mut line, step) = task.ahead.run(group * runs + run);
+        for _ in run * PANEL..depth.min((run + 1) * PANEL) {
+            _mm_prefetch::<_MM_HINT_T1>(line.cast());
+            line = line.wrapping_offset(step);
+            let mut outputs = [_mm512_setzero_ps(); V];
+            for (v, outputs) in outputs.iter_mut().enumerate() {
+                // SAFETY: a row of the panel; there are as many as columns of `lhs`.
+                *outputs = unsafe { _mm512_load_ps(w.add(v * LANES)) };
+            }
+            for (r, sums) in sums.iter_mut().enumerate() {
+                // SAFETY: a column of `lhs`, in one of its rows.
+                let x = _mm512_set1_ps(unsafe { *x.offset(r as isize * across) });
+                for (sum, outputs) in sums.iter_mut().zip(outputs) {
+                    *sum = _mm512_fmadd_ps(x, outputs, *sum);
+                }
+            }
+            x = x.wrapping_offset(lhs.col_stride());
+            w = w.wrapping_add(PANEL);
+        }
+    }
+    for (r, sums) in sums.into_iter().enumerate() {
+        for (v, mut sum) in sums.into_iter().enumerate() {
+            if PAST {
+                // SAFETY: the caller's.
+                unsafe { _mm512_stream_ps(at(r, v), sum) };
+                continue;
+            }
+            let mask = mask(count - v * LANES);
+            // SAFETY: of `out` the lanes of `mask` are the outputs that there are.
+            unsafe {
+                if add {
+                    sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(mask, at(r, v)));
+                }
+                _mm512_mask_storeu_ps(at(r, v), mask, sum);
+            }
+        }
+    }
+}
