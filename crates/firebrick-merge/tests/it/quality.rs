@@ -411,8 +411,10 @@ fn table(rows: &[Row]) -> String {
     table
 }
 
+type Measure = fn(&Family<'_>) -> Vec<Row>;
+
 /// What is measured in one go. Of families that are not whole, the first two.
-const STAGES: [(&str, fn(&Family<'_>) -> Vec<Row>); 5] = [
+const STAGES: [(&str, Measure); 5] = [
     ("beside", beside),
     ("merges", merges),
     ("dearer", dearer),
