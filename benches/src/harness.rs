@@ -12,7 +12,8 @@ use firebrick_tensor::memory::keep_freed;
 use firebrick_tensor::ops::{self, Precision};
 use firebrick_tensor::stream::Executor;
 
-use crate::{Case, Measured, Peer, Started, memory};
+use crate::suites::Product;
+use crate::{Bound, Case, Measured, Peer, Started, median_mad, memory};
 
 /// Fewer pairs than this say little on a machine that does other things too.
 const PAIRS: usize = 5;
@@ -61,6 +62,8 @@ pub struct Bench<'a> {
     pub cache: PathBuf,
     /// The limits of the device, once they are measured.
     pub roofline: Option<Roofline>,
+    /// Measure the limit of what computes once more after each call, as the share of it is worth little on a machine that others use too.
+    pub limit_in_turns: bool,
     /// Hears of every case as soon as it is measured.
     pub measured: &'a dyn Fn(&Measured),
     /// Hears of what is left out, and why.
@@ -107,7 +110,7 @@ impl Bench<'_> {
     }
 
     /// Measures `case`: some calls of `turn`, which returns its seconds, to warm up (one of work that knows no device), then the
-    /// repeats, each after a turn of the peer. A peer that fails is dropped with a note.
+    /// repeats, each after a turn of the peer, and before the limit's where those are asked for. A peer that fails is dropped with a note.
     ///
     /// # Errors
     /// Those of `turn`.
@@ -124,8 +127,8 @@ impl Bench<'_> {
         for _ in 0..if host { 1 } else { WARM_UPS } {
             turn()?;
         }
-        memory::reset("self");
-        let faults = memory::faults("self");
+        let limit = self.limit(case);
+        let (mut peak, mut faults, mut limits) = (None, Some(0), Vec::new());
         let peer_faults = peer.as_ref().and_then(Peer::faults);
         let repeats = if peer.is_some() { self.repeats.max(PAIRS) } else { self.repeats.max(1) };
         let (mut ours, mut theirs) = (Vec::new(), Vec::new());
@@ -140,18 +143,41 @@ impl Bench<'_> {
                 }
                 std::thread::sleep(PAUSE);
             }
+            memory::reset("self");
+            let before = memory::faults("self");
             ours.push(turn()?);
+            let new = memory::faults("self").zip(before).map(|(now, before)| now - before);
+            faults = faults.zip(new).map(|(sum, new)| sum + new);
+            peak = peak.max(memory::peak("self"));
+            if let Some(limit) = &limit {
+                limits.push(limit.turn(self)?);
+            }
         }
-        let mut measured = Measured::new(case, &self.name, &ours, self.roofline.as_ref());
-        measured.peak_bytes = memory::peak("self");
+        let mut roofline = self.roofline;
+        if let (Some(limit), Some(roofline)) = (limit, &mut roofline) {
+            let rate = limit.flop() / median_mad(&limits).0 / 1e9;
+            (roofline.gflops, roofline.gflops_bf16) = (rate, rate);
+        }
+        let mut measured = Measured::new(case, &self.name, &ours, roofline.as_ref());
+        measured.peak_bytes = peak;
         let each = |before: Option<u64>, after: Option<u64>| Some((after? - before?) as f64 / repeats as f64);
-        measured.faults = each(faults, memory::faults("self"));
+        measured.faults = each(Some(0), faults);
         if let Some(peer) = &peer {
             measured = measured.with_peer(&peer.name, case, &theirs);
             measured.peer_peak_bytes = peer.peak();
             measured.peer_faults = each(peer_faults, peer.faults());
         }
         Ok(measured)
+    }
+
+    /// The limit that takes turns with `case`, if one does.
+    fn limit(&self, case: &Case) -> Option<Product> {
+        let precision = match case.bound {
+            Bound::Compute(_) => Precision::F32,
+            Bound::ComputeBf16(_) => Precision::Bf16,
+            _ => return None,
+        };
+        (self.limit_in_turns && self.roofline.is_some()).then(|| Product::new(self, precision))
     }
 
     /// Adds a case to the results.
@@ -220,7 +246,6 @@ impl Bench<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Bound;
 
     fn bench<'a>(measured: &'a dyn Fn(&Measured), note: &'a dyn Fn(&str)) -> Bench<'a> {
         Bench {
@@ -231,6 +256,7 @@ mod tests {
             peers: None,
             cache: PathBuf::new(),
             roofline: None,
+            limit_in_turns: false,
             measured,
             note,
             results: RefCell::default(),
@@ -256,6 +282,20 @@ mod tests {
         assert!(bench.timed(|| anyhow::bail!("it failed")).is_err());
         assert!(bench.timed(|| Ok(())).unwrap() >= 0.0);
         assert!(bench.peer("none.py", &[]).unwrap().is_none(), "peers are not asked for");
+    }
+
+    #[test]
+    fn the_limit_takes_turns_with_what_computes() {
+        let roofline = Roofline { gflops: 1e-6, gflops_bf16: 1e-6, read: 1.0, copy: 1.0 };
+        let share = |bound, limit_in_turns| {
+            let bench = Bench { roofline: Some(roofline), limit_in_turns, ..bench(&|_| {}, &|_| {}) };
+            let measured = bench.measure(&Case { bound, ..case() }, None, &mut || Ok(1.0)).unwrap();
+            (measured.share_of_peak, measured.share_of_bandwidth)
+        };
+        assert_eq!(share(Bound::Compute(1e3), false), (Some(1.0), None), "of the limit that is known");
+        let (of_peak, _) = share(Bound::Compute(1e3), true);
+        assert!(of_peak.is_some_and(|share| share < 1e-3), "{of_peak:?} of a product of this machine");
+        assert_eq!(share(Bound::Read(1e9), true), (None, Some(1.0)));
     }
 
     #[test]

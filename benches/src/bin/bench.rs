@@ -134,6 +134,7 @@ fn measure(arguments: &Arguments) -> Result<Vec<Measured>> {
             peers: peers.clone().filter(|_| spec == DeviceSpec::Flex),
             cache: arguments.cache.clone(),
             roofline,
+            limit_in_turns: spec == DeviceSpec::Flex,
             measured: &print,
             note: &note,
             results: Default::default(),

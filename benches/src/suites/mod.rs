@@ -59,7 +59,7 @@ pub const SUITES: &[Suite] = &[
     },
 ];
 
-pub use roofline::measure as roofline;
+pub use roofline::{Product, measure as roofline};
 
 /// The name of the type that products take.
 fn dtype(precision: Precision) -> &'static str {
@@ -146,6 +146,7 @@ mod tests {
             peers: None,
             cache: folder.path().into(),
             roofline: Some(Roofline { gflops: 100.0, gflops_bf16: 200.0, read: 10.0, copy: 10.0 }),
+            limit_in_turns: false,
             measured: &|_| {},
             note: &|_| {},
             results: Default::default(),

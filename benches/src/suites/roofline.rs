@@ -43,19 +43,45 @@ fn calls(bench: &Bench<'_>) -> usize {
 }
 
 fn product(bench: &Bench<'_>, precision: Precision) -> Result<Measured> {
-    let matrix = |name: &str| {
-        let values = Seed(0).normal(name, SIZE * SIZE, 1.0);
-        Tensor::<2>::from_data(TensorData::new(values, [SIZE, SIZE]), &bench.device)
-    };
-    let (a, b, calls) = (matrix("a"), matrix("b"), calls(bench));
-    let flop = 2.0 * (SIZE * SIZE * SIZE * calls) as f64;
-    let case = case(&format!("matmul {SIZE}"), dtype(precision), "GFLOP/s", flop);
-    bench.measure(&case, None, &mut || {
+    let product = Product::new(bench, precision);
+    let case = case(&format!("matmul {SIZE}"), dtype(precision), "GFLOP/s", product.flop());
+    bench.measure(&case, None, &mut || product.turn(bench))
+}
+
+/// The matrix product that is the limit of what computes.
+pub struct Product {
+    a: Tensor<2>,
+    b: Tensor<2>,
+    calls: usize,
+    precision: Precision,
+}
+
+impl Product {
+    /// One on the device of `bench`.
+    pub fn new(bench: &Bench<'_>, precision: Precision) -> Self {
+        let matrix = |name: &str| {
+            let values = Seed(0).normal(name, SIZE * SIZE, 1.0);
+            Tensor::<2>::from_data(TensorData::new(values, [SIZE, SIZE]), &bench.device)
+        };
+        Product { a: matrix("a"), b: matrix("b"), calls: calls(bench), precision }
+    }
+
+    /// Floating-point operations of a turn.
+    pub fn flop(&self) -> f64 {
+        2.0 * (SIZE * SIZE * SIZE * self.calls) as f64
+    }
+
+    /// Seconds of a turn.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn turn(&self, bench: &Bench<'_>) -> Result<f64> {
         bench.timed(|| {
-            (0..calls).for_each(|_| drop(black_box(ops::linear(a.clone(), b.clone(), precision))));
+            let product = || ops::linear(self.a.clone(), self.b.clone(), self.precision);
+            (0..self.calls).for_each(|_| drop(black_box(product())));
             Ok(())
         })
-    })
+    }
 }
 
 fn read(bench: &Bench<'_>) -> Result<Measured> {

@@ -50,6 +50,23 @@ pub trait Brick {
     fn weight(&self, _site: Site) -> Option<&dyn Any> {
         None
     }
+
+    /// What this brick adds to the weight below it at `site` in this run, if it does that and no more. A wiring may add it in the brick's
+    /// place, in one pass with its own product.
+    fn low_rank(&self, _site: Site, _run: &Run<'_>) -> Option<LowRank> {
+        None
+    }
+}
+
+/// An update `scale a b` of a weight (LoRA).
+#[derive(Clone, Debug)]
+pub struct LowRank {
+    /// `[d_in, rank]`.
+    pub a: Tensor<2>,
+    /// `[rank, d_out]`.
+    pub b: Tensor<2>,
+    /// Factor of the product.
+    pub scale: f64,
 }
 
 /// Leaves its sites out: the output is the input, and what lies below is never called.

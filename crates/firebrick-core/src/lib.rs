@@ -27,7 +27,7 @@ mod selector;
 mod site;
 
 pub use atomic::{AtomicFile, folder, sync_folder, write_atomic};
-pub use brick::{Base, Brick, Skip, Tap, Taps};
+pub use brick::{Base, Brick, LowRank, Skip, Tap, Taps};
 pub use budget::{
     Baseline, BudgetError, Choice, allocate, allocate_baseline, allocate_exact, allocate_greedy,
 };

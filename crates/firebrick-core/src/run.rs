@@ -5,7 +5,7 @@ use std::collections::HashMap;
 
 use burn::tensor::{Int, Tensor};
 
-use crate::{Base, Brick, Seed, Site};
+use crate::{Base, Brick, LowRank, Seed, Site};
 
 /// Whether a forward pass trains or infers; dropout and routing noise are on in [`Mode::Train`] only.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -58,9 +58,18 @@ impl<'a> Run<'a> {
 
     /// The [`weight`](Brick::weight) of the brick at `site`, if exactly one brick sits there and gives one.
     pub fn weight(&self, site: Site) -> Option<&'a dyn Any> {
+        self.only(site)?.weight(site)
+    }
+
+    /// The [`low_rank`](Brick::low_rank) update of the brick at `site`, if exactly one brick sits there and gives one.
+    pub fn low_rank(&self, site: Site) -> Option<LowRank> {
+        self.only(site)?.low_rank(site, self)
+    }
+
+    /// The brick at `site`, if exactly one sits there.
+    fn only(&self, site: Site) -> Option<&'a dyn Brick> {
         let mut here = self.bricks.iter().filter(|b| b.sites().contains(site));
-        let only = here.next().filter(|_| here.next().is_none())?;
-        only.weight(site)
+        here.next().filter(|_| here.next().is_none()).copied()
     }
 
     /// Passes `x: [batch, tokens, d_in]` through `site`: the bricks there from the top down, then `wiring`.
@@ -157,12 +166,21 @@ mod tests {
             fn weight(&self, _: Site) -> Option<&dyn Any> {
                 Some(&0.5f32)
             }
+            fn low_rank(&self, _: Site, run: &Run<'_>) -> Option<LowRank> {
+                let [a, b] = [Tensor::ones([3, 1], &Device::flex()), Tensor::ones([1, 2], &Device::flex())];
+                (run.mode == Mode::Infer).then_some(LowRank { a, b, scale: 2.0 })
+            }
         }
         let [alone, shared] = [1, 2].map(|l| Site::layer(l, Part::MlpUp));
         let half = Half(SiteSet::from_iter([alone, shared]));
         let skip = Skip { sites: SiteSet::from_iter([shared, Site::global(Part::Head)]) };
         let bricks: [&dyn Brick; 2] = [&half, &skip];
-        let run = Run::new(&bricks);
+        let mut run = Run::new(&bricks);
+        let scales =
+            |run: &Run<'_>| [alone, shared].map(|site| run.low_rank(site).map(|update| update.scale));
+        assert_eq!(scales(&run), [Some(2.0), None]);
+        run.mode = Mode::Train;
+        assert_eq!(scales(&run), [None, None], "it depends on the run");
         let of = |site| run.weight(site).and_then(|w| w.downcast_ref::<f32>());
         assert_eq!(of(alone), Some(&0.5));
         assert_eq!(of(shared), None, "another brick is there too");

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use burn::module::{Module, ModuleMapper, Param, ParamId};
 use burn::nn::Linear;
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use firebrick_core::{Part, Run, Seed, Site, SiteKind, SiteTable};
+use firebrick_core::{LowRank, Part, Run, Seed, Site, SiteKind, SiteTable};
 use firebrick_tensor::ops::{self, AttentionOptions, KvCache, PackedMatrix, Precision, Segments};
 
 use crate::attention_taps::AttentionTaps;
@@ -546,7 +546,11 @@ impl Decoder {
 
     /// The linear layer at `site` and the bias behind it.
     fn linear_at(&self, site: Site, linear: &Linear, x: Tensor<3>, run: &mut Run<'_>) -> Tensor<3> {
-        let y = run.at(site, x, &mut |x, _| ops::linear(x, linear.weight.val(), self.precision()));
+        let weight = || linear.weight.val();
+        let y = match run.low_rank(site) {
+            Some(LowRank { a, b, scale }) => ops::lora_linear(x, weight(), a, b, scale, self.precision()),
+            None => run.at(site, x, &mut |x, _| ops::linear(x, weight(), self.precision())),
+        };
         match (&linear.bias, site.part.bias()) {
             (Some(bias), Some(part)) => {
                 run.at(Site { part, ..site }, y, &mut |y, _| y + bias.val().unsqueeze::<3>())

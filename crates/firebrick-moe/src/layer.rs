@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor, TensorData};
 use firebrick_core::{Base, Brick, Mode, Part, Run, Seed, Site, SiteSet};
-use firebrick_tensor::ops::{self, grouped_matmul, swiglu};
+use firebrick_tensor::ops::{self, grouped_swiglu, swiglu};
 use serde::{Deserialize, Serialize};
 
 use crate::{AuxNorm, DispatchPlan, MoeError, RouterConfig, Routing, TopKRouter};
@@ -54,9 +54,7 @@ impl ExpertBank {
     /// Outputs `[rows, d_model]` of rows `x: [rows, d_model]` sorted by expert; expert `e` has the rows
     /// `offsets[e]..offsets[e + 1]`.
     pub fn grouped(&self, x: Tensor<2>, offsets: &[usize]) -> Tensor<2> {
-        let gate = grouped_matmul(x.clone(), self.gate.val(), offsets);
-        let up = grouped_matmul(x, self.up.val(), offsets);
-        grouped_matmul(swiglu(gate, up), self.down.val(), offsets)
+        grouped_swiglu(x, self.gate.val(), self.up.val(), self.down.val(), offsets)
     }
 
     /// Output `[rows, d_model]` of expert `e` for `x: [rows, d_model]`.

@@ -7,7 +7,9 @@ use std::collections::BTreeMap;
 
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor, TensorData};
-use firebrick_core::{Base, Brick, Mode, ResolvedPlan, Run, Seed, Settings, Site, SiteSet, SiteTable};
+use firebrick_core::{
+    Base, Brick, LowRank, Mode, ResolvedPlan, Run, Seed, Settings, Site, SiteSet, SiteTable,
+};
 use firebrick_models::Decoder;
 use firebrick_moe::AdapterGates;
 use firebrick_tensor::ops::{Precision, linear, linear_add};
@@ -258,6 +260,11 @@ impl LoraBank {
         Ok(decoder)
     }
 
+    /// Whether inputs are dropped out in this run.
+    fn drops(&self, run: &Run<'_>) -> bool {
+        self.layout.dropout > 0.0 && run.mode == Mode::Train
+    }
+
     /// The mask of inverted dropout for an input of this shape, from the run's seed.
     fn dropout_mask(&self, site: Site, shape: [usize; 3], run: &Run<'_>, device: &Device) -> Tensor<3> {
         let keep = 1.0 - self.layout.dropout;
@@ -274,11 +281,20 @@ impl Brick for LoraBank {
         &self.layout.sites
     }
 
+    fn low_rank(&self, site: Site, run: &Run<'_>) -> Option<LowRank> {
+        let gated = self.layout.slot.is_some() && run.get::<AdapterGates>().is_some();
+        if gated || self.drops(run) {
+            return None;
+        }
+        let (settings, f) = self.get(site)?;
+        Some(LowRank { a: f.a.val(), b: f.b.val(), scale: settings.scale() })
+    }
+
     fn at(&self, site: Site, x: Tensor<3>, base: &mut Base<'_>, run: &mut Run<'_>) -> Tensor<3> {
         let (settings, f) = self.get(site).expect("called at its own sites");
         let y = base(x.clone(), run);
         let shape = x.dims();
-        let x = if self.layout.dropout > 0.0 && run.mode == Mode::Train {
+        let x = if self.drops(run) {
             let mask = self.dropout_mask(site, shape, run, &x.device());
             x * mask
         } else {

@@ -278,6 +278,10 @@ fn composed_backward<B: Backend>(
 #[cfg(feature = "cubecl-backend")]
 impl AttentionOps for CubeBackend {}
 
+fn empty(q: &FlexTensor, v: &FlexTensor) -> bool {
+    q.shape().num_elements() * v.shape().num_elements() == 0
+}
+
 impl AttentionOps for Flex {
     fn grouped_attention(
         q: FlexTensor,
@@ -286,7 +290,7 @@ impl AttentionOps for Flex {
         options: AttentionOptions,
         segments: Option<Segments>,
     ) -> FlexTensor {
-        if !cpu::all_f32(&[&q, &k, &v]) || q.shape().num_elements() == 0 {
+        if !cpu::all_f32(&[&q, &k, &v]) || empty(&q, &v) {
             return composed::<Self>(q, k, v, &options, segments.as_ref());
         }
         attention_cpu::forward(q, k, v, &options, segments.as_ref())
@@ -300,7 +304,7 @@ impl AttentionOps for Flex {
         options: AttentionOptions,
         segments: Option<Segments>,
     ) -> (FlexTensor, FlexTensor, FlexTensor) {
-        if !cpu::all_f32(&[&q, &k, &v, &grad]) || q.shape().num_elements() == 0 {
+        if !cpu::all_f32(&[&q, &k, &v, &grad]) || empty(&q, &v) {
             return composed_backward::<Self>(q, k, v, grad, &options, segments.as_ref());
         }
         attention_cpu::backward(q, k, v, grad, &options, segments.as_ref())

@@ -10,9 +10,9 @@ use burn_flex::FlexTensor;
 use faer::MatRef;
 use pulp::{Arch, Simd, WithSimd};
 
-use super::awake;
+use super::awake::{self, Start};
 use super::cpu::{self, Heads};
-use super::gemm_f32::{gemm, gemm_into};
+use super::gemm_f32::{gemm, gemm_rows};
 use super::{AttentionOptions, Segments};
 
 /// Scores in a block, at most (for as long as that leaves 16 queries).
@@ -40,24 +40,28 @@ pub(super) fn forward(
     let [batch, heads, t, _] = problem.q.dims;
     let value_dim = problem.v.dims[3];
     let rows = block_queries(problem.k.dims[2]);
+    let firsts = || (0..t).step_by(rows);
+    let tasks = (0..batch * heads).flat_map(|head| firsts().map(move |first| (head, first)));
     let len = batch * heads * t * value_dim;
     let mut out = Vec::with_capacity(len);
-    let mut tasks = Vec::new();
-    for (head, out) in out.spare_capacity_mut()[..len].chunks_mut((t * value_dim).max(1)).enumerate() {
-        for (i, out) in out.chunks_mut(rows * value_dim).enumerate() {
-            tasks.push((head, i * rows, out));
-        }
-    }
-    awake::each(tasks, |(head, first, out)| {
-        let block = problem.block(*head, *first, out.len() / value_dim);
+    let start = Start(out.as_mut_ptr());
+    awake::each(tasks.collect(), |&mut (head, first)| {
+        let block = problem.block(head, first, rows.min(t - first));
         SCORES.with_borrow_mut(|scores| {
             block.probabilities(scores, None);
-            gemm_into(out, block.scores(scores), block.v);
+            let at = start.at(problem.query_row(head, first) * value_dim);
+            // SAFETY: there is room for each query of each head, which are this task's own.
+            unsafe { gemm_rows(at, heads * value_dim, block.scores(scores), block.v) };
         });
     });
     // SAFETY: the tasks are all of it, and the products have written them.
     unsafe { out.set_len(len) };
-    cpu::tensor(out, Shape::new([batch, heads, t, value_dim]))
+    by_token(out, [batch, t, heads, value_dim])
+}
+
+/// What lies token by token, as a projection wants it, with heads before tokens.
+fn by_token(data: Vec<f32>, shape: [usize; 4]) -> FlexTensor {
+    cpu::by_token(cpu::tensor(data, Shape::new(shape)))
 }
 
 pub(super) fn backward(
@@ -74,40 +78,56 @@ pub(super) fn backward(
     let [batch, heads, t, head_dim] = problem.q.dims;
     let [_, kv_heads, s, value_dim] = problem.v.dims;
     let rows = block_queries(s);
-    let mut dq = vec![0.0; batch * heads * t * head_dim];
+    let len = |tokens: usize, width: usize| batch * heads * tokens * width;
     // One gradient for each query head; those of a group are added up at the end, in order.
-    let mut dk = vec![0.0; batch * heads * s * head_dim];
-    let mut dv = vec![0.0; batch * heads * s * value_dim];
-    let tasks = dq.chunks_mut((t * head_dim).max(1)).zip(dk.chunks_mut((s * head_dim).max(1)));
-    let tasks = tasks.zip(dv.chunks_mut((s * value_dim).max(1))).enumerate();
-    awake::each(tasks.collect(), |(head, ((dq, dk), dv))| {
+    let [mut dq, mut dk, mut dv] =
+        [len(t, head_dim), len(s, head_dim), len(s, value_dim)].map(Vec::<f32>::with_capacity);
+    let start = Start(dq.as_mut_ptr());
+    let dks = dk.spare_capacity_mut()[..len(s, head_dim)].chunks_mut(s * head_dim);
+    let dvs = dv.spare_capacity_mut()[..len(s, value_dim)].chunks_mut(s * value_dim);
+    awake::each(dks.zip(dvs).enumerate().collect(), |(head, (dk, dv))| {
+        let (dk, dv) = (cpu::zeroed(dk), cpu::zeroed(dv));
         let mut scratch = Scratch::default();
-        for (i, dq) in dq.chunks_mut(rows * head_dim).enumerate() {
-            let block = problem.block(*head, i * rows, dq.len() / head_dim);
-            let grad = grad.tokens(*head / heads, *head % heads, block.first, block.first + block.rows);
-            block.backward(&mut scratch, grad, dq, dk, dv);
+        for first in (0..t).step_by(rows) {
+            let block = problem.block(*head, first, rows.min(t - first));
+            let grad = grad.tokens(*head / heads, *head % heads, first, first + block.rows);
+            let slopes = block.backward(&mut scratch, grad, dk, dv);
+            let at = start.at(problem.query_row(*head, first) * head_dim);
+            // SAFETY: there is room for each query of each head, which are this task's own.
+            unsafe { gemm_rows(at, heads * head_dim, slopes, block.k) };
         }
     });
-    let group = heads / kv_heads;
+    // SAFETY: the tasks are all of it, and have written it.
+    unsafe {
+        dq.set_len(len(t, head_dim));
+        dk.set_len(len(s, head_dim));
+        dv.set_len(len(s, value_dim));
+    }
+    let shape = [batch, s, heads, kv_heads];
     (
-        cpu::tensor(dq, Shape::new([batch, heads, t, head_dim])),
-        cpu::tensor(sum_groups(dk, group, s * head_dim), Shape::new([batch, kv_heads, s, head_dim])),
-        cpu::tensor(sum_groups(dv, group, s * value_dim), Shape::new([batch, kv_heads, s, value_dim])),
+        by_token(dq, [batch, t, heads, head_dim]),
+        sum_groups(&dk, shape, head_dim),
+        sum_groups(&dv, shape, value_dim),
     )
 }
 
-/// Adds up runs of `group` consecutive chunks of `len` values.
-fn sum_groups(x: Vec<f32>, group: usize, len: usize) -> Vec<f32> {
-    if group == 1 || x.is_empty() {
-        return x;
-    }
-    cpu::fresh(x.len() / group, len, |i, out| {
-        for head in x[i * len * group..][..len * group].chunks_exact(len) {
-            for (sum, &part) in out.iter_mut().zip(head) {
-                *sum += part;
+/// `[batch, heads, tokens, width]` with the heads of each group added up.
+fn sum_groups(x: &[f32], [batch, tokens, heads, kv_heads]: [usize; 4], width: usize) -> FlexTensor {
+    let (row, group) = (kv_heads * width, heads / kv_heads);
+    let block = cpu::block_rows(row);
+    let sums = cpu::fresh(batch * tokens * row, block * row, |i, out| {
+        for (at, out) in out.chunks_exact_mut(width).enumerate() {
+            let (token, kv_head) = (i * block + at / kv_heads, at % kv_heads);
+            let first = token / tokens * heads + kv_head * group;
+            for head in first..first + group {
+                let part = &x[(head * tokens + token % tokens) * width..][..width];
+                for (sum, &part) in out.iter_mut().zip(part) {
+                    *sum += part;
+                }
             }
         }
-    })
+    });
+    by_token(sums, [batch, tokens, kv_heads, width])
 }
 
 #[derive(Clone, Copy)]
@@ -120,6 +140,12 @@ struct Problem<'a> {
 }
 
 impl<'a> Problem<'a> {
+    /// Which row a query has where heads lie token by token; `head` is numbered through the batch.
+    fn query_row(&self, head: usize, query: usize) -> usize {
+        let [_, heads, t, _] = self.q.dims;
+        (head / heads * t + query) * heads + head % heads
+    }
+
     /// Queries `first..first + rows` of a head (numbered through the batch) and the keys any of them sees.
     fn block(&self, head: usize, first: usize, rows: usize) -> Block<'a> {
         let [_, heads, t, _] = self.q.dims;
@@ -137,7 +163,6 @@ impl<'a> Problem<'a> {
             q: self.q.tokens(batch, head, first, first + rows),
             k: self.k.tokens(batch, kv_head, from, to),
             v: self.v.tokens(batch, kv_head, from, to),
-            first,
             rows,
             position,
             from,
@@ -153,8 +178,6 @@ struct Block<'a> {
     q: MatRef<'a, f32>,
     k: MatRef<'a, f32>,
     v: MatRef<'a, f32>,
-    /// Number of the first query.
-    first: usize,
     rows: usize,
     /// Absolute position of the first query.
     position: usize,
@@ -207,14 +230,14 @@ impl Block<'_> {
         from - self.from..to - self.from
     }
 
-    fn backward(
+    /// The gradient of `q k^T`; those of keys and values are added to.
+    fn backward<'b>(
         &self,
-        scratch: &mut Scratch,
+        scratch: &'b mut Scratch,
         grad: MatRef<'_, f32>,
-        dq: &mut [f32],
         dk: &mut [f32],
         dv: &mut [f32],
-    ) {
+    ) -> MatRef<'b, f32> {
         let Scratch { scores, capped, slopes } = scratch;
         self.probabilities(scores, Some(&mut *capped));
         let (head_dim, value_dim) = (self.q.ncols(), self.v.ncols());
@@ -226,8 +249,8 @@ impl Block<'_> {
         let keys = self.keys();
         Arch::new().dispatch(ScoreGradient { probabilities: scores, slopes, capped, cap, scale, keys });
         let slopes = self.scores(slopes);
-        gemm(dq, false, slopes, self.k, 1.0);
         gemm(&mut dk[self.from * head_dim..self.to * head_dim], true, slopes.transpose(), self.q, 1.0);
+        slopes
     }
 }
 
@@ -266,7 +289,7 @@ impl WithSimd for MaskedSoftmax<'_> {
             for score in row.iter_mut() {
                 *score = cpu::exp(*score - max);
             }
-            let norm = 1.0 / cpu::sum(row.len(), |j| row[j]);
+            let norm = 1.0 / cpu::sum([row], |[p]| p);
             for score in row.iter_mut() {
                 *score *= norm;
             }
@@ -291,7 +314,7 @@ impl WithSimd for ScoreGradient<'_> {
     fn with_simd<S: Simd>(self, _: S) {
         let rows = self.slopes.chunks_exact_mut(self.keys).zip(self.probabilities.chunks_exact(self.keys));
         for (i, (slopes, p)) in rows.enumerate() {
-            let mean = cpu::sum(p.len(), |j| p[j] * slopes[j]);
+            let mean = cpu::sum([p, slopes], |[p, slope]| p * slope);
             for (slope, &p) in slopes.iter_mut().zip(p) {
                 *slope = p * (*slope - mean) * self.scale;
             }

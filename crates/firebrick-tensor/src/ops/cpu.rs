@@ -4,8 +4,8 @@
 
 use std::mem::MaybeUninit;
 
-use burn_backend::{Bytes, DType, Shape, TensorMetadata};
-use burn_flex::{FlexTensor, Layout};
+use burn_backend::{Bytes, DType, Shape, TensorMetadata, ops::FloatTensorOps};
+use burn_flex::{Flex, FlexTensor, Layout};
 use faer::MatRef;
 use half::{f16, slice::HalfFloatSliceExt};
 
@@ -32,55 +32,71 @@ pub(super) fn tensor(data: Vec<f32>, shape: Shape) -> FlexTensor {
     FlexTensor::new(Bytes::from_elems(data), Layout::contiguous(shape), DType::F32)
 }
 
+/// `[batch, heads, tokens, d]` as a view of `[batch, tokens, heads, d]`, and the other way round.
+pub(super) fn by_token(x: FlexTensor) -> FlexTensor {
+    <Flex as FloatTensorOps<Flex>>::float_swap_dims(x, 1, 2)
+}
+
 /// Length of the last dimension.
 pub(super) fn last_dim(x: &FlexTensor) -> usize {
     let shape = x.shape();
     shape[shape.num_dims() - 1]
 }
 
-/// Runs `f(old, new)` on a buffer to fill: `x`'s own if nobody else holds it (then `old` is `None` and `new` holds
-/// the values of `x`), a fresh one otherwise.
-pub(super) fn reuse(mut x: FlexTensor, f: impl FnOnce(Option<&[f32]>, &mut [f32])) -> FlexTensor {
-    if let Some(values) = x.try_storage_mut::<f32>() {
-        f(None, values);
-        return x;
+/// `x`, row-major, after `f` has changed its values in place: in its own buffer if nobody else holds it, in a copy otherwise.
+pub(super) fn map(x: FlexTensor, f: impl FnOnce(&mut [f32])) -> FlexTensor {
+    let mut x = contiguous(x);
+    if x.try_storage_mut::<f32>().is_none() {
+        let values = x.storage::<f32>();
+        x = tensor(filled(values.len(), BLOCK, Some(values), |_, _| {}), x.shape());
     }
-    let mut out = vec![0.0; x.layout().num_elements()];
-    f(Some(x.storage::<f32>()), &mut out);
-    tensor(out, x.shape())
+    f(x.try_storage_mut::<f32>().expect("nobody else holds it"));
+    x
 }
 
-/// `f(first row, old, new)` over blocks of rows of length `d`, in parallel, as [`reuse`]: `old` is there unless `new` holds the values.
-pub(super) fn map_rows(
-    x: FlexTensor,
-    d: usize,
-    f: impl Fn(usize, Option<&[f32]>, &mut [f32]) + Sync,
-) -> FlexTensor {
+/// `f(first row, rows)` on blocks of rows of length `d`, in parallel, as [`map`].
+pub(super) fn map_rows(x: FlexTensor, d: usize, f: impl Fn(usize, &mut [f32]) + Sync) -> FlexTensor {
     let mut x = contiguous(x);
     let rows = block_rows(d);
     if let Some(values) = x.try_storage_mut::<f32>() {
-        blocks(values, d, rows, |first, out| f(first, None, out));
+        blocks(values, d, rows, f);
         return x;
     }
     let values = x.storage::<f32>();
-    let out = fresh(values.len(), rows * d, |i, out| {
-        let first = i * rows;
-        f(first, Some(&values[first * d..][..out.len()]), out);
-    });
-    tensor(out, x.shape())
+    tensor(filled(values.len(), rows * d, Some(values), |i, out| f(i * rows, out)), x.shape())
 }
 
 /// A buffer that `f(number, part)` writes in parts of `size`, in parallel. Parts are zero at first, made so by the thread that has them.
 pub(super) fn fresh(len: usize, size: usize, f: impl Fn(usize, &mut [f32]) + Sync) -> Vec<f32> {
+    filled(len, size, None, f)
+}
+
+/// [`fresh`], with parts that hold those of `source` at first if there is one.
+fn filled(len: usize, size: usize, source: Option<&[f32]>, f: impl Fn(usize, &mut [f32]) + Sync) -> Vec<f32> {
     let mut out = Vec::with_capacity(len);
     awake::parts(&mut out.spare_capacity_mut()[..len], size, |i, part| {
-        part.fill(MaybeUninit::new(0.0));
-        // SAFETY: all of it has just been written.
-        f(i, unsafe { part.assume_init_mut() });
+        let part = match source {
+            Some(source) => part.write_copy_of_slice(&source[i * size..][..part.len()]),
+            None => zeroed(part),
+        };
+        f(i, part);
     });
     // SAFETY: the parts are all there is.
     unsafe { out.set_len(len) };
     out
+}
+
+/// Memory that holds values, to write others.
+pub(super) fn room(values: &mut [f32]) -> &mut [MaybeUninit<f32>] {
+    // SAFETY: values that are there may be seen as values that may not be; this crate's kernels write values alone.
+    unsafe { &mut *(std::ptr::from_mut(values) as *mut [MaybeUninit<f32>]) }
+}
+
+/// `part`, all zero.
+pub(super) fn zeroed(part: &mut [MaybeUninit<f32>]) -> &mut [f32] {
+    part.fill(MaybeUninit::new(0.0));
+    // SAFETY: all of it has just been written.
+    unsafe { part.assume_init_mut() }
 }
 
 /// Rows in a block, from the shape alone.
@@ -100,11 +116,11 @@ pub(super) fn blocks(data: &mut [f32], d: usize, rows: usize, f: impl Fn(usize, 
 }
 
 /// As [`blocks`], over two buffers with the same number of rows.
-pub(super) fn blocks2(
+pub(super) fn blocks2<T: Send>(
     (a, da): (&mut [f32], usize),
-    (b, db): (&mut [f32], usize),
+    (b, db): (&mut [T], usize),
     rows: usize,
-    f: impl Fn(usize, &mut [f32], &mut [f32]) + Sync,
+    f: impl Fn(usize, &mut [f32], &mut [T]) + Sync,
 ) {
     if a.len() <= rows * da {
         if !a.is_empty() {
@@ -141,19 +157,32 @@ pub(super) fn by_columns(
     tensor(out, shape)
 }
 
-/// Sum over `f(i)`, in 32 lanes and a fixed order; the compiler turns the lanes into vectors.
+/// Sum of `f` over the elements of slices of one length, in 32 lanes and a fixed order.
 #[inline(always)]
-pub(super) fn sum(len: usize, f: impl Fn(usize) -> f32) -> f32 {
+pub(super) fn sum<const N: usize>(x: [&[f32]; N], f: impl Fn([f32; N]) -> f32) -> f32 {
     const LANES: usize = 32;
     let mut lanes = [0.0f32; LANES];
-    let whole = len / LANES * LANES;
+    let whole = x[0].len() / LANES * LANES;
     for base in (0..whole).step_by(LANES) {
+        // Arrays: an index into a slice is checked in each lane, and the lanes then are no vectors.
+        let mut chunk = [&[0.0; LANES]; N];
+        for n in 0..N {
+            chunk[n] = x[n][base..].first_chunk().expect("slices of one length");
+        }
         for lane in 0..LANES {
-            lanes[lane] += f(base + lane);
+            let mut at = [0.0; N];
+            for n in 0..N {
+                at[n] = chunk[n][lane];
+            }
+            lanes[lane] += f(at);
         }
     }
-    for i in whole..len {
-        lanes[i - whole] += f(i);
+    for i in whole..x[0].len() {
+        let mut at = [0.0; N];
+        for n in 0..N {
+            at[n] = x[n][i];
+        }
+        lanes[i - whole] += f(at);
     }
     let mut width = LANES / 2;
     while width > 0 {
@@ -165,13 +194,12 @@ pub(super) fn sum(len: usize, f: impl Fn(usize) -> f32) -> f32 {
     lanes[0]
 }
 
-/// Largest of `x`, NaN if any is (like a reduction that propagates it).
+/// Largest of `x`, NaN passed over: one instruction a vector. What is done with the result has to find a NaN.
 #[inline(always)]
 pub(super) fn max(x: &[f32]) -> f32 {
-    const LANES: usize = 32;
+    const LANES: usize = 64;
     let mut lanes = [f32::NEG_INFINITY; LANES];
-    let chunks = x.chunks_exact(LANES);
-    let tail = chunks.remainder();
+    let (chunks, tail) = x.as_chunks::<LANES>();
     for chunk in chunks {
         for lane in 0..LANES {
             lanes[lane] = larger(lanes[lane], chunk[lane]);
@@ -193,7 +221,7 @@ pub(super) fn max(x: &[f32]) -> f32 {
 
 #[inline(always)]
 fn larger(a: f32, b: f32) -> f32 {
-    if a >= b || a.is_nan() { a } else { b }
+    if b > a { b } else { a }
 }
 
 /// Writes `x` as f32.
@@ -280,15 +308,6 @@ impl<'a> Heads<'a> {
         }
     }
 
-    /// Row `index` of all `batch * heads * tokens`.
-    #[inline(always)]
-    pub fn row(&self, index: usize) -> &'a [f32] {
-        let [_, heads, tokens, d] = self.dims;
-        let (head, token) = (index / tokens, index % tokens);
-        let at = head / heads * self.strides[0] + head % heads * self.strides[1] + token * self.strides[2];
-        &self.data[at..][..d]
-    }
-
     /// Tokens `from..to` of one head of one sequence, `[to - from, d]`.
     pub fn tokens(&self, batch: usize, head: usize, from: usize, to: usize) -> MatRef<'a, f32> {
         let at = batch * self.strides[0] + head * self.strides[1] + from * self.strides[2];
@@ -346,14 +365,17 @@ mod tests {
 
     #[test]
     fn sum_and_max_cover_every_element() {
-        for len in [0, 1, 31, 32, 33, 100] {
-            assert_eq!(sum(len, |i| i as f32), (0..len).sum::<usize>() as f32);
+        for len in [0, 1, 31, 32, 33, 100, 129] {
+            let x: Vec<f32> = (0..len).map(|i| i as f32).collect();
+            assert_eq!(sum([&x], |[x]| x), (0..len).sum::<usize>() as f32);
+            assert_eq!(sum([&x, &x], |[x, y]| x * y), (0..len).map(|i| i * i).sum::<usize>() as f32);
             for at in 0..len {
                 let mut x = vec![-1.0; len];
                 x[at] = 2.0;
                 assert_eq!(max(&x), 2.0);
                 x[at] = f32::NAN;
-                assert!(max(&x).is_nan());
+                assert_eq!(max(&x), if len == 1 { f32::NEG_INFINITY } else { -1.0 });
+                assert!(sum([&x], |[x]| exp(x + 1.0)).is_nan());
             }
         }
     }

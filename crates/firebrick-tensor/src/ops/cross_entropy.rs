@@ -135,10 +135,10 @@ impl CrossEntropyOps for Flex {
         };
         let (log_sum, grad) = (cpu::contiguous(log_sum), cpu::contiguous(grad));
         let (log_sum, grad) = (log_sum.storage::<f32>(), grad.storage::<f32>());
-        cpu::map_rows(logits, vocab, |first, source, out| {
+        cpu::map_rows(logits, vocab, |first, out| {
             let rows = first..first + out.len() / vocab;
             let (targets, log_sum, grad) = (&targets[rows.clone()], &log_sum[rows.clone()], &grad[rows]);
-            Arch::new().dispatch(Reverse { source, out, targets, log_sum, grad });
+            Arch::new().dispatch(Reverse { out, targets, log_sum, grad });
         })
     }
 }
@@ -184,12 +184,11 @@ impl WithSimd for Forward<'_> {
 #[inline(always)]
 pub(super) fn log_sum_exp_of(row: &[f32], factor: f32) -> f32 {
     let max = cpu::max(row) * factor;
-    max + cpu::sum(row.len(), |j| cpu::exp(row[j] * factor - max)).ln()
+    max + cpu::sum([row], |[x]| cpu::exp(x * factor - max)).ln()
 }
 
-/// Rows of the backward pass; without a source `out` holds the logits.
+/// Rows of the backward pass; `out` holds the logits.
 struct Reverse<'a> {
-    source: Option<&'a [f32]>,
     out: &'a mut [f32],
     targets: &'a [usize],
     log_sum: &'a [f32],
@@ -203,9 +202,6 @@ impl WithSimd for Reverse<'_> {
     fn with_simd<S: Simd>(self, _: S) {
         let vocab = self.out.len() / self.targets.len();
         for (i, row) in self.out.chunks_exact_mut(vocab).enumerate() {
-            if let Some(source) = self.source {
-                row.copy_from_slice(&source[i * vocab..][..vocab]);
-            }
             let (log_sum, grad) = (self.log_sum[i], self.grad[i]);
             for x in row.iter_mut() {
                 *x = cpu::exp(*x - log_sum) * grad;

@@ -494,7 +494,7 @@ impl WithSimd for Part<'_> {
             for score in scores.iter_mut() {
                 *score = cpu::exp(*score - largest);
             }
-            out[d..].copy_from_slice(&[largest, cpu::sum(count, |j| scores[j])]);
+            out[d..].copy_from_slice(&[largest, cpu::sum([scores], |[score]| score)]);
         }
         for tile in (0..count).step_by(TILE) {
             let n = TILE.min(count - tile);

@@ -68,7 +68,7 @@ impl GeluOps for Flex {
         if !cpu::all_f32(&[&x]) {
             return composed::<Self>(x);
         }
-        cpu::map_rows(x, 1, |_, source, out| Arch::new().dispatch(Forward { source, out }))
+        cpu::map_rows(x, 1, |_, out| Arch::new().dispatch(Forward { out }))
     }
 
     fn exact_gelu_backward(x: FlexTensor, grad: FlexTensor) -> FlexTensor {
@@ -77,9 +77,9 @@ impl GeluOps for Flex {
         }
         let x = cpu::contiguous(x);
         let x = x.storage::<f32>();
-        cpu::map_rows(grad, 1, |first, source, out| {
+        cpu::map_rows(grad, 1, |first, out| {
             let x = &x[first..][..out.len()];
-            Arch::new().dispatch(Reverse { x, source, out });
+            Arch::new().dispatch(Reverse { x, out });
         })
     }
 }
@@ -99,9 +99,8 @@ fn tail(x: f32) -> (f32, f32) {
     (0.5 * t * sum * bell, bell)
 }
 
-/// A run of elements; without a source `out` holds `x`.
+/// A run of elements; `out` holds `x`.
 struct Forward<'a> {
-    source: Option<&'a [f32]>,
     out: &'a mut [f32],
 }
 
@@ -110,9 +109,6 @@ impl WithSimd for Forward<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, _: S) {
-        if let Some(source) = self.source {
-            self.out.copy_from_slice(source);
-        }
         for y in self.out.iter_mut() {
             let x = *y;
             let magnitude = x.abs();
@@ -122,10 +118,9 @@ impl WithSimd for Forward<'_> {
     }
 }
 
-/// A run of elements; without a source `out` holds the gradient of the result.
+/// A run of elements; `out` holds the gradient of the result.
 struct Reverse<'a> {
     x: &'a [f32],
-    source: Option<&'a [f32]>,
     out: &'a mut [f32],
 }
 
@@ -134,9 +129,6 @@ impl WithSimd for Reverse<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, _: S) {
-        if let Some(source) = self.source {
-            self.out.copy_from_slice(source);
-        }
         for (y, &x) in self.out.iter_mut().zip(self.x) {
             let (below, bell) = tail(x);
             let cdf = if x > 0.0 { 1.0 - below } else { below };

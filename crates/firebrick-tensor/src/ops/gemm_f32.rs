@@ -33,32 +33,79 @@ pub(super) fn gemm_into(dst: &mut [MaybeUninit<f32>], lhs: MatRef<'_, f32>, rhs:
     unsafe { gemm_at(dst.as_mut_ptr().cast(), rhs.ncols(), false, lhs, rhs, 1.0) }
 }
 
-/// [`gemm_into`] for a right matrix that comes from memory and few rows that it is multiplied by; `next` is what this thread multiplies by
-/// afterwards.
+/// `lhs rhs` in memory that holds nothing, in rows `stride` apart.
+///
+/// # Safety
+/// Nobody else may have these rows.
+pub(super) unsafe fn gemm_rows(dst: *mut f32, stride: usize, lhs: MatRef<'_, f32>, rhs: MatRef<'_, f32>) {
+    assert!(rhs.nrows() > 0, "gemm: a sum of nothing");
+    // SAFETY: the caller's; nothing is read of `dst`.
+    unsafe { gemm_at(dst, stride, false, lhs, rhs, 1.0) }
+}
+
+/// [`gemm_into`] for a right matrix that comes from memory and few rows that it is multiplied by; `next` are two matrices at most that this
+/// thread reads afterwards (of a right one its [`panel`]).
 pub(super) fn gemm_ahead(
     dst: &mut [MaybeUninit<f32>],
     lhs: MatRef<'_, f32>,
     rhs: MatRef<'_, f32>,
-    next: MatRef<'_, f32>,
+    next: &[MatRef<'_, f32>],
+) {
+    assert_eq!(dst.len(), lhs.nrows() * rhs.ncols(), "gemm: room for the result");
+    // SAFETY: `dst` has room for the result, of which nothing is read.
+    unsafe { ahead(dst.as_mut_ptr().cast(), false, lhs, rhs, next) }
+}
+
+/// As [`gemm_ahead`], added to `dst`.
+pub(super) fn gemm_add_ahead(
+    dst: &mut [f32],
+    lhs: MatRef<'_, f32>,
+    rhs: MatRef<'_, f32>,
+    next: &[MatRef<'_, f32>],
+) {
+    assert_eq!(dst.len(), lhs.nrows() * rhs.ncols(), "gemm: room for the result");
+    // SAFETY: `dst` has room for the result and holds values.
+    unsafe { ahead(dst.as_mut_ptr(), true, lhs, rhs, next) }
+}
+
+/// # Safety
+/// Nobody else may have `lhs.nrows()` rows of `rhs.ncols()` numbers at `dst`, which hold values if they are added to.
+unsafe fn ahead(
+    dst: *mut f32,
+    add: bool,
+    lhs: MatRef<'_, f32>,
+    rhs: MatRef<'_, f32>,
+    next: &[MatRef<'_, f32>],
 ) {
     #[cfg(target_arch = "x86_64")]
     if able() && rhs.nrows() > 0 && (rhs.row_stride() == 1 || rhs.col_stride() == 1) {
-        assert_eq!(dst.len(), lhs.nrows() * rhs.ncols(), "gemm: room for the result");
-        // SAFETY: the processor has these instructions; `dst` has room for the result.
-        return unsafe { x86::product(dst.as_mut_ptr().cast(), rhs.ncols(), lhs, rhs, next, false) };
+        // SAFETY: the processor has these instructions; of `dst` the caller's.
+        return unsafe { x86::product(dst, rhs.ncols(), add, lhs, rhs, next, false) };
     }
-    gemm_into(dst, lhs, rhs);
+    assert!(rhs.nrows() > 0, "gemm: a sum of nothing");
+    // SAFETY: the caller's.
+    unsafe { gemm_at(dst, rhs.ncols(), add, lhs, rhs, 1.0) }
 }
 
-/// [`gemm_into`] for a result that is larger than the operands and is not read soon.
-pub(super) fn gemm_past(dst: &mut [MaybeUninit<f32>], lhs: MatRef<'_, f32>, rhs: MatRef<'_, f32>) {
+/// [`gemm_ahead`] for a result that is larger than the operands and is not read soon.
+pub(super) fn gemm_past(
+    dst: &mut [MaybeUninit<f32>],
+    lhs: MatRef<'_, f32>,
+    rhs: MatRef<'_, f32>,
+    next: &[MatRef<'_, f32>],
+) {
     #[cfg(target_arch = "x86_64")]
     if able() && (1..=x86::DEPTH).contains(&rhs.nrows()) && rhs.col_stride() == 1 {
         assert_eq!(dst.len(), lhs.nrows() * rhs.ncols(), "gemm: room for the result");
         // SAFETY: as above.
-        return unsafe { x86::product(dst.as_mut_ptr().cast(), rhs.ncols(), lhs, rhs, rhs, true) };
+        return unsafe { x86::product(dst.as_mut_ptr().cast(), rhs.ncols(), false, lhs, rhs, next, true) };
     }
     gemm_into(dst, lhs, rhs);
+}
+
+/// The first outputs of a right matrix, which a product reads first.
+pub(super) fn panel(rhs: MatRef<'_, f32>) -> MatRef<'_, f32> {
+    rhs.subcols(0, PANEL.min(rhs.ncols()))
 }
 
 /// Whether this processor has what panels take.
@@ -69,7 +116,8 @@ fn able() -> bool {
     return false;
 }
 
-/// Writes `lhs rhs` to `out`, row-major, or adds it to what `out` then has to hold.
+/// Writes the sum of `products`, each of a left and a right matrix, to `out`, row-major, or adds it to what `out` then has to hold. The
+/// first is the large one: the others are added while its part of the result is in a cache.
 ///
 /// Each thread has panels or columns of its own, or rows where those are few: `gemm`'s own threads wait for each other block by block. The
 /// order of a sum depends on its length alone, but for results of 64 by 64 numbers at most, which a part is only if all are: so parts
@@ -77,16 +125,17 @@ fn able() -> bool {
 pub(super) fn gemm_f32(
     out: &mut [MaybeUninit<f32>],
     add: bool,
-    lhs: MatRef<'_, f32>,
-    rhs: MatRef<'_, f32>,
+    products: &[[MatRef<'_, f32>; 2]],
     threads: usize,
 ) {
     /// Multiplications for which one thread is enough.
     const ONE_THREAD: usize = 1 << 20;
     /// Rows or columns of a part, at least, where there are more.
     const LEAST: usize = PANEL + 1;
+    let [lhs, rhs] = products[0];
     let (rows, depth, columns) = (lhs.nrows(), lhs.ncols(), rhs.ncols());
-    assert!(out.len() >= rows * columns && depth == rhs.nrows());
+    let fits = |[lhs, rhs]: &[MatRef<'_, f32>; 2]| (lhs.nrows(), rhs.ncols()) == (rows, columns);
+    assert!(out.len() >= rows * columns && products.iter().all(fits), "gemm: shapes of products");
     // Sums of a product with a vector depend on how many there are.
     let alone = rows.saturating_mul(depth).saturating_mul(columns) < ONE_THREAD || rows.min(columns) == 1;
     let threads = if alone { 1 } else { threads };
@@ -106,24 +155,36 @@ pub(super) fn gemm_f32(
         // For each part the library packs all of a left matrix that lies column by column, which takes longer than the right one.
         let by_rows = lhs.col_stride() != 1 && columns < 4 * rows;
         let most = |count: usize, threads: usize| (count / LEAST).clamp(1, threads);
-        let (down, across) = if by_rows {
-            let down = most(rows, threads);
-            (down, most(columns, threads.div_ceil(down)))
+        let whole = columns / PANEL / threads * PANEL;
+        if !by_rows && whole > 0 && rows >= LEAST && threads > 1 {
+            // Whole panels, of which half a one takes as long; what does not go round is cut by rows.
+            parts.extend((0..threads).map(|i| (0..rows, i * whole..(i + 1) * whole)));
+            let rest = threads * whole..columns;
+            let down = if rest.is_empty() { 0 } else { most(rows, threads) };
+            parts.extend((0..down).map(|i| (part(i, rows, down), rest.clone())));
         } else {
-            let across = most(columns, threads);
-            (most(rows, threads.div_ceil(across)), across)
-        };
-        for i in 0..down {
-            parts.extend((0..across).map(|j| (part(i, rows, down), part(j, columns, across))));
+            let (down, across) = if by_rows {
+                let down = most(rows, threads);
+                (down, most(columns, threads.div_ceil(down)))
+            } else {
+                let across = most(columns, threads);
+                (most(rows, threads.div_ceil(across)), across)
+            };
+            for i in 0..down {
+                parts.extend((0..across).map(|j| (part(i, rows, down), part(j, columns, across))));
+            }
         }
     }
 
     let out = Start(out.as_mut_ptr().cast::<f32>());
     awake::each(parts, |(down, across)| {
-        let lhs = lhs.subrows(down.start, down.len());
-        let rhs = rhs.subcols(across.start, across.len());
-        // SAFETY: `out` has room for the result, of which each part is one task's, and holds values if they are added to.
-        unsafe { gemm_at(out.at(down.start * columns + across.start), columns, add, lhs, rhs, 1.0) }
+        for (i, [lhs, rhs]) in products.iter().enumerate() {
+            let lhs = lhs.subrows(down.start, down.len());
+            let rhs = rhs.subcols(across.start, across.len());
+            let at = out.at(down.start * columns + across.start);
+            // SAFETY: `out` has room for the result, of which each part is one task's, and holds values if they are added to.
+            unsafe { gemm_at(at, columns, add || i > 0, lhs, rhs, 1.0) }
+        }
     });
 }
 
@@ -201,40 +262,55 @@ fn in_panels(lhs: MatRef<'_, f32>, rhs: MatRef<'_, f32>) -> bool {
 mod tests {
     use firebrick_core::Seed;
 
+    use super::super::cpu;
     use super::*;
 
     #[test]
     #[cfg(target_os = "linux")]
     fn products_of_few_rows_are_those_of_numbers() {
         use super::super::guarded::Guarded;
+        #[derive(Clone, Copy, PartialEq)]
+        enum Way {
+            Ahead,
+            Added,
+            Past,
+        }
+        let mut shapes = Vec::new();
         for rows in [1, 5, 6, 7, 13, 67] {
             for depth in [1, 15, 64, 65, 191, 193, 401] {
                 // The last one's rows are whole lines of the cache.
-                for columns in [1, 15, 16, 63, 64, 65, 130, 192] {
-                    let numbers = |name: &str, count: usize| Guarded::new(&Seed(1).normal(name, count, 1.0));
-                    let (lhs, rhs) = (numbers("lhs", rows * depth), numbers("rhs", columns * depth));
-                    let lhs = MatRef::from_row_major_slice(lhs.slice(), rows, depth);
-                    let by_input = MatRef::from_row_major_slice(rhs.slice(), depth, columns);
-                    let by_output = MatRef::from_column_major_slice(rhs.slice(), depth, columns);
-                    for (rhs, past) in [(by_input, false), (by_input, true), (by_output, false)] {
-                        let mut out = Guarded::new(&vec![f32::NAN; rows * columns]);
-                        // SAFETY: values that are there may be seen as values that may not be; the product writes values alone.
-                        let room =
-                            unsafe { &mut *(std::ptr::from_mut(out.slice_mut()) as *mut [MaybeUninit<f32>]) };
-                        if past {
-                            gemm_past(room, lhs, rhs)
-                        } else {
-                            gemm_ahead(room, lhs, rhs, by_output)
-                        }
-                        for (i, found) in out.slice().iter().enumerate() {
-                            let (row, column) = (i / columns, i % columns);
-                            let terms =
-                                || (0..depth).map(|p| f64::from(lhs[(row, p)]) * f64::from(rhs[(p, column)]));
-                            let far = (f64::from(*found) - terms().sum::<f64>()).abs();
-                            let size = terms().map(f64::abs).sum::<f64>();
-                            assert!(far <= 1e-5 * size, "[{rows}, {depth}] [{depth}, {columns}]: {far:e}");
-                        }
-                    }
+                shapes.extend([1, 15, 16, 63, 64, 65, 130, 192].map(|columns| (rows, depth, columns)));
+            }
+        }
+        // Two parts of a matrix that is read as it lies, and rows that meet in a few sets of a cache.
+        shapes.extend([(7, 1100, 130), (7, 33, 1024)]);
+        for (rows, depth, columns) in shapes {
+            let numbers = |name: &str, count: usize| Guarded::new(&Seed(1).normal(name, count, 1.0));
+            let (lhs, rhs) = (numbers("lhs", rows * depth), numbers("rhs", columns * depth));
+            let lhs = MatRef::from_row_major_slice(lhs.slice(), rows, depth);
+            let by_input = MatRef::from_row_major_slice(rhs.slice(), depth, columns);
+            let by_output = MatRef::from_column_major_slice(rhs.slice(), depth, columns);
+            for (rhs, way) in [
+                (by_input, Way::Ahead),
+                (by_input, Way::Added),
+                (by_input, Way::Past),
+                (by_output, Way::Ahead),
+                (by_output, Way::Added),
+            ] {
+                let before = if way == Way::Added { 1.0 } else { f32::NAN };
+                let mut out = Guarded::new(&vec![before; rows * columns]);
+                match way {
+                    Way::Ahead => gemm_ahead(cpu::room(out.slice_mut()), lhs, rhs, &[lhs, panel(by_output)]),
+                    Way::Added => gemm_add_ahead(out.slice_mut(), lhs, rhs, &[panel(by_input)]),
+                    Way::Past => gemm_past(cpu::room(out.slice_mut()), lhs, rhs, &[]),
+                }
+                for (i, found) in out.slice().iter().enumerate() {
+                    let (row, column) = (i / columns, i % columns);
+                    let terms = || (0..depth).map(|p| f64::from(lhs[(row, p)]) * f64::from(rhs[(p, column)]));
+                    let before = if way == Way::Added { 1.0 } else { 0.0 };
+                    let far = (f64::from(*found) - before - terms().sum::<f64>()).abs();
+                    let size = before + terms().map(f64::abs).sum::<f64>();
+                    assert!(far <= 1e-5 * size, "[{rows}, {depth}] [{depth}, {columns}]: {far:e}");
                 }
             }
         }
@@ -265,10 +341,7 @@ mod tests {
                 let product = |rhs: MatRef<'_, f32>, threads: usize| {
                     let mut out =
                         if add { numbers("sum", rows * columns) } else { vec![f32::NAN; rows * columns] };
-                    // SAFETY: values that are there may be seen as values that may not be; the product writes values alone.
-                    let room =
-                        unsafe { &mut *(std::ptr::from_mut(out.as_mut_slice()) as *mut [MaybeUninit<f32>]) };
-                    gemm_f32(room, add, lhs, rhs, threads);
+                    gemm_f32(cpu::room(&mut out), add, &[[lhs, rhs]], threads);
                     out
                 };
                 let one = product(by_output, 1);
@@ -304,10 +377,7 @@ mod tests {
                     };
                     let sums = if add { numbers("sum", rows * columns) } else { vec![0.0; rows * columns] };
                     let mut out = Guarded::new(&sums);
-                    // SAFETY: as above.
-                    let room =
-                        unsafe { &mut *(std::ptr::from_mut(out.slice_mut()) as *mut [MaybeUninit<f32>]) };
-                    gemm_f32(room, add, lhs, right, 2);
+                    gemm_f32(cpu::room(out.slice_mut()), add, &[[lhs, right]], 2);
                     assert!(*out.slice() == *product(rhs, 2), "{name}, at the end of memory");
                 }
                 let far =

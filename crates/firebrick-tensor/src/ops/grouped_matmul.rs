@@ -20,11 +20,11 @@ use faer::MatRef;
 
 use super::awake;
 use super::cpu;
-use super::gemm_f32::{gemm_ahead, gemm_past};
+use super::gemm_f32::{gemm_ahead, gemm_past, panel};
 use super::linear_cross_entropy::rows;
 
 /// Rows of a result that one task computes, at most: each reads a whole matrix.
-const ROWS: usize = 256;
+pub(super) const ROWS: usize = 256;
 
 /// Rows `offsets[e]..offsets[e + 1]` of `x` times `weight[e]`, for every expert `e`.
 ///
@@ -40,15 +40,21 @@ const ROWS: usize = 256;
 pub fn grouped_matmul(x: Tensor<2>, weight: Tensor<3>, offsets: &[usize]) -> Tensor<2> {
     let ([rows, d_in], [experts, weight_in, _]) = (x.dims(), weight.dims());
     assert_eq!(d_in, weight_in, "grouped_matmul: columns of x against rows of weight");
-    assert_eq!(offsets.len(), experts + 1, "grouped_matmul: offsets for {experts} experts");
-    let ascending = offsets.is_sorted() && offsets[0] == 0 && offsets[experts] == rows;
-    assert!(ascending, "grouped_matmul: offsets {offsets:?} do not ascend from 0 to {rows}");
+    check_offsets("grouped_matmul", offsets, experts, rows);
     let (x, weight) = (x.into_dispatch(), weight.into_dispatch());
     Tensor::from_dispatch(<burn::backend::Dispatch as GroupedMatmulOps>::grouped_matmul(
         x,
         weight,
         offsets.to_vec(),
     ))
+}
+
+/// # Panics
+/// If `offsets` are not those of `rows` rows of so many experts.
+pub(super) fn check_offsets(op: &str, offsets: &[usize], experts: usize, rows: usize) {
+    assert_eq!(offsets.len(), experts + 1, "{op}: offsets for {experts} experts");
+    let ascending = offsets.is_sorted() && offsets[0] == 0 && offsets[experts] == rows;
+    assert!(ascending, "{op}: offsets {offsets:?} do not ascend from 0 to {rows}");
 }
 
 /// Products of segments on a backend's own tensors.
@@ -81,7 +87,7 @@ fn even(rows: usize) -> usize {
 }
 
 /// The segments, empty ones included.
-fn segments(offsets: &[usize]) -> impl Iterator<Item = Range<usize>> {
+pub(super) fn segments(offsets: &[usize]) -> impl Iterator<Item = Range<usize>> {
     offsets.windows(2).map(|pair| pair[0]..pair[1])
 }
 
@@ -115,19 +121,50 @@ fn composed_weight<B: Backend>(x: FloatTensor<B>, grad: FloatTensor<B>, offsets:
 #[cfg(feature = "cubecl-backend")]
 impl GroupedMatmulOps for CubeBackend {}
 
+/// The matrices of a tensor `[experts, rows, columns]`.
+pub(super) struct Stack<'a> {
+    data: &'a [f32],
+    strides: [usize; 3],
+    pub dims: [usize; 3],
+}
+
+impl<'a> Stack<'a> {
+    /// `x` itself if the columns of its matrices are unbroken, as in the transposed view of a backward pass; a row-major tensor otherwise.
+    pub fn readable(x: FlexTensor) -> FlexTensor {
+        let strides = x.layout().strides();
+        let by_columns = strides[1] == 1 && strides[2] >= x.shape()[1] as isize && strides[0] >= 0;
+        if by_columns { x } else { cpu::contiguous(x) }
+    }
+
+    /// Views a tensor that went through [`readable`](Self::readable).
+    pub fn new(x: &'a FlexTensor) -> Self {
+        let layout = x.layout();
+        Stack {
+            data: &x.storage::<f32>()[layout.start_offset()..],
+            strides: std::array::from_fn(|i| layout.strides()[i] as usize),
+            dims: std::array::from_fn(|i| x.shape()[i]),
+        }
+    }
+
+    pub fn matrix(&self, expert: usize) -> MatRef<'a, f32> {
+        let ([_, rows, columns], [step, down, across]) = (self.dims, self.strides);
+        let data = &self.data[expert * step..];
+        if across == 1 {
+            MatRef::from_row_major_slice_with_stride(data, rows, columns, down)
+        } else {
+            MatRef::from_column_major_slice_with_stride(data, rows, columns, across)
+        }
+    }
+}
+
 impl GroupedMatmulOps for Flex {
     fn grouped_matmul(x: FlexTensor, weight: FlexTensor, offsets: Vec<usize>) -> FlexTensor {
         let (d_in, d_out) = (weight.shape()[1], weight.shape()[2]);
         if !cpu::all_f32(&[&x, &weight]) || x.shape().num_elements() * d_out == 0 {
             return composed::<Self>(x, weight, &offsets);
         }
-        let x = cpu::contiguous(x);
-        // The backward pass hands over a transposed view: read as it is, by columns.
-        let strides = weight.layout().strides();
-        let by_columns = strides[1] == 1 && strides[2] >= d_in as isize && strides[0] >= 0;
-        let weight = if by_columns { weight } else { cpu::contiguous(weight) };
-        let strides: Vec<usize> = weight.layout().strides().iter().map(|&s| s as usize).collect();
-        let w = &weight.storage::<f32>()[weight.layout().start_offset()..];
+        let (x, weight) = (cpu::contiguous(x), Stack::readable(weight));
+        let stack = Stack::new(&weight);
         let values = x.storage::<f32>();
         let len = x.shape()[0] * d_out;
         let mut out = Vec::with_capacity(len);
@@ -141,22 +178,17 @@ impl GroupedMatmulOps for Flex {
                 tasks.push((e, segment.start + i * rows, part));
             }
         }
-        let experts: Vec<usize> = tasks.iter().map(|(e, ..)| *e).collect();
-        let matrix = |e: usize| {
-            let w = &w[e * strides[0]..];
-            if by_columns {
-                MatRef::from_column_major_slice_with_stride(w, d_in, d_out, strides[2])
-            } else {
-                MatRef::from_row_major_slice_with_stride(w, d_in, d_out, strides[1])
-            }
+        let rows = |first: usize, count: usize| {
+            MatRef::from_row_major_slice(&values[first * d_in..][..count * d_in], count, d_in)
         };
+        let order: Vec<_> = tasks.iter().map(|(e, first, part)| (*e, *first, part.len() / d_out)).collect();
         awake::parts(&mut tasks, 1, |i, task| {
             let (e, first, part) = &mut task[0];
-            let count = part.len() / d_out;
-            let x = MatRef::from_row_major_slice(&values[*first * d_in..][..count * d_in], count, d_in);
             // Threads take the tasks in turns.
-            let next = experts.get(i + rayon::current_num_threads()).unwrap_or(e);
-            gemm_ahead(part, x, matrix(*e), matrix(*next));
+            let next = order.get(i + rayon::current_num_threads());
+            let next = next.map(|&(e, first, count)| [panel(stack.matrix(e)), rows(first, count)]);
+            let x = rows(*first, part.len() / d_out);
+            gemm_ahead(part, x, stack.matrix(*e), next.as_ref().map_or(&[], |next| &next[..]));
         });
         // SAFETY: the segments are all rows, and the products have written them.
         unsafe { out.set_len(len) };
@@ -190,7 +222,7 @@ impl GroupedMatmulOps for Flex {
             let range = |d: usize| segment.start * d..segment.end * d;
             let x = MatRef::from_row_major_slice(&x[range(d_in)], segment.len(), d_in).transpose();
             let grad = MatRef::from_row_major_slice(&grad[range(d_out)], segment.len(), d_out);
-            gemm_past(part, x.subrows(*first, part.len() / d_out), grad);
+            gemm_past(part, x.subrows(*first, part.len() / d_out), grad, &[]);
         });
         // SAFETY: the tasks have written all of all matrices.
         unsafe { out.set_len(len) };

@@ -127,6 +127,16 @@ pub(super) fn task(d_in: usize) -> usize {
     (TASK / d_in).next_multiple_of(4).max(4)
 }
 
+/// `[rows, columns]` of inner products of each of `rows` with each of `columns` vectors that follow each other in `with`.
+pub(super) fn dots_of_rows(rows: &[f32], with: &[f32], out: &mut [f32], columns: usize) {
+    let depth = with.len() / columns;
+    // Rows take the part of weights, which are read once.
+    cpu::blocks(out, columns, task(depth), |first, out| {
+        let weights = &rows[first * depth..];
+        Arch::new().dispatch(Dots { x: with, weights, out, rows: columns, d_in: depth });
+    });
+}
+
 /// Outputs of one row `x`, on the calling thread, of `weights` that lie together output after output.
 pub(super) fn outputs_of_row(x: &[f32], weights: &[f32], out: &mut [f32]) {
     Arch::new().dispatch(Dots { x, weights, out, rows: 1, d_in: x.len() });

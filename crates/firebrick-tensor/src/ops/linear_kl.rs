@@ -245,11 +245,11 @@ impl LinearKlOps for Flex {
         }
         let (teacher, grad) = (cpu::contiguous(teacher), cpu::contiguous(grad));
         let (t, grad) = (teacher.storage::<f32>(), grad.storage::<f32>());
-        cpu::map_rows(student, vocab, |first, source, out| {
+        cpu::map_rows(student, vocab, |first, out| {
             let teacher = &t[first * vocab..][..out.len()];
             let grad = &grad[first..][..out.len() / vocab];
             let inverse = 1.0 / temperature as f32;
-            Arch::new().dispatch(Reverse { source, out, teacher, grad, inverse, divergence });
+            Arch::new().dispatch(Reverse { out, teacher, grad, inverse, divergence });
         })
     }
 }
@@ -282,15 +282,14 @@ impl WithSimd for Forward<'_> {
 #[inline(always)]
 fn kl_of(p: &[f32], q: &[f32], inverse: f32) -> f32 {
     let (sum_p, sum_q) = (log_sum_exp_of(p, inverse), log_sum_exp_of(q, inverse));
-    cpu::sum(p.len(), |j| {
-        let (p, q) = (p[j] * inverse - sum_p, q[j] * inverse - sum_q);
+    cpu::sum([p, q], |[p, q]| {
+        let (p, q) = (p * inverse - sum_p, q * inverse - sum_q);
         cpu::exp(p) * (p - q)
     })
 }
 
-/// Rows of the backward pass; without a source `out` holds the student's logits.
+/// Rows of the backward pass; `out` holds the student's logits.
 struct Reverse<'a> {
-    source: Option<&'a [f32]>,
     out: &'a mut [f32],
     teacher: &'a [f32],
     grad: &'a [f32],
@@ -307,9 +306,6 @@ impl WithSimd for Reverse<'_> {
         let inverse = self.inverse;
         let rows = self.out.chunks_exact_mut(vocab).zip(self.teacher.chunks_exact(vocab));
         for (i, (row, teacher)) in rows.enumerate() {
-            if let Some(source) = self.source {
-                row.copy_from_slice(&source[i * vocab..][..vocab]);
-            }
             let (sum_s, sum_t) = (log_sum_exp_of(row, inverse), log_sum_exp_of(teacher, inverse));
             let grad = self.grad[i] * inverse;
             match self.divergence {

@@ -6,8 +6,6 @@
 //! Products in f32 are those of burn on the CPU, the library `gemm`, without what burn does beside them: it fills results with zeros first
 //! and copies them once, on one thread.
 
-use std::mem::MaybeUninit;
-
 use burn::backend::backend_extension;
 use burn_autodiff::{
     Autodiff,
@@ -24,7 +22,7 @@ use faer::MatRef;
 use super::cpu;
 use super::gemm_bf16::{Level, Operand, gemm_bf16};
 use super::gemm_f32::gemm_f32;
-use super::linear::{FEW_ROWS, is_by_output};
+use super::linear::{FEW_ROWS, dots_of_rows, is_by_output};
 
 /// How the large products of a model are computed. What is stored is f32 either way.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -69,6 +67,18 @@ pub trait MatmulOps: Backend {
         Self::float_add(sum, Self::float_matmul(lhs, rhs))
     }
 
+    /// `x weight + narrow wide`, the last product in f32: the result of a layer with an update of low rank.
+    #[fusion(default)]
+    fn matmul_low_rank(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        narrow: FloatTensor<Self>,
+        wide: FloatTensor<Self>,
+        precision: Precision,
+    ) -> FloatTensor<Self> {
+        Self::matmul_add(Self::matmul(x, weight, precision), narrow, wide, Precision::F32)
+    }
+
     /// Gradient of `weight`, by which `x` was multiplied, from that of the product. It lies as the weight does, so that what goes through
     /// both, or through several of them, reads all in one order.
     #[fusion(default)]
@@ -92,19 +102,18 @@ impl MatmulOps for Flex {
             return <Self as FloatTensorOps<Self>>::float_matmul(lhs, rhs);
         }
         assert_eq!(depth, rhs.shape()[0], "matmul: columns of lhs against rows of rhs");
-        let out = if precision.is_bf16(rows) {
+        if precision.is_bf16(rows) {
             let mut out = vec![0.0; rows * columns];
             let (lhs, rhs) = (readable(lhs), readable(rhs));
             gemm_bf16(&mut out, false, lines(&lhs, 0), lines(&rhs, 1), Level::best());
-            out
-        } else {
-            let mut out = Vec::with_capacity(rows * columns);
-            gemm_f32(out.spare_capacity_mut(), false, view(&lhs), view(&rhs), rayon::current_num_threads());
-            // SAFETY: a product that reads nothing of its result has written all of it.
-            unsafe { out.set_len(rows * columns) };
-            out
-        };
-        cpu::tensor(out, Shape::new([rows, columns]))
+            return cpu::tensor(out, Shape::new([rows, columns]));
+        }
+        if columns < NARROW && rows >= FEW_ROWS && unbroken(&lhs, 1) {
+            let (rhs, mut out) = (cpu::contiguous(transposed(rhs)), vec![0.0; rows * columns]);
+            dots_of_rows(lines(&lhs, 0).data, rhs.storage(), &mut out, columns);
+            return cpu::tensor(out, Shape::new([rows, columns]));
+        }
+        sum_of_products(&[[view(&lhs), view(&rhs)]])
     }
 
     fn matmul_add(sum: FlexTensor, lhs: FlexTensor, rhs: FlexTensor, precision: Precision) -> FlexTensor {
@@ -121,19 +130,29 @@ impl MatmulOps for Flex {
             let [sum, lhs, rhs] = [sum, lhs, rhs].map(transposed);
             return transposed(<Self as MatmulOps>::matmul_add(sum, rhs, lhs, precision));
         }
-        cpu::reuse(cpu::contiguous(sum), |source, out| {
-            if let Some(source) = source {
-                out.copy_from_slice(source);
-            }
+        cpu::map(sum, |out| {
             if precision.is_bf16(rows) {
                 let (lhs, rhs) = (readable(lhs), readable(rhs));
                 gemm_bf16(out, true, lines(&lhs, 0), lines(&rhs, 1), Level::best());
             } else {
-                // SAFETY: values that are there may be seen as values that may not be; the product writes values alone.
-                let out = unsafe { &mut *(std::ptr::from_mut(out) as *mut [MaybeUninit<f32>]) };
-                gemm_f32(out, true, view(&lhs), view(&rhs), rayon::current_num_threads());
+                gemm_f32(cpu::room(out), true, &[[view(&lhs), view(&rhs)]], rayon::current_num_threads());
             }
         })
+    }
+
+    fn matmul_low_rank(
+        x: FlexTensor,
+        weight: FlexTensor,
+        narrow: FlexTensor,
+        wide: FlexTensor,
+        precision: Precision,
+    ) -> FlexTensor {
+        let (rows, empty) = (x.shape()[0], x.shape().num_elements() * weight.shape().num_elements() == 0);
+        if empty || precision.is_bf16(rows) || !cpu::all_f32(&[&x, &weight, &narrow, &wide]) {
+            let y = <Self as MatmulOps>::matmul(x, weight, precision);
+            return <Self as MatmulOps>::matmul_add(y, narrow, wide, Precision::F32);
+        }
+        sum_of_products(&[[view(&x), view(&weight)], [view(&narrow), view(&wide)]])
     }
 
     fn weight_gradient(
@@ -142,11 +161,25 @@ impl MatmulOps for Flex {
         weight: FlexTensor,
         precision: Precision,
     ) -> FlexTensor {
-        if is_by_output(&weight) && !weight.is_contiguous() {
+        let narrow = grad.shape()[1] < NARROW;
+        if narrow || is_by_output(&weight) && !weight.is_contiguous() {
             return transposed(<Self as MatmulOps>::matmul(transposed(grad), x, precision));
         }
         <Self as MatmulOps>::matmul(transposed(x), grad, precision)
     }
+}
+
+/// Columns below which vectors of a product lie along the sums: across, they would be half empty.
+const NARROW: usize = 16;
+
+fn sum_of_products(products: &[[MatRef<'_, f32>; 2]]) -> FlexTensor {
+    let [lhs, rhs] = products[0];
+    let (rows, columns) = (lhs.nrows(), rhs.ncols());
+    let mut out = Vec::with_capacity(rows * columns);
+    gemm_f32(out.spare_capacity_mut(), false, products, rayon::current_num_threads());
+    // SAFETY: a product that reads nothing of its result has written all of it.
+    unsafe { out.set_len(rows * columns) };
+    cpu::tensor(out, Shape::new([rows, columns]))
 }
 
 fn transposed(x: FlexTensor) -> FlexTensor {

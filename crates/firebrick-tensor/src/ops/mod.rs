@@ -17,12 +17,14 @@ mod gelu;
 mod gemm_bf16;
 mod gemm_f32;
 mod grouped_matmul;
+mod grouped_swiglu;
 #[cfg(all(test, target_os = "linux"))]
 mod guarded;
 mod kv_cache;
 mod linear;
 mod linear_cross_entropy;
 mod linear_kl;
+mod lora_linear;
 mod matmul;
 mod packed;
 mod packed_blocks;
@@ -46,10 +48,12 @@ pub use decode_block::{
 pub use embedding::embedding;
 pub use gelu::gelu;
 pub use grouped_matmul::grouped_matmul;
+pub use grouped_swiglu::grouped_swiglu;
 pub use kv_cache::KvCache;
 pub use linear::{linear, linear_add};
 pub use linear_cross_entropy::linear_cross_entropy;
 pub use linear_kl::{Divergence, kl, linear_kl};
+pub use lora_linear::lora_linear;
 pub use matmul::Precision;
 pub use packed::{PackedInputs, PackedMatrix, packed_matmul};
 pub use permute::{permute, unpermute};

@@ -244,7 +244,7 @@ impl WithSimd for Dot<'_> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, _: S) -> f32 {
         let Dot(a, b) = self;
-        cpu::sum(a.len(), |i| a[i] * b[i])
+        cpu::sum([a, b], |[a, b]| a * b)
     }
 }
 

@@ -99,8 +99,8 @@ impl RmsNormOps for Flex {
         }
         let gamma = cpu::contiguous(gamma);
         let gamma = gamma.storage::<f32>();
-        cpu::map_rows(x, d, |_, source, out| {
-            Arch::new().dispatch(Forward { source, out, gamma, eps: eps as f32 });
+        cpu::map_rows(x, d, |_, rows| {
+            Arch::new().dispatch(Forward { rows, gamma, eps: eps as f32 });
         })
     }
 
@@ -120,13 +120,11 @@ impl RmsNormOps for Flex {
         // At most 64 partial sums for gamma, however many rows there are.
         let block = cpu::block_rows(d).max(rows.div_ceil(64));
         let mut partial = vec![0.0; rows.div_ceil(block) * d];
-        let dx = cpu::reuse(cpu::contiguous(grad), |source, dx| {
+        let dx = cpu::map(grad, |dx| {
             // One row of `partial` stands beside a block of rows of `dx`.
             cpu::blocks2((dx, block * d), (&mut partial, d), 1, |index, dx, dgamma| {
-                let at = index * block * d;
-                let source = source.map(|g| &g[at..][..dx.len()]);
-                let x = &values[at..][..dx.len()];
-                Arch::new().dispatch(Reverse { x, source, dx, dgamma, gamma: scale, eps: eps as f32 });
+                let x = &values[index * block * d..][..dx.len()];
+                Arch::new().dispatch(Reverse { x, dx, dgamma, gamma: scale, eps: eps as f32 });
             });
         });
         let mut dgamma = vec![0.0; d];
@@ -141,13 +139,12 @@ impl RmsNormOps for Flex {
 
 /// Norms rows as long as `gamma`, in place, on the calling thread.
 pub(super) fn in_place(rows: &mut [f32], gamma: &[f32], eps: f32) {
-    Arch::new().dispatch(Forward { source: None, out: rows, gamma, eps });
+    Arch::new().dispatch(Forward { rows, gamma, eps });
 }
 
-/// Rows of the forward pass; without a source they are normalized in place.
+/// Rows of the forward pass.
 struct Forward<'a> {
-    source: Option<&'a [f32]>,
-    out: &'a mut [f32],
+    rows: &'a mut [f32],
     gamma: &'a [f32],
     eps: f32,
 }
@@ -158,22 +155,18 @@ impl WithSimd for Forward<'_> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, _: S) {
         let d = self.gamma.len();
-        for (i, out) in self.out.chunks_exact_mut(d).enumerate() {
-            if let Some(source) = self.source {
-                out.copy_from_slice(&source[i * d..][..d]);
-            }
-            let r = inverse_rms_of(out, self.eps);
-            for (y, &g) in out.iter_mut().zip(self.gamma) {
+        for row in self.rows.chunks_exact_mut(d) {
+            let r = inverse_rms_of(row, self.eps);
+            for (y, &g) in row.iter_mut().zip(self.gamma) {
                 *y = *y * r * g;
             }
         }
     }
 }
 
-/// Rows of the backward pass; `dx` holds the gradient of the result unless there is a source for it.
+/// Rows of the backward pass; `dx` holds the gradient of the result.
 struct Reverse<'a> {
     x: &'a [f32],
-    source: Option<&'a [f32]>,
     dx: &'a mut [f32],
     dgamma: &'a mut [f32],
     gamma: &'a [f32],
@@ -188,12 +181,9 @@ impl WithSimd for Reverse<'_> {
         let d = self.gamma.len();
         let gamma = self.gamma;
         let dgamma = &mut self.dgamma[..d];
-        for (i, (x, dx)) in self.x.chunks_exact(d).zip(self.dx.chunks_exact_mut(d)).enumerate() {
-            if let Some(source) = self.source {
-                dx.copy_from_slice(&source[i * d..][..d]);
-            }
+        for (x, dx) in self.x.chunks_exact(d).zip(self.dx.chunks_exact_mut(d)) {
             let r = inverse_rms_of(x, self.eps);
-            let along = cpu::sum(d, |j| dx[j] * gamma[j] * x[j]) * r * r / d as f32;
+            let along = cpu::sum([dx, gamma, x], |[g, gamma, x]| g * gamma * x) * r * r / d as f32;
             for j in 0..d {
                 let g = dx[j];
                 dgamma[j] += g * x[j] * r;
@@ -205,7 +195,7 @@ impl WithSimd for Reverse<'_> {
 
 #[inline(always)]
 fn inverse_rms_of(x: &[f32], eps: f32) -> f32 {
-    1.0 / (cpu::sum(x.len(), |i| x[i] * x[i]) / x.len() as f32 + eps).sqrt()
+    1.0 / (cpu::sum([x], |[x]| x * x) / x.len() as f32 + eps).sqrt()
 }
 
 impl<B: Backend + RmsNormOps, C: CheckpointStrategy> RmsNormOps for Autodiff<B, C> {

@@ -14,7 +14,7 @@ use burn_cubecl::CubeBackend;
 use burn_flex::{Flex, FlexTensor};
 use pulp::{Arch, Simd, WithSimd};
 
-use super::cpu::{self, Heads};
+use super::cpu;
 
 /// Rotates the two halves of the last dimension: `[x1 cos - x2 sin, x2 cos + x1 sin]`.
 ///
@@ -83,47 +83,31 @@ impl RopeOps for Flex {
         }
         let (cos, sin) = (cpu::contiguous(cos), cpu::contiguous(sin));
         let (cos, sin) = (cos.storage::<f32>(), sin.storage::<f32>());
-        let rotate = |source: Option<Heads>, first: usize, out: &mut [f32]| {
-            Arch::new().dispatch(Rotate { source, out, first, tokens: shape[2], d, cos, sin, inverse });
+        let turn = |x: FlexTensor, heads: usize| {
+            cpu::map_rows(x, d, |first, rows| {
+                Arch::new().dispatch(Rotate { rows, first, heads, tokens: shape[2], cos, sin, inverse });
+            })
         };
-        if x.is_contiguous() {
-            return cpu::map_rows(x, d, |first, source, out| {
-                if let Some(source) = source {
-                    out.copy_from_slice(source);
-                }
-                rotate(None, first, out);
-            });
+        // Heads come as a transposed view of a projection, and leave in the same order: neither way anything is copied.
+        let by_token = cpu::by_token(x);
+        if by_token.is_contiguous() {
+            return cpu::by_token(turn(by_token, shape[1]));
         }
-        // Heads arrive as a transposed view of a projection; reading it as it is saves a copy of the tensor.
-        let x = Heads::readable(x);
-        let (heads, rows) = (Heads::new(&x), cpu::block_rows(d));
-        let out = cpu::fresh(shape.num_elements(), rows * d, |i, out| rotate(Some(heads), i * rows, out));
-        cpu::tensor(out, shape)
+        turn(cpu::by_token(by_token), 1)
     }
 }
 
 /// Turns the heads of one token in place, on the calling thread; they are twice as long as `cos` and `sin`.
 pub(super) fn turn_heads(heads: &mut [f32], cos: &[f32], sin: &[f32]) {
-    let d = 2 * cos.len();
-    Arch::new().dispatch(Rotate {
-        source: None,
-        out: heads,
-        first: 0,
-        tokens: 1,
-        d,
-        cos,
-        sin,
-        inverse: false,
-    });
+    Arch::new().dispatch(Rotate { rows: heads, first: 0, heads: 1, tokens: 1, cos, sin, inverse: false });
 }
 
-/// A block of rows, starting at row `first` of all `batch * heads * tokens`; without a source it turns in place.
+/// A block of rows, starting at row `first` of all; `heads` rows in a row belong to one of `tokens` tokens.
 struct Rotate<'a> {
-    source: Option<Heads<'a>>,
-    out: &'a mut [f32],
+    rows: &'a mut [f32],
     first: usize,
+    heads: usize,
     tokens: usize,
-    d: usize,
     cos: &'a [f32],
     sin: &'a [f32],
     inverse: bool,
@@ -134,16 +118,12 @@ impl WithSimd for Rotate<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, _: S) {
-        let half = self.d / 2;
+        let half = self.cos.len() / self.tokens;
         let sign = if self.inverse { -1.0 } else { 1.0 };
-        for (i, out) in self.out.chunks_exact_mut(self.d).enumerate() {
-            let row = self.first + i;
-            if let Some(source) = self.source {
-                out.copy_from_slice(source.row(row));
-            }
-            let at = row % self.tokens * half;
+        for (i, row) in self.rows.chunks_exact_mut(2 * half).enumerate() {
+            let at = (self.first + i) / self.heads % self.tokens * half;
             let (cos, sin) = (&self.cos[at..][..half], &self.sin[at..][..half]);
-            let (y1, y2) = out.split_at_mut(half);
+            let (y1, y2) = row.split_at_mut(half);
             let y2 = &mut y2[..half];
             for j in 0..half {
                 let (x1, x2, c, s) = (y1[j], y2[j], cos[j], sin[j] * sign);

@@ -77,10 +77,7 @@ impl SwigluOps for Flex {
         }
         let gate = cpu::contiguous(gate);
         let gate = gate.storage::<f32>();
-        cpu::map_rows(up, 1, |first, source, out| {
-            let gate = &gate[first..][..out.len()];
-            Arch::new().dispatch(Forward { gate, source, out });
-        })
+        cpu::map_rows(up, 1, |first, inner| gated(&gate[first..][..inner.len()], inner))
     }
 
     fn swiglu_backward(gate: FlexTensor, up: FlexTensor, grad: FlexTensor) -> (FlexTensor, FlexTensor) {
@@ -90,28 +87,46 @@ impl SwigluOps for Flex {
         let (gate, up, grad) = (cpu::contiguous(gate), cpu::contiguous(up), cpu::contiguous(grad));
         let shape = gate.shape();
         let (gate, up) = (gate.storage::<f32>(), up.storage::<f32>());
-        let mut dgate = vec![0.0; gate.len()];
-        let dup = cpu::reuse(grad, |source, dup| {
-            cpu::blocks2((dup, 1), (&mut dgate, 1), cpu::block_rows(1), |first, dup, dgate| {
+        let mut dgate = Vec::with_capacity(gate.len());
+        let room = &mut dgate.spare_capacity_mut()[..gate.len()];
+        let dup = cpu::map(grad, |dup| {
+            cpu::blocks2((dup, 1), (room, 1), cpu::block_rows(1), |first, dup, dgate| {
                 let (gate, up) = (&gate[first..][..dup.len()], &up[first..][..dup.len()]);
-                let source = source.map(|g| &g[first..][..dup.len()]);
-                Arch::new().dispatch(Reverse { gate, up, source, dup, dgate });
+                Arch::new().dispatch(Reverse::<false> {
+                    gate,
+                    up,
+                    dup,
+                    dgate: cpu::zeroed(dgate),
+                    inner: &mut [],
+                });
             });
         });
+        // SAFETY: the blocks are all of it.
+        unsafe { dgate.set_len(gate.len()) };
         (cpu::tensor(dgate, shape), dup)
     }
 }
 
 /// `silu(gate) * inner` in place, on the calling thread.
 pub(super) fn gated(gate: &[f32], inner: &mut [f32]) {
-    Arch::new().dispatch(Forward { gate, source: None, out: inner });
+    Arch::new().dispatch(Forward { gate, inner });
 }
 
-/// A run of elements; without a source `out` holds `up`.
+/// Gradients of [`gated`] and what it gives once more, on the calling thread: `dup` holds the gradient of the result at first.
+pub(super) fn gated_backward(
+    gate: &[f32],
+    up: &[f32],
+    dup: &mut [f32],
+    dgate: &mut [f32],
+    inner: &mut [f32],
+) {
+    Arch::new().dispatch(Reverse::<true> { gate, up, dup, dgate, inner });
+}
+
+/// A run of elements.
 struct Forward<'a> {
     gate: &'a [f32],
-    source: Option<&'a [f32]>,
-    out: &'a mut [f32],
+    inner: &'a mut [f32],
 }
 
 impl WithSimd for Forward<'_> {
@@ -119,46 +134,39 @@ impl WithSimd for Forward<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, _: S) {
-        match self.source {
-            Some(up) => {
-                for ((y, &u), &g) in self.out.iter_mut().zip(up).zip(self.gate) {
-                    *y = g / (1.0 + cpu::exp(-g)) * u;
-                }
-            }
-            None => {
-                for (y, &g) in self.out.iter_mut().zip(self.gate) {
-                    *y *= g / (1.0 + cpu::exp(-g));
-                }
-            }
+        for (y, &g) in self.inner.iter_mut().zip(self.gate) {
+            *y *= g / (1.0 + cpu::exp(-g));
         }
     }
 }
 
-/// A run of elements; without a source `dup` holds the gradient of the result.
-struct Reverse<'a> {
+/// A run of elements; `dup` holds the gradient of the result.
+struct Reverse<'a, const INNER: bool> {
     gate: &'a [f32],
     up: &'a [f32],
-    source: Option<&'a [f32]>,
     dup: &'a mut [f32],
     dgate: &'a mut [f32],
+    /// Gets `silu(gate) * up` if `INNER`.
+    inner: &'a mut [f32],
 }
 
-impl WithSimd for Reverse<'_> {
+impl<const INNER: bool> WithSimd for Reverse<'_, INNER> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, _: S) {
-        if let Some(source) = self.source {
-            self.dup.copy_from_slice(source);
-        }
         let len = self.gate.len();
         let (up, dup, dgate) = (&self.up[..len], &mut self.dup[..len], &mut self.dgate[..len]);
+        let inner = if INNER { &mut self.inner[..len] } else { self.inner };
         for i in 0..len {
             let (g, grad) = (self.gate[i], dup[i]);
             let sigmoid = 1.0 / (1.0 + cpu::exp(-g));
             let silu = g * sigmoid;
             dgate[i] = grad * up[i] * (sigmoid + silu * (1.0 - sigmoid));
             dup[i] = grad * silu;
+            if INNER {
+                inner[i] = silu * up[i];
+            }
         }
     }
 }

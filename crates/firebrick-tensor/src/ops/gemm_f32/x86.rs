@@ -105,10 +105,9 @@ unsafe fn square(from: *const f32, stride: isize, to: *mut f32) {
     }
 }
 
-/// Where the tiles of one part of the right matrix ask for the lines of the next: in runs of at most [`PANEL`] lines a step apart, which fill the
-/// second cache while the first one is read.
+/// The lines of a matrix, in runs of [`PANEL`] at most, a step apart.
 #[derive(Clone, Copy)]
-struct Ahead {
+struct Lines {
     first: *const f32,
     step: isize,
     /// Runs of lines below one another, how far apart they are, and runs in all.
@@ -117,37 +116,71 @@ struct Ahead {
     runs: usize,
 }
 
-impl Ahead {
+impl Lines {
+    const NONE: Lines = Lines { first: std::ptr::null(), step: 0, below: 1, down: 0, runs: 0 };
+
     fn of(part: MatRef<'_, f32>) -> Self {
         let (first, depth, count) = (part.as_ptr(), part.nrows(), part.ncols());
         if part.col_stride() == 1 {
             let (below, step) = (depth.div_ceil(PANEL), part.row_stride());
-            Ahead { first, step, below, down: PANEL as isize * step, runs: below * count.div_ceil(LANES) }
+            Lines { first, step, below, down: PANEL as isize * step, runs: below * count.div_ceil(LANES) }
         } else {
-            Ahead { first, step: part.col_stride(), below: 1, down: 0, runs: depth.div_ceil(LANES) }
+            let (below, step) = (count.div_ceil(PANEL), part.col_stride());
+            Lines { first, step, below, down: PANEL as isize * step, runs: below * depth.div_ceil(LANES) }
         }
     }
 
-    /// The first line of a run, and how far the next one is. Past the last run it is one line over and over.
-    #[inline(always)]
-    fn run(&self, run: usize) -> (*const f32, isize) {
-        if run >= self.runs {
-            return (self.first, 0);
-        }
+    /// Where a run begins.
+    fn run(&self, run: usize) -> *const f32 {
         let down = self.down * (run % self.below) as isize;
-        (self.first.wrapping_offset(down).wrapping_add(LANES * (run / self.below)), self.step)
+        self.first.wrapping_offset(down).wrapping_add(LANES * (run / self.below))
     }
 }
 
-/// Rows of a part of the right matrix: so many of a panel stay in the first cache.
+/// What the tiles of one part of the right matrix ask for meanwhile, so that it is in the second cache afterwards. Lines are asked for at even
+/// intervals: few can be on their way at a time, and the left matrix wants some of those.
+#[derive(Clone, Copy)]
+struct Ahead {
+    lines: [Lines; 2],
+    /// Columns of the left matrix for each line, a power of two.
+    every: usize,
+}
+
+impl Ahead {
+    /// `slots` are runs of columns of the left matrix.
+    fn new(lines: [Lines; 2], slots: usize) -> Self {
+        let every = slots / (lines[0].runs + lines[1].runs).max(1);
+        Ahead { lines, every: 1 << every.clamp(1, 8).ilog2() }
+    }
+
+    /// The first line of a slot, and how far the next one is. Past the last run it is one line over and over.
+    #[inline(always)]
+    fn slot(&self, slot: usize) -> (*const f32, isize) {
+        let (run, part) = (slot / self.every, slot % self.every);
+        let [one, other] = &self.lines;
+        let (first, step) = if run < one.runs {
+            (one.run(run), one.step)
+        } else if run < one.runs + other.runs {
+            (other.run(run - one.runs), other.step)
+        } else {
+            return (one.first, 0);
+        };
+        (first.wrapping_offset(step * (part * PANEL / self.every) as isize), step)
+    }
+}
+
+/// Rows of a part of the right matrix that is transposed: so many of a panel stay in the first cache.
 pub(super) const DEPTH: usize = 192;
 
-/// `lhs rhs` at `out`, rows `stride` apart, for operands of which one is read or written once: a right matrix that comes from memory, whose
-/// parts are asked for while the ones before them are multiplied, and `next`, what this thread multiplies by afterwards, last; or a result
-/// that goes to memory, past the caches where `past` and lines of the cache allow it.
+/// Rows of a part that is read as it lies, from the second cache.
+const DEEP: usize = 1024;
+
+/// `lhs rhs` at `out`, rows `stride` apart, or added to it, for operands of which one is read or written once: a right matrix that comes from
+/// memory, whose parts are asked for while the ones before them are multiplied, and two matrices at most that this thread reads `next`, last;
+/// or a result that goes to memory, past the caches where `past` and lines of the cache allow it.
 ///
 /// # Safety
-/// Nobody else may have `lhs.nrows()` rows of `rhs.ncols()` numbers at `out`.
+/// Nobody else may have `lhs.nrows()` rows of `rhs.ncols()` numbers at `out`, which hold values if they are added to.
 ///
 /// # Panics
 /// If neither the rows nor the columns of `rhs` are unbroken, or there is no depth.
@@ -155,52 +188,65 @@ pub(super) const DEPTH: usize = 192;
 pub(super) unsafe fn product(
     out: *mut f32,
     stride: usize,
+    add: bool,
     lhs: MatRef<'_, f32>,
     rhs: MatRef<'_, f32>,
-    next: MatRef<'_, f32>,
+    next: &[MatRef<'_, f32>],
     past: bool,
 ) {
     let (depth, columns) = (rhs.nrows(), rhs.ncols());
     assert!(depth > 0 && lhs.ncols() == depth);
-    let deep = depth.div_ceil(depth.div_ceil(DEPTH));
+    // Rows a multiple of this many numbers apart meet in a few sets of the second cache.
+    let direct = rhs.col_stride() == 1 && rhs.row_stride() % 1024 != 0;
+    let deep = depth.div_ceil(depth.div_ceil(if direct { DEEP } else { DEPTH }));
     let past = past
+        && !add
         && deep == depth
         && stride.is_multiple_of(LANES)
         && out.addr().is_multiple_of(size_of::<__m512>());
-    let mut panel = Vec::with_capacity(deep);
+    let mut panel = Vec::<Row>::with_capacity(deep);
     for first in (0..columns).step_by(PANEL) {
         for from in (0..depth).step_by(deep) {
             let now = part(rhs, from, deep, first);
-            let panel = &mut panel.spare_capacity_mut()[..now.nrows()];
-            if now.col_stride() == 1 {
-                copy(now, panel)
+            let whole = now.ncols() == PANEL;
+            let (weights, below) = if direct && whole {
+                (now.as_ptr(), now.row_stride())
             } else {
-                transpose(now, panel)
-            }
-            let ahead = Ahead::of(if from + deep < depth {
-                part(rhs, from + deep, deep, first)
+                let panel = &mut panel.spare_capacity_mut()[..now.nrows()];
+                if now.col_stride() == 1 {
+                    copy(now, panel)
+                } else {
+                    transpose(now, panel)
+                }
+                (panel.as_ptr().cast::<f32>(), PANEL as isize)
+            };
+            let lines = if from + deep < depth {
+                [Lines::of(part(rhs, from + deep, deep, first)), Lines::NONE]
             } else if first + PANEL < columns {
-                part(rhs, 0, deep, first + PANEL)
+                [Lines::of(part(rhs, 0, deep, first + PANEL)), Lines::NONE]
             } else {
-                part(next, 0, deep, 0)
-            });
+                let next = |i: usize| next.get(i).map_or(Lines::NONE, |next| Lines::of(*next));
+                [next(0), next(1)]
+            };
+            let slots = lhs.nrows().div_ceil(TALL) * now.nrows().div_ceil(PANEL);
             let tiles = match now.ncols().div_ceil(LANES) {
                 1 => tiles::<1, false>,
                 2 => tiles::<2, false>,
                 3 => tiles::<3, false>,
-                _ if past && now.ncols() == PANEL => tiles::<4, true>,
+                _ if past && whole => tiles::<4, true>,
                 _ => tiles::<4, false>,
             };
             let task = Task {
                 lhs: lhs.subcols(from, now.nrows()),
-                panel: panel.as_ptr().cast(),
+                weights,
+                below,
                 count: now.ncols(),
-                add: from > 0,
+                add: add || from > 0,
                 stride,
-                ahead,
+                ahead: Ahead::new(lines, slots),
             };
-            // SAFETY: the panel's rows have been written up to the vectors that `count` outputs take; of `out` this is a part, written before
-            // it is added to.
+            // SAFETY: the weights are a whole part, or the panel, whose rows have been written up to the vectors that `count` outputs take; of
+            // `out` this is a part, written before it is added to.
             unsafe { tiles(&task, out.add(first)) };
         }
     }
@@ -218,8 +264,9 @@ fn part(of: MatRef<'_, f32>, from: usize, deep: usize, first: usize) -> MatRef<'
 /// Rows times a part of the right matrix.
 struct Task<'a> {
     lhs: MatRef<'a, f32>,
-    /// A row for each column of `lhs`, of which `count` outputs are read.
-    panel: *const Row,
+    /// For each column of `lhs` a row, `below` from one to the next, of which the vectors of `count` outputs are read.
+    weights: *const f32,
+    below: isize,
     count: usize,
     /// Whether the product is added to what `out` holds.
     add: bool,
@@ -232,7 +279,7 @@ struct Task<'a> {
 const TALL: usize = 6;
 
 /// # Safety
-/// [`Task::panel`] has to be as it says, and `out` this thread's alone and written if it is added to. Past the caches go whole vectors of lines.
+/// [`Task::weights`] have to be as it says, and `out` this thread's alone and written if it is added to. Past the caches go whole vectors of lines.
 #[target_feature(enable = "avx512f")]
 unsafe fn tiles<const V: usize, const PAST: bool>(task: &Task<'_>, out: *mut f32) {
     let rows = task.lhs.nrows();
@@ -275,27 +322,32 @@ unsafe fn tile<const R: usize, const V: usize, const PAST: bool>(
     }
     let mut sums = [[_mm512_setzero_ps(); V]; R];
     let mut x = lhs.as_ptr().wrapping_offset(row as isize * across);
-    let mut w = task.panel.cast::<f32>();
+    let mut w = task.weights;
     let runs = depth.div_ceil(PANEL);
     for run in 0..runs {
-        let (mut line, step) = task.ahead.run(group * runs + run);
-        for _ in run * PANEL..depth.min((run + 1) * PANEL) {
+        let (mut line, step) = task.ahead.slot(group * runs + run);
+        let mut left = PANEL.min(depth - run * PANEL);
+        while left > 0 {
             _mm_prefetch::<_MM_HINT_T1>(line.cast());
             line = line.wrapping_offset(step);
-            let mut outputs = [_mm512_setzero_ps(); V];
-            for (v, outputs) in outputs.iter_mut().enumerate() {
-                // SAFETY: a row of the panel; there are as many as columns of `lhs`.
-                *outputs = unsafe { _mm512_load_ps(w.add(v * LANES)) };
-            }
-            for (r, sums) in sums.iter_mut().enumerate() {
-                // SAFETY: a column of `lhs`, in one of its rows.
-                let x = _mm512_set1_ps(unsafe { *x.offset(r as isize * across) });
-                for (sum, outputs) in sums.iter_mut().zip(outputs) {
-                    *sum = _mm512_fmadd_ps(x, outputs, *sum);
+            let columns = task.ahead.every.min(left);
+            left -= columns;
+            for _ in 0..columns {
+                let mut outputs = [_mm512_setzero_ps(); V];
+                for (v, outputs) in outputs.iter_mut().enumerate() {
+                    // SAFETY: one of the rows; there are as many as columns of `lhs`.
+                    *outputs = unsafe { _mm512_loadu_ps(w.add(v * LANES)) };
                 }
+                for (r, sums) in sums.iter_mut().enumerate() {
+                    // SAFETY: a column of `lhs`, in one of its rows.
+                    let x = _mm512_set1_ps(unsafe { *x.offset(r as isize * across) });
+                    for (sum, outputs) in sums.iter_mut().zip(outputs) {
+                        *sum = _mm512_fmadd_ps(x, outputs, *sum);
+                    }
+                }
+                x = x.wrapping_offset(lhs.col_stride());
+                w = w.wrapping_offset(task.below);
             }
-            x = x.wrapping_offset(lhs.col_stride());
-            w = w.wrapping_add(PANEL);
         }
     }
     for (r, sums) in sums.into_iter().enumerate() {

@@ -3,8 +3,8 @@
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use firebrick_tensor::ops::{
     AttentionOptions, Divergence, PackedInputs, PackedMatrix, Precision, attention, awake, cross_entropy,
-    grouped_matmul, linear, linear_add, linear_cross_entropy, linear_kl, packed_matmul, permute, rms_norm,
-    rope, swiglu, unpermute,
+    grouped_matmul, grouped_swiglu, linear, linear_add, linear_cross_entropy, linear_kl, lora_linear,
+    packed_matmul, permute, rms_norm, rope, swiglu, unpermute,
 };
 
 use super::support::{below, flat, normal};
@@ -58,6 +58,10 @@ fn everything() -> Vec<(&'static str, Vec<u32>)> {
     let ((x, a), (w, weight)) = (leaf("x", [331, 101]), leaf("weight", [101, 301]));
     let (y, sum) = leaf("y", [331, 301]);
     out.push(("linear_add", bits(linear_add(sum, a, weight, Precision::F32), &[y, x, w])));
+    let ((x, a), (w, weight)) = (leaf("x", [331, 101]), leaf("weight", [301, 101]));
+    let ((d, down), (u, up)) = (leaf("down", [101, 8]), leaf("up", [8, 301]));
+    let y = lora_linear(a, weight.transpose(), down, up, 0.5, Precision::F32);
+    out.push(("lora_linear", bits(y, &[x, w, d, u])));
     let ((x, a), (w, weight)) = (leaf("x", [331, 101]), leaf("weight", [101, 301]));
     out.push(("linear in bf16", bits(linear(a, weight, Precision::Bf16), &[x, w])));
     for precision in [Precision::F32, Precision::Bf16] {
@@ -71,6 +75,10 @@ fn everything() -> Vec<(&'static str, Vec<u32>)> {
     out.push(("linear_kl", bits(kl, &[h, w])));
     let ((x, a), (e, experts)) = (leaf("x", [333, 40]), leaf("experts", [3, 40, 50]));
     out.push(("grouped_matmul", bits(grouped_matmul(a, experts, &[0, 100, 100, 333]), &[x, e])));
+    let ((x, a), (g, gate)) = (leaf("x", [333, 40]), leaf("gate", [3, 40, 50]));
+    let ((u, up), (d, down)) = (leaf("up", [3, 40, 50]), leaf("down", [3, 50, 40]));
+    let y = grouped_swiglu(a, gate, up, down, &[0, 100, 100, 333]);
+    out.push(("grouped_swiglu", bits(y, &[x, g, u, d])));
     let order: Vec<usize> = (0..333).map(|i| i * 100 % 333).collect();
     let ((x, a), (r, rows)) = (leaf("x", [111, 301]), leaf("rows", [333, 301]));
     let (w, weights) = leaf("weights", [111, 3]);
