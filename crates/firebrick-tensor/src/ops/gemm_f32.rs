@@ -95,7 +95,7 @@ pub(super) fn gemm_past(
     next: &[MatRef<'_, f32>],
 ) {
     #[cfg(target_arch = "x86_64")]
-    if able() && (1..=x86::DEPTH).contains(&rhs.nrows()) && rhs.col_stride() == 1 {
+    if able() && (1..=x86::DEEP).contains(&rhs.nrows()) && rhs.col_stride() == 1 {
         assert_eq!(dst.len(), lhs.nrows() * rhs.ncols(), "gemm: room for the result");
         // SAFETY: as above.
         return unsafe { x86::product(dst.as_mut_ptr().cast(), rhs.ncols(), false, lhs, rhs, next, true) };

@@ -169,11 +169,11 @@ impl Ahead {
     }
 }
 
-/// Rows of a part of the right matrix that is transposed: so many of a panel stay in the first cache.
-pub(super) const DEPTH: usize = 192;
+/// Rows of a part of the right matrix that is transposed: so many of a panel take two thirds of the first cache.
+const DEPTH: usize = 128;
 
 /// Rows of a part that is read as it lies, from the second cache.
-const DEEP: usize = 1024;
+pub(super) const DEEP: usize = 1024;
 
 /// `lhs rhs` at `out`, rows `stride` apart, or added to it, for operands of which one is read or written once: a right matrix that comes from
 /// memory, whose parts are asked for while the ones before them are multiplied, and two matrices at most that this thread reads `next`, last;
