@@ -90,6 +90,7 @@ impl SwigluOps for Flex {
         let mut dgate = Vec::with_capacity(gate.len());
         let room = &mut dgate.spare_capacity_mut()[..gate.len()];
         let dup = cpu::map(grad, |dup| {
+            assert_eq!(dup.len(), room.len(), "swiglu: shape of the gradient");
             cpu::blocks2((dup, 1), (room, 1), cpu::block_rows(1), |first, dup, dgate| {
                 let (gate, up) = (&gate[first..][..dup.len()], &up[first..][..dup.len()]);
                 Arch::new().dispatch(Reverse::<false> {
