@@ -129,6 +129,7 @@ impl Bench<'_> {
         }
         let limit = self.limit(case);
         let (mut peak, mut faults, mut limits) = (None, Some(0), Vec::new());
+        let since = |before: Option<u64>, now: Option<u64>| Some(now? - before?);
         let peer_faults = peer.as_ref().and_then(Peer::faults);
         let repeats = if peer.is_some() { self.repeats.max(PAIRS) } else { self.repeats.max(1) };
         let (mut ours, mut theirs) = (Vec::new(), Vec::new());
@@ -146,7 +147,7 @@ impl Bench<'_> {
             memory::reset("self");
             let before = memory::faults("self");
             ours.push(turn()?);
-            let new = memory::faults("self").zip(before).map(|(now, before)| now - before);
+            let new = since(before, memory::faults("self"));
             faults = faults.zip(new).map(|(sum, new)| sum + new);
             peak = peak.max(memory::peak("self"));
             if let Some(limit) = &limit {
@@ -160,12 +161,12 @@ impl Bench<'_> {
         }
         let mut measured = Measured::new(case, &self.name, &ours, roofline.as_ref());
         measured.peak_bytes = peak;
-        let each = |before: Option<u64>, after: Option<u64>| Some((after? - before?) as f64 / repeats as f64);
-        measured.faults = each(Some(0), faults);
+        let each = |sum: Option<u64>| Some(sum? as f64 / repeats as f64);
+        measured.faults = each(faults);
         if let Some(peer) = &peer {
             measured = measured.with_peer(&peer.name, case, &theirs);
             measured.peer_peak_bytes = peer.peak();
-            measured.peer_faults = each(peer_faults, peer.faults());
+            measured.peer_faults = each(since(peer_faults, peer.faults()));
         }
         Ok(measured)
     }

@@ -23,16 +23,6 @@ pub(super) fn gemm(dst: &mut [f32], add: bool, lhs: MatRef<'_, f32>, rhs: MatRef
     unsafe { gemm_at(dst.as_mut_ptr(), rhs.ncols(), add, lhs, rhs, alpha) }
 }
 
-/// `lhs rhs` in memory that holds nothing, as [`gemm`].
-pub(super) fn gemm_into(dst: &mut [MaybeUninit<f32>], lhs: MatRef<'_, f32>, rhs: MatRef<'_, f32>) {
-    assert_eq!(dst.len(), lhs.nrows() * rhs.ncols(), "gemm: room for the result");
-    if rhs.nrows() == 0 {
-        return dst.fill(MaybeUninit::new(0.0));
-    }
-    // SAFETY: `dst` has room for the result, of which nothing is read.
-    unsafe { gemm_at(dst.as_mut_ptr().cast(), rhs.ncols(), false, lhs, rhs, 1.0) }
-}
-
 /// `lhs rhs` in memory that holds nothing, in rows `stride` apart.
 ///
 /// # Safety
@@ -43,7 +33,7 @@ pub(super) unsafe fn gemm_rows(dst: *mut f32, stride: usize, lhs: MatRef<'_, f32
     unsafe { gemm_at(dst, stride, false, lhs, rhs, 1.0) }
 }
 
-/// [`gemm_into`] for a right matrix that comes from memory and few rows that it is multiplied by; `next` are two matrices at most that this
+/// `lhs rhs` in memory that holds nothing, for a right matrix that comes from memory and few rows that it is multiplied by; `next` are two matrices at most that this
 /// thread reads afterwards (of a right one its [`panel`]).
 pub(super) fn gemm_ahead(
     dst: &mut [MaybeUninit<f32>],
@@ -94,13 +84,15 @@ pub(super) fn gemm_past(
     rhs: MatRef<'_, f32>,
     next: &[MatRef<'_, f32>],
 ) {
+    assert_eq!(dst.len(), lhs.nrows() * rhs.ncols(), "gemm: room for the result");
+    let at = dst.as_mut_ptr().cast();
     #[cfg(target_arch = "x86_64")]
     if able() && (1..=x86::DEEP).contains(&rhs.nrows()) && rhs.col_stride() == 1 {
-        assert_eq!(dst.len(), lhs.nrows() * rhs.ncols(), "gemm: room for the result");
-        // SAFETY: as above.
-        return unsafe { x86::product(dst.as_mut_ptr().cast(), rhs.ncols(), false, lhs, rhs, next, true) };
+        // SAFETY: the processor has these instructions; `dst` has room for the result.
+        return unsafe { x86::product(at, rhs.ncols(), false, lhs, rhs, next, true) };
     }
-    gemm_into(dst, lhs, rhs);
+    // SAFETY: `dst` has room for the result, of which nothing is read.
+    unsafe { gemm_rows(at, rhs.ncols(), lhs, rhs) }
 }
 
 /// The first outputs of a right matrix, which a product reads first.

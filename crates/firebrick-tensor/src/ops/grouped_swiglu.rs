@@ -292,21 +292,12 @@ fn forward(
         INNER.with_borrow_mut(|room| {
             room.resize(2 * len, 0.0);
             let (inner, gates) = room.split_at_mut(len);
-            let gates = match kept {
-                Some([kept_gate, kept_up]) => {
-                    gemm_ahead(kept_gate, x, gate.matrix(e), &[panel(up.matrix(e))]);
-                    gemm_ahead(kept_up, x, up.matrix(e), &[panel(down.matrix(e))]);
-                    // SAFETY: the products have written all of both.
-                    let (gates, ups) = unsafe { (kept_gate.assume_init_ref(), kept_up.assume_init_ref()) };
-                    inner.copy_from_slice(ups);
-                    gates
-                }
-                None => {
-                    gemm_ahead(cpu::room(gates), x, gate.matrix(e), &[panel(up.matrix(e))]);
-                    gemm_ahead(cpu::room(inner), x, up.matrix(e), &[panel(down.matrix(e))]);
-                    &*gates
-                }
-            };
+            gemm_ahead(cpu::room(gates), x, gate.matrix(e), &[panel(up.matrix(e))]);
+            gemm_ahead(cpu::room(inner), x, up.matrix(e), &[panel(down.matrix(e))]);
+            if let Some([kept_gate, kept_up]) = kept {
+                kept_gate.write_copy_of_slice(gates);
+                kept_up.write_copy_of_slice(inner);
+            }
             gated(gates, inner);
             gemm_ahead(out, matrix(inner, 0..x.nrows(), d_ff), down.matrix(e), &then);
         });
