@@ -54,6 +54,8 @@ pub struct Bench<'a> {
     pub name: String,
     /// Models, each with its name in the results.
     pub models: &'a [(&'static str, ModelFiles)],
+    /// Measure what has one of these texts in its suite, name and type alone; everything if there are none.
+    pub only: Vec<String>,
     /// Measured calls per case; with a peer at least 5.
     pub repeats: usize,
     /// Run peers, started like this.
@@ -94,19 +96,26 @@ impl Bench<'_> {
         self.timed(|| ops::awake(&self.device, work))
     }
 
-    /// Measures `case` and adds it to the results: [`Bench::take`].
+    /// Whether `case` is one of those to measure, see [`Bench::only`].
+    pub fn asks_for(&self, case: &Case) -> bool {
+        let name = format!("{} {} {}", case.suite, case.name, case.dtype);
+        self.only.is_empty() || self.only.iter().any(|text| name.contains(text.as_str()))
+    }
+
+    /// Measures `case` beside a peer, if it is asked for, and adds it to the results: [`Bench::take`].
     ///
     /// # Errors
-    /// Those of `turn`.
+    /// Those of `peer` and `turn`.
     pub fn measure(
         &self,
         case: &Case,
-        peer: Option<Peer>,
+        peer: impl FnOnce() -> Result<Option<Peer>>,
         turn: &mut dyn FnMut() -> Result<f64>,
-    ) -> Result<Measured> {
-        let measured = self.take(case, peer, turn)?;
-        self.add(measured.clone());
-        Ok(measured)
+    ) -> Result<()> {
+        if self.asks_for(case) {
+            self.add(self.take(case, peer()?, turn)?);
+        }
+        Ok(())
     }
 
     /// Measures `case`: some calls of `turn`, which returns its seconds, to warm up (one of work that knows no device), then the
@@ -253,6 +262,7 @@ mod tests {
             device: Device::flex(),
             name: "flex".into(),
             models: &[],
+            only: Vec::new(),
             repeats: 3,
             peers: None,
             cache: PathBuf::new(),
@@ -262,6 +272,10 @@ mod tests {
             note,
             results: RefCell::default(),
         }
+    }
+
+    fn none() -> Result<Option<Peer>> {
+        Ok(None)
     }
 
     fn case() -> Case {
@@ -275,14 +289,33 @@ mod tests {
         let measured = |m: &Measured| seen.borrow_mut().push(m.case.clone());
         let bench = bench(&measured, &|_| {});
         let mut seconds = [100.0; WARM_UPS].into_iter().chain([1.0, 2.0, 3.0]);
-        let measured = bench.measure(&case(), None, &mut || Ok(seconds.next().unwrap())).unwrap();
+        bench.measure(&case(), none, &mut || Ok(seconds.next().unwrap())).unwrap();
+        let results = bench.results.take();
+        let [measured] = results.as_slice() else { panic!("{results:?}") };
         assert_eq!((measured.median, measured.mad, measured.repeats), (2.0, 1.0, 3));
         assert_eq!(seen.borrow().as_slice(), ["c"]);
-        assert_eq!(bench.results.borrow().as_slice(), [measured]);
-        assert!(bench.measure(&case(), None, &mut || anyhow::bail!("it failed")).is_err());
+        assert!(bench.measure(&case(), none, &mut || anyhow::bail!("it failed")).is_err());
         assert!(bench.timed(|| anyhow::bail!("it failed")).is_err());
         assert!(bench.timed(|| Ok(())).unwrap() >= 0.0);
         assert!(bench.peer("none.py", &[]).unwrap().is_none(), "peers are not asked for");
+    }
+
+    #[test]
+    fn cases_that_nobody_asked_for_are_left_out_with_their_peers() {
+        let only = vec!["s c".to_string(), "bf16".to_string()];
+        let bench = Bench { only, ..bench(&|_| {}, &|_| {}) };
+        let measure = |case: Case| {
+            let peers = std::cell::Cell::new(0);
+            let started = || {
+                peers.set(peers.get() + 1);
+                Ok(None)
+            };
+            bench.measure(&case, started, &mut || Ok(1.0)).unwrap();
+            (bench.results.take().len(), peers.get())
+        };
+        assert_eq!(measure(case()), (1, 1), "by its suite and name");
+        assert_eq!(measure(Case { name: "d".into(), dtype: "bf16", ..case() }), (1, 1), "by its type");
+        assert_eq!(measure(Case { name: "d".into(), ..case() }), (0, 0));
     }
 
     #[test]
@@ -290,7 +323,7 @@ mod tests {
         let roofline = Roofline { gflops: 1e-6, gflops_bf16: 1e-6, read: 1.0, copy: 1.0 };
         let share = |bound, limit_in_turns| {
             let bench = Bench { roofline: Some(roofline), limit_in_turns, ..bench(&|_| {}, &|_| {}) };
-            let measured = bench.measure(&Case { bound, ..case() }, None, &mut || Ok(1.0)).unwrap();
+            let measured = bench.take(&Case { bound, ..case() }, None, &mut || Ok(1.0)).unwrap();
             (measured.share_of_peak, measured.share_of_bandwidth)
         };
         assert_eq!(share(Bound::Compute(1e3), false), (Some(1.0), None), "of the limit that is known");
@@ -314,7 +347,7 @@ mod tests {
         let bench = Bench { peers: Some(peers), cache: folder.path().join("cache"), ..bench(&|_| {}, &note) };
         let measured = |script| {
             let peer = bench.peer(script, &[]).unwrap();
-            bench.measure(&case(), peer, &mut || Ok(2.0)).unwrap()
+            bench.take(&case(), peer, &mut || Ok(2.0)).unwrap()
         };
         let paired = measured("works");
         assert_eq!((paired.repeats, paired.ratio, paired.peer.as_deref()), (PAIRS, Some(2.0), Some("p")));

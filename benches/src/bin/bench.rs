@@ -35,6 +35,9 @@ struct Arguments {
     /// SmolLM2 as GGUF, measured beside the embedded model (`cargo xtask bench` names the fetched one).
     #[arg(long, value_name = "FILE")]
     smollm2: Option<PathBuf>,
+    /// Only cases that have TEXT in their suite, name and type, such as `smollm2 lora` or `q4_0 x int8`; may be given more than once.
+    #[arg(long = "case", value_name = "TEXT")]
+    cases: Vec<String>,
     /// One JSON object a line.
     #[arg(long)]
     json: bool,
@@ -130,6 +133,7 @@ fn measure(arguments: &Arguments) -> Result<Vec<Measured>> {
             device: spec.open()?,
             name: name.into(),
             models: &models,
+            only: arguments.cases.clone(),
             repeats: arguments.repeats,
             peers: peers.clone().filter(|_| spec == DeviceSpec::Flex),
             cache: arguments.cache.clone(),
@@ -169,6 +173,9 @@ fn measure(arguments: &Arguments) -> Result<Vec<Measured>> {
             (suite.run)(&bench).with_context(|| format!("suite {}", suite.name))?;
         }
         cases.extend(bench.results.into_inner());
+    }
+    if !arguments.cases.is_empty() && cases.iter().all(|m| m.suite == "roofline") {
+        bail!("no case of these suites has {} in its name", arguments.cases.join(" or "));
     }
     Ok(cases)
 }

@@ -46,6 +46,9 @@ fn task_of(bench: &Bench<'_>, decoder: &Decoder, name: &str, requests: &[Request
         amount: requests.iter().map(Request::tokens).sum::<usize>() as f64,
         bound: Bound::Unknown,
     };
+    if !bench.asks_for(&case) {
+        return Ok(());
+    }
     let score = |requests: &[Request]| -> Result<()> {
         loglikelihoods(decoder, &[], requests, BATCHING, &Silent)?;
         Ok(())

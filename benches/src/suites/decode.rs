@@ -93,15 +93,14 @@ impl Subject<'_> {
             amount: PROMPT as f64,
             bound: Bound::Compute(flop),
         };
-        bench.measure(&case, self.peer(bench, "prompt")?, &mut || {
+        bench.measure(&case, || self.peer(bench, "prompt"), &mut || {
             bench.timed(|| {
                 let mut run = self.begin();
                 let hidden = self.decoder.hidden(ids.clone(), &mut run);
                 self.decoder.logits(hidden.narrow(1, PROMPT - 1, 1), &mut run);
                 Ok(())
             })
-        })?;
-        Ok(())
+        })
     }
 
     /// Every token reads all weights, and the keys and values of the tokens before it.
@@ -118,7 +117,7 @@ impl Subject<'_> {
             amount: TOKENS as f64,
             bound: Bound::Read((self.weights + cached as f64) * TOKENS as f64),
         };
-        bench.measure(&case, self.peer(bench, "tokens")?, &mut || {
+        bench.measure(&case, || self.peer(bench, "tokens"), &mut || {
             let mut run = self.begin();
             self.decoder.hidden(ids.clone().narrow(1, 0, PROMPT), &mut run);
             bench.timed(|| {
@@ -127,7 +126,6 @@ impl Subject<'_> {
                 }
                 Ok(())
             })
-        })?;
-        Ok(())
+        })
     }
 }

@@ -23,7 +23,7 @@ pub(super) fn run(bench: &Bench<'_>) -> Result<()> {
                 amount: (BATCH * LENGTH) as f64,
                 bound: compute(flop, precision),
             };
-            let peer = bench.model_peer("forward.py", files, &[dtype(precision)])?;
+            let peer = || bench.model_peer("forward.py", files, &[dtype(precision)]);
             bench.measure(&case, peer, &mut || {
                 bench.timed(|| {
                     decoder.hidden(ids.clone(), &mut Run::default());

@@ -142,6 +142,7 @@ mod tests {
             device: Device::flex(),
             name: "flex".into(),
             models: &models,
+            only: Vec::new(),
             repeats: 1,
             peers: None,
             cache: folder.path().into(),

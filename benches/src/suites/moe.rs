@@ -45,21 +45,20 @@ fn apply(layer: &MoeLayer, x: &Tensor<3>) -> Tensor<3> {
 
 fn forward(bench: &Bench<'_>) -> Result<()> {
     let (layer, x) = layer(&bench.device)?;
-    let peer = bench.peer("moe.py", &[Path::new("forward")])?;
+    let peer = || bench.peer("moe.py", &[Path::new("forward")]);
     bench.measure(&case("forward", 1), peer, &mut || {
         bench.timed_awake(|| {
             apply(&layer, &x);
             Ok(())
         })
-    })?;
-    Ok(())
+    })
 }
 
 /// With the gradients of the input and of every weight.
 fn both_ways(bench: &Bench<'_>) -> Result<()> {
     let (layer, x) = layer(&bench.device.clone().autodiff())?;
     let x = x.require_grad();
-    let peer = bench.peer("moe.py", &[Path::new("both")])?;
+    let peer = || bench.peer("moe.py", &[Path::new("both")]);
     bench.measure(&case("forward+backward", 3), peer, &mut || {
         bench.timed_awake(|| {
             let y = apply(&layer, &x);
@@ -67,6 +66,5 @@ fn both_ways(bench: &Bench<'_>) -> Result<()> {
             anyhow::ensure!(x.grad(&gradients).is_some(), "the input has no gradient");
             Ok(())
         })
-    })?;
-    Ok(())
+    })
 }

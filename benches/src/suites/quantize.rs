@@ -33,7 +33,7 @@ fn layer(bench: &Bench<'_>) -> Result<()> {
     let weight = Seed(0).normal("bench/weight", D_OUT * D_IN, 0.02);
     // Read as f32; a code is a byte.
     let bytes = Bound::Copy(5.0 * (D_OUT * D_IN) as f64);
-    bench.measure(&case(format!("rtn {D_OUT}x{D_IN}"), "f32", bytes), None, &mut || {
+    bench.measure(&case(format!("rtn {D_OUT}x{D_IN}"), "f32", bytes), || Ok(None), &mut || {
         bench.timed(|| {
             rtn(&weight, D_IN, GRID)?;
             Ok(())
@@ -44,13 +44,12 @@ fn layer(bench: &Bench<'_>) -> Result<()> {
     // Two Cholesky factorizations and an inverse, then the updates of the columns that come later.
     let (m, n) = (D_OUT as f64, D_IN as f64);
     let flop = Bound::Compute(4.0 / 3.0 * n.powi(3) + m * n * n);
-    bench.measure(&case(format!("gptq {D_OUT}x{D_IN}"), "f64", flop), None, &mut || {
+    bench.measure(&case(format!("gptq {D_OUT}x{D_IN}"), "f64", flop), || Ok(None), &mut || {
         bench.timed(|| {
             gptq(&weight, D_IN, &hessian, GRID, GptqConfig::default())?;
             Ok(())
         })
-    })?;
-    Ok(())
+    })
 }
 
 fn model(bench: &Bench<'_>, name: &str, method: Method, tokens: usize) -> Result<()> {
@@ -59,12 +58,11 @@ fn model(bench: &Bench<'_>, name: &str, method: Method, tokens: usize) -> Result
     let text: Vec<u32> = (0..tokens).map(|i| (i * 7919 % files.config.vocab) as u32).collect();
     let config = QuantConfig { method, grid: GRID, plan: None, true_sequential: false, window: WINDOW };
     let case = Case { unit: "s", amount: 1.0, ..case(format!("embedded {name}"), "f32", Bound::Unknown) };
-    bench.measure(&case, None, &mut || {
+    bench.measure(&case, || Ok(None), &mut || {
         let decoder = decoder.clone();
         bench.timed(|| {
             quantize(decoder, &text, &config, &Silent)?;
             Ok(())
         })
-    })?;
-    Ok(())
+    })
 }

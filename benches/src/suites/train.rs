@@ -49,7 +49,7 @@ fn full(bench: &Bench<'_>, name: &str, files: &ModelFiles, precision: Precision)
     let mut decoder = Some(load(files, &device)?.trainable().with_precision(precision));
     let ids = tokens(files.config.vocab, BATCH, LENGTH, &device);
     let mut optimizer = AdamW::default();
-    let peer = bench.model_peer("train.py", files, &["full", dtype(precision)])?;
+    let peer = || bench.model_peer("train.py", files, &["full", dtype(precision)]);
     bench.measure(&case(name, "full", 3.0 * pass_flop(files), precision), peer, &mut || {
         bench.timed_awake(|| {
             let current = decoder.take().expect("put back below");
@@ -58,8 +58,7 @@ fn full(bench: &Bench<'_>, name: &str, files: &ModelFiles, precision: Precision)
             decoder = Some(optimizer.step(LEARNING_RATE, current, gradients));
             Ok(())
         })
-    })?;
-    Ok(())
+    })
 }
 
 /// The weights are frozen: backwards there is only the product for the gradient of the input, but for the adapters'.
@@ -74,20 +73,15 @@ fn lora(bench: &Bench<'_>, name: &str, files: &ModelFiles, precision: Precision)
     let mut bank = Some(config.init(decoder.sites(), &targets, Seed(0), &device)?);
     let ids = tokens(files.config.vocab, BATCH, LENGTH, &device);
     let mut optimizer = AdamW::default();
-    let peer = bench.model_peer("train.py", files, &["lora", dtype(precision)])?;
-    bench.measure(
-        &case(name, "lora", 2.0 * pass_flop(files) + 3.0 * adapters, precision),
-        peer,
-        &mut || {
-            bench.timed_awake(|| {
-                let current = bank.take().expect("put back below");
-                let bricks: [&dyn Brick; 1] = [&current];
-                let loss = decoder.nll(ids.clone(), &mut Run::new(&bricks)).mean();
-                let gradients = GradientsParams::from_grads(loss.backward(), &current);
-                bank = Some(optimizer.step(LEARNING_RATE, current, gradients));
-                Ok(())
-            })
-        },
-    )?;
-    Ok(())
+    let peer = || bench.model_peer("train.py", files, &["lora", dtype(precision)]);
+    bench.measure(&case(name, "lora", 2.0 * pass_flop(files) + 3.0 * adapters, precision), peer, &mut || {
+        bench.timed_awake(|| {
+            let current = bank.take().expect("put back below");
+            let bricks: [&dyn Brick; 1] = [&current];
+            let loss = decoder.nll(ids.clone(), &mut Run::new(&bricks)).mean();
+            let gradients = GradientsParams::from_grads(loss.backward(), &current);
+            bank = Some(optimizer.step(LEARNING_RATE, current, gradients));
+            Ok(())
+        })
+    })
 }

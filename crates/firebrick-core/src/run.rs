@@ -25,6 +25,8 @@ pub enum Mode {
 pub struct Run<'a> {
     bricks: &'a [&'a dyn Brick],
     state: HashMap<TypeId, Box<dyn Any>>,
+    /// What is made from the bricks.
+    made: HashMap<TypeId, Box<dyn Any>>,
     losses: Vec<(String, Tensor<1>)>,
     /// Training or inference.
     pub mode: Mode,
@@ -40,10 +42,10 @@ impl<'a> Run<'a> {
         Run { bricks, ..Run::default() }
     }
 
-    /// The same pass going on with these bricks in place of the others; all state stays.
+    /// The same pass going on with these bricks in place of the others; all state stays, but for what was made [of them](Run::of_bricks).
     pub fn with_bricks<'b>(self, bricks: &'b [&'b dyn Brick]) -> Run<'b> {
-        let Run { bricks: _, state, losses, mode, seed, tokens } = self;
-        Run { bricks, state, losses, mode, seed, tokens }
+        let Run { bricks: _, made: _, state, losses, mode, seed, tokens } = self;
+        Run { bricks, made: HashMap::new(), state, losses, mode, seed, tokens }
     }
 
     /// The bricks in force, the last one on top.
@@ -79,8 +81,13 @@ impl<'a> Run<'a> {
 
     /// The state of type `T`, made with its default on first use.
     pub fn state<T: Default + 'static>(&mut self) -> &mut T {
-        let slot = self.state.entry(TypeId::of::<T>()).or_insert_with(|| Box::new(T::default()));
-        slot.downcast_mut().expect("a slot holds the type it is filed under")
+        slot(&mut self.state)
+    }
+
+    /// What a wiring keeps of the bricks in force, so that it need not ask them again: made with its default on first use, gone when others
+    /// take their place.
+    pub fn of_bricks<T: Default + 'static>(&mut self) -> &mut T {
+        slot(&mut self.made)
     }
 
     /// The state of type `T`, if something put it there.
@@ -117,6 +124,12 @@ impl<'a> Run<'a> {
     pub fn total_loss(&self) -> Option<Tensor<1>> {
         self.losses.iter().map(|(_, l)| l.clone()).reduce(|a, b| a + b)
     }
+}
+
+/// The value of type `T` in `slots`, made with its default if there is none.
+fn slot<T: Default + 'static>(slots: &mut HashMap<TypeId, Box<dyn Any>>) -> &mut T {
+    let slot = slots.entry(TypeId::of::<T>()).or_insert_with(|| Box::new(T::default()));
+    slot.downcast_mut().expect("a slot holds the type it is filed under")
 }
 
 fn descend(
@@ -194,9 +207,11 @@ mod tests {
         let bricks: [&dyn Brick; 1] = [&skip];
         let mut run = Run::new(&bricks);
         run.insert(3u32);
+        *run.of_bricks::<u32>() = 4;
         (run.mode, run.seed) = (Mode::Train, Seed(5));
         run.add_loss("z", Tensor::from_floats([0.5], &Device::flex()));
-        let run = run.with_bricks(&[]);
+        let mut run = run.with_bricks(&[]);
+        assert_eq!(*run.of_bricks::<u32>(), 0, "what was made of the others is gone");
         assert!(run.is_bare(Site::layer(1, Part::Block)));
         assert_eq!((run.get::<u32>(), run.mode, run.seed), (Some(&3), Mode::Train, Seed(5)));
         assert_eq!(run.losses().len(), 1);

@@ -1,17 +1,53 @@
 //! A block for one new token in one op, where a wiring need not ask site by site.
 
+use std::rc::Rc;
+
 use burn::module::Param;
 use burn::tensor::Tensor;
 use firebrick_core::{Part, Run, Site};
 use firebrick_tensor::ops::{
-    self, BlockLinear, BlockMatrix, BlockOptions, BlockWeights, Gate, KvCache, Segments,
+    self, BlockLinear, BlockMatrix, BlockOptions, BlockPacked, BlockWeights, Gate, KvCache, PackedWeight,
+    Segments,
 };
 
 use super::{Decoder, Rotations};
 use crate::attention_taps::AttentionTaps;
 use crate::config::Activation;
 
+/// The linear layers of a block.
+const LINEARS: [Part; 7] =
+    [Part::AttnQ, Part::AttnK, Part::AttnV, Part::AttnO, Part::MlpGate, Part::MlpUp, Part::MlpDown];
+
+/// The packed weights that bricks put at [`LINEARS`]; none for a block that has to be asked site by site.
+type Packed = Option<[Option<BlockPacked>; LINEARS.len()]>;
+
+/// Those of each block, as far as they were asked for.
+#[derive(Default)]
+struct Blocks(Vec<Option<Rc<Packed>>>);
+
 impl Decoder {
+    /// What bricks put into block `l`.
+    fn packed(&self, l: usize, run: &mut Run<'_>) -> Rc<Packed> {
+        if let Some(Some(known)) = run.of_bricks::<Blocks>().0.get(l) {
+            return known.clone();
+        }
+        let layer = &self.layers[l];
+        let other = |site: Site| site.expert.is_some() || layer.linear(site.part).is_none();
+        let mut wired = run.bricks().iter().any(|brick| brick.sites().of_layer(l).any(other));
+        let packed = LINEARS.map(|part| {
+            let site = Site::layer(l, part);
+            let weight =
+                run.weight(site).and_then(|weight| weight.downcast_ref::<PackedWeight>()?.for_block());
+            wired |= weight.is_none() && !run.is_bare(site);
+            weight
+        });
+        let found = Rc::new(if wired { None } else { Some(packed) });
+        let Blocks(blocks) = run.of_bricks();
+        blocks.resize(blocks.len().max(l + 1), None);
+        blocks[l] = Some(found.clone());
+        found
+    }
+
     /// Block `l` for one new token behind those of the cache, in one op: where no brick sits but for packed weights, and the device has
     /// a kernel.
     pub(super) fn one_token(
@@ -23,37 +59,37 @@ impl Decoder {
     ) -> Option<Tensor<3>> {
         let (c, layer) = (self.config(), &self.layers[l]);
         let [batch, length, _] = x.dims();
-        let other = |site: Site| site.expert.is_some() || layer.linear(site.part).is_none();
         if batch * length != 1
             || run.get::<KvCache>().is_none()
             || run.get::<Segments>().is_some()
             || run.get::<AttentionTaps>().is_some()
-            || run.bricks().iter().any(|brick| brick.sites().of_layer(l).any(other))
         {
             return None;
         }
-        let linear = |part| {
-            let (site, linear) = (Site::layer(l, part), layer.linear(part)?);
-            let weight = match run.is_bare(site) {
-                true => BlockMatrix::Dense(linear.weight.val()),
-                false => BlockMatrix::Packed(run.weight(site)?.downcast_ref()?),
+        let packed = self.packed(l, run);
+        let packed = Option::as_ref(&packed)?;
+        let linear = |i: usize| {
+            let linear = layer.linear(LINEARS[i])?;
+            let weight = match &packed[i] {
+                Some(packed) => BlockMatrix::Packed(packed),
+                None => BlockMatrix::Dense(linear.weight.val()),
             };
             Some(BlockLinear { weight, bias: linear.bias.as_ref().map(Param::val) })
         };
         let maybe = |norm: &Option<Param<Tensor<1>>>| norm.as_ref().map(Param::val);
         let weights = BlockWeights {
             attn_norm: layer.attn_norm.val(),
-            q: linear(Part::AttnQ)?,
-            k: linear(Part::AttnK)?,
-            v: linear(Part::AttnV)?,
+            q: linear(0)?,
+            k: linear(1)?,
+            v: linear(2)?,
             q_norm: maybe(&layer.q_norm),
             k_norm: maybe(&layer.k_norm),
-            o: linear(Part::AttnO)?,
+            o: linear(3)?,
             attn_post_norm: maybe(&layer.attn_post_norm),
             mlp_norm: layer.mlp_norm.val(),
-            gate: linear(Part::MlpGate)?,
-            up: linear(Part::MlpUp)?,
-            down: linear(Part::MlpDown)?,
+            gate: linear(4)?,
+            up: linear(5)?,
+            down: linear(6)?,
             mlp_post_norm: maybe(&layer.mlp_post_norm),
         };
         let options = BlockOptions {

@@ -224,6 +224,22 @@ fn larger(a: f32, b: f32) -> f32 {
     if b > a { b } else { a }
 }
 
+/// Bytes of a line of the caches.
+pub(super) const LINE: usize = 64;
+
+/// Asks for the line of memory that `at` is in.
+#[inline(always)]
+pub(super) fn prefetch<T>(at: *const T) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: a hint, which may name any address.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
+}
+
 /// Writes `x` as f32.
 pub(super) fn widen(x: &[f16], out: &mut [f32]) {
     #[cfg(target_arch = "x86_64")]

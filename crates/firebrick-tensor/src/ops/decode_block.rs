@@ -4,6 +4,7 @@
 //! one parallel region. Attention goes over parts of the past, whose softmaxes are put together (Dao et al. 2023, Flash-Decoding).
 
 use std::sync::Arc;
+use std::{fmt, ptr};
 
 use burn::module::Module;
 use burn::tensor::Tensor;
@@ -12,7 +13,7 @@ use burn_flex::{Flex, FlexTensor};
 use half::{f16, slice::HalfFloatSliceExt};
 use pulp::{Arch, Simd, WithSimd};
 
-use super::packed::{PackedLayout, Rows, Weight};
+use super::packed::{Rows, Scales, Weight};
 use super::packed_dots::{self, Level};
 use super::{
     AttentionOptions, KvCache, PackedInputs, PackedMatrix, awake, cpu, linear, rms_norm, rope, swiglu,
@@ -28,14 +29,56 @@ pub struct PackedWeight {
     pub inputs: PackedInputs,
 }
 
+impl PackedWeight {
+    /// The matrix as [`decode_block`] reads it; `None` where it has no kernel.
+    pub fn for_block(&self) -> Option<BlockPacked> {
+        let layout = self.matrix.layout();
+        let float = |x: &Tensor<2>| x.clone().try_into_primitive::<Flex>().ok();
+        let words = self.matrix.words.clone().try_into_primitive::<Flex>().ok()?;
+        let (scale, zero) = (float(&self.matrix.scale)?, float(&self.matrix.zero)?);
+        let fits = Weight::has_kernel(&words, &scale, &zero)
+            && (self.inputs == PackedInputs::Exact || packed_dots::applies(layout));
+        if !fits {
+            return None;
+        }
+        let tensors = Arc::new([words, scale, zero].map(cpu::contiguous));
+        let [words, scale, zero] = tensors.as_ref();
+        let Weight { words, scale, zero, d_out, .. } = Weight::new(words, scale, zero, layout);
+        // SAFETY: memory of tensors that the result holds, and that nobody writes while it is shared.
+        let weight = unsafe {
+            let scale = match scale {
+                Scales::F32(scale) => Scales::F32(&*ptr::from_ref(scale)),
+                Scales::F16(scale) => Scales::F16(&*ptr::from_ref(scale)),
+            };
+            Weight { words: &*ptr::from_ref(words), scale, zero: &*ptr::from_ref(zero), layout, d_out }
+        };
+        Some(BlockPacked { weight, inputs: self.inputs, _tensors: tensors })
+    }
+}
+
+/// A [`PackedWeight`] on the CPU, its memory at hand: to find it takes about as long as a small product, as what says where it is has left
+/// the caches since the token before.
+#[derive(Clone)]
+pub struct BlockPacked {
+    /// Of the tensors; given out for no longer than they live.
+    weight: Weight<'static>,
+    inputs: PackedInputs,
+    _tensors: Arc<[FlexTensor; 3]>,
+}
+
+impl fmt::Debug for BlockPacked {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("BlockPacked").field("layout", &self.weight.layout).finish_non_exhaustive()
+    }
+}
+
 /// The weight of a linear layer.
 #[derive(Debug, Clone)]
-#[allow(clippy::large_enum_variant)] // seven live for the time of a call
 pub enum BlockMatrix<'a> {
     /// `[d_in, d_out]`.
     Dense(Tensor<2>),
     /// Low-bit codes.
-    Packed(&'a PackedWeight),
+    Packed(&'a BlockPacked),
 }
 
 /// A linear layer of a block.
@@ -164,6 +207,19 @@ impl Stored<'_> {
         }
     }
 
+    /// Asks for `len` values from `at` on, as far as there are some.
+    #[inline(always)]
+    fn ask(&self, at: usize, len: usize) {
+        let within = at.min(self.len())..(at + len).min(self.len());
+        let bytes: &[u8] = match self {
+            Stored::F32(x) => bytemuck::cast_slice(&x[within]),
+            Stored::F16(x) => bytemuck::cast_slice(&x[within]),
+        };
+        for line in bytes.iter().step_by(cpu::LINE) {
+            cpu::prefetch(line);
+        }
+    }
+
     /// `len` values from `at` on, brought to f32 in `room` if they are not.
     fn read<'x>(&'x self, at: usize, len: usize, room: &'x mut [f32]) -> &'x [f32] {
         match self {
@@ -179,55 +235,39 @@ impl Stored<'_> {
 /// [`BlockWeights`] as kernels read them.
 struct Block<'a> {
     attn_norm: Gain,
-    qkv: [Linear; 3],
+    qkv: [Linear<'a>; 3],
     q_norm: Option<Gain>,
     k_norm: Option<Gain>,
-    o: [Linear; 1],
+    o: [Linear<'a>; 1],
     attn_post_norm: Option<Gain>,
     mlp_norm: Gain,
-    gate_up: [Linear; 2],
-    down: [Linear; 1],
+    gate_up: [Linear<'a>; 2],
+    down: [Linear<'a>; 1],
     mlp_post_norm: Option<Gain>,
     options: &'a BlockOptions,
     level: Level,
 }
 
-struct Linear {
-    matrix: Matrix,
+struct Linear<'a> {
+    matrix: Matrix<'a>,
     bias: Option<FlexTensor>,
 }
 
-#[allow(clippy::large_enum_variant)] // seven live for the time of a call
-enum Matrix {
+enum Matrix<'a> {
     /// `[d_in, d_out]`, the weights of an output together.
     Dense(FlexTensor),
-    Packed {
-        words: FlexTensor,
-        scale: FlexTensor,
-        zero: FlexTensor,
-        layout: PackedLayout,
-        inputs: PackedInputs,
-    },
+    Packed(&'a BlockPacked),
 }
 
-impl Matrix {
-    fn new(matrix: &BlockMatrix<'_>) -> Option<Self> {
+impl<'w> Matrix<'w> {
+    fn new(matrix: &BlockMatrix<'w>) -> Option<Self> {
         match matrix {
             BlockMatrix::Dense(weight) => {
                 let weight = weight.clone().try_into_primitive::<Flex>().ok()?;
                 let fits = linear::is_by_output(&weight) && cpu::all_f32(&[&weight]);
                 fits.then_some(Matrix::Dense(weight))
             }
-            BlockMatrix::Packed(PackedWeight { matrix, inputs }) => {
-                let layout = matrix.layout();
-                let float = |x: &Tensor<2>| x.clone().try_into_primitive::<Flex>().ok();
-                let words = matrix.words.clone().try_into_primitive::<Flex>().ok()?;
-                let (scale, zero) = (float(&matrix.scale)?, float(&matrix.zero)?);
-                let fits = Weight::has_kernel(&words, &scale, &zero)
-                    && (*inputs == PackedInputs::Exact || packed_dots::applies(layout));
-                let [words, scale, zero] = [words, scale, zero].map(cpu::contiguous);
-                fits.then_some(Matrix::Packed { words, scale, zero, layout, inputs: *inputs })
-            }
+            BlockMatrix::Packed(packed) => Some(Matrix::Packed(packed)),
         }
     }
 
@@ -239,14 +279,13 @@ impl Matrix {
                 let weights = &weight.storage::<f32>()[weight.layout().start_offset()..][..d_in * d_out];
                 (d_in, Product::Dense { x, weights })
             }
-            Matrix::Packed { words, scale, zero, layout, inputs } => {
-                let weight = Weight::new(words, scale, zero, *layout);
+            Matrix::Packed(BlockPacked { weight, inputs, .. }) => {
                 let alike = others.iter().find_map(|other| match other {
-                    Product::Packed { rows, .. } if rows.fit(*layout, *inputs) => Some(rows.clone()),
+                    Product::Packed { rows, .. } if rows.fit(weight.layout, *inputs) => Some(rows.clone()),
                     _ => None,
                 });
-                let rows = alike.unwrap_or_else(|| Arc::new(Rows::new(x, *layout, *inputs)));
-                (layout.d_in, Product::Packed { rows, weight })
+                let rows = alike.unwrap_or_else(|| Arc::new(Rows::new(x, weight.layout, *inputs)));
+                (weight.layout.d_in, Product::Packed { rows, weight: *weight })
             }
         };
         assert_eq!(x.len(), d_in, "decode_block: input of a linear layer");
@@ -289,13 +328,13 @@ impl Gain {
 }
 
 impl<'a> Block<'a> {
-    fn new(w: &BlockWeights<'_>, options: &'a BlockOptions) -> Option<Self> {
+    fn new(w: &BlockWeights<'a>, options: &'a BlockOptions) -> Option<Self> {
         let norm = |weight: &Tensor<1>| Gain::new(weight, options);
         let maybe = |weight: &Option<Tensor<1>>| match weight {
             Some(weight) => norm(weight).map(Some),
             None => Some(None),
         };
-        let linear = |linear: &BlockLinear<'_>| {
+        let linear = |linear: &BlockLinear<'a>| {
             let bias = match &linear.bias {
                 Some(bias) => Some(flex(bias)?),
                 None => None,
@@ -360,7 +399,7 @@ impl<'a> Block<'a> {
     }
 
     /// What linear layers make of the same input, all in one parallel region.
-    fn products<const N: usize>(&self, x: &[f32], linears: &[Linear; N]) -> [Vec<f32>; N] {
+    fn products<const N: usize>(&self, x: &[f32], linears: &[Linear<'_>; N]) -> [Vec<f32>; N] {
         let mut products = Vec::with_capacity(N);
         for linear in linears {
             products.push(linear.matrix.product(x, &products));
@@ -466,6 +505,10 @@ impl WithSimd for Part<'_> {
         // Each key is read once for all queries, and each value.
         for tile in (0..count).step_by(TILE) {
             let n = TILE.min(count - tile);
+            match tile + n < count {
+                true => self.keys.ask((self.first + tile + n) * d, TILE * d),
+                false => self.values.ask(self.first * d, TILE * d),
+            }
             let keys = self.keys.read((self.first + tile) * d, n * d, &mut room);
             for (q, scores) in self.q.chunks_exact(d).zip(scores.chunks_exact_mut(KEYS)) {
                 let scores = &mut scores[tile..][..n];
@@ -498,6 +541,7 @@ impl WithSimd for Part<'_> {
         }
         for tile in (0..count).step_by(TILE) {
             let n = TILE.min(count - tile);
+            self.values.ask((self.first + tile + n) * d, TILE * d);
             let values = self.values.read((self.first + tile) * d, n * d, &mut room);
             for (scores, out) in scores.chunks_exact(KEYS).zip(self.out.chunks_exact_mut(d + 2)) {
                 add_weighted(simd, &scores[tile..][..n], values, &mut out[..d]);

@@ -43,7 +43,7 @@ pub use attention::{AttentionOptions, Segments, attention, segmented_attention};
 pub use awake::awake;
 pub use cross_entropy::cross_entropy;
 pub use decode_block::{
-    BlockLinear, BlockMatrix, BlockOptions, BlockWeights, Gate, PackedWeight, decode_block,
+    BlockLinear, BlockMatrix, BlockOptions, BlockPacked, BlockWeights, Gate, PackedWeight, decode_block,
 };
 pub use embedding::embedding;
 pub use gelu::gelu;

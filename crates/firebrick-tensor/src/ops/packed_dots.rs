@@ -36,6 +36,9 @@ const LANES: usize = 8;
 /// Rows that take their turn while a block of weights is in the first-level cache.
 const ROWS: usize = 16;
 
+/// Word rows between those that are multiplied and those that are asked for: two blocks of 4 bits, one of 8.
+const AHEAD: usize = 8;
+
 /// Whether the kernels here multiply codes that lie like this.
 pub(super) fn applies(layout: PackedLayout) -> bool {
     matches!(layout.bits, 4 | 8) && (layout.group.is_multiple_of(STEP) || layout.group >= layout.d_in)
@@ -277,6 +280,26 @@ impl<const D: usize> Task<'_, D> {
         }
     }
 
+    /// Where block `step` is, or behind the last one that of the next task.
+    #[inline(always)]
+    fn ahead(&self, step: usize) -> Ahead {
+        let (weight, PackedLayout { bits, group, .. }) = (self.weight, self.weight.layout);
+        let (step, first) = match step < self.steps {
+            true => (step, self.first),
+            false => (step - self.steps, self.first + self.columns),
+        };
+        let in_group = step * STEP / group * weight.d_out + first;
+        let zero = if weight.zero.len() == weight.d_out { self.first } else { in_group };
+        Ahead {
+            words: weight.words.as_ptr().wrapping_add(step * bits * weight.d_out + first),
+            scale: match weight.scale {
+                Scales::F32(scale) => scale.as_ptr().wrapping_add(in_group).cast(),
+                Scales::F16(scale) => scale.as_ptr().wrapping_add(in_group).cast(),
+            },
+            zero: weight.zero.as_ptr().wrapping_add(zero),
+        }
+    }
+
     /// Block `step` of the rows from `row` on.
     #[inline(always)]
     fn pass(&self, row: usize, rows: usize, step: usize) -> Pass<'_, D> {
@@ -293,7 +316,7 @@ impl<const D: usize> Task<'_, D> {
         }
         Pass {
             words,
-            ahead: weight.words.as_ptr().wrapping_add((step + 1) * word_rows * weight.d_out + self.first),
+            ahead: self.ahead(step + AHEAD / word_rows),
             word_stride: weight.d_out,
             scale: weight.scales(group, self.first, columns),
             columns,
@@ -307,12 +330,20 @@ impl<const D: usize> Task<'_, D> {
     }
 }
 
+/// What a kernel asks for while it computes. Addresses may lie outside of the matrix.
+#[derive(Clone, Copy)]
+struct Ahead {
+    words: *const i32,
+    scale: *const u8,
+    zero: *const f32,
+}
+
 /// A block of inputs of some rows, against outputs of a task.
 struct Pass<'a, const D: usize> {
     /// Word rows of the block: eight, or the first four.
     words: [&'a [i32]; 8],
-    /// Where the words of the next block are, for prefetching; past the end behind the last one.
-    ahead: *const i32,
+    /// A block that comes later.
+    ahead: Ahead,
     /// From one word row to the next.
     word_stride: usize,
     scale: Scales<'a>,

@@ -5,25 +5,26 @@ use std::mem::transmute;
 
 use half::f16;
 
-use super::{BASE, Block, LAST, Pass, Scales, Task};
+use super::super::cpu;
+use super::{Ahead, BASE, Block, LAST, Pass, Scales, Task};
 
 /// Rows whose sums of sixteen outputs stay in registers through all blocks.
 pub(super) const TILE: usize = 4;
 
-/// Asks for the cache lines at `first` in `rows` word rows, `stride` words apart.
-#[inline(always)]
-fn prefetch(first: *const i32, stride: usize, rows: usize) {
-    for i in 0..rows {
-        // SAFETY: a hint, which may name any address.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(first.wrapping_add(i * stride).cast()) };
-    }
-}
-
 impl<const D: usize> Pass<'_, D> {
-    /// Asks for the words of the sixteen outputs from `first` on in the next block.
+    /// Asks for what the sixteen outputs from `first` on have in a later block.
     #[inline(always)]
     fn prefetch(&self, first: usize) {
-        prefetch(self.ahead.wrapping_add(first), self.word_stride, if self.nibbles { 4 } else { 8 });
+        let Ahead { words, scale, zero } = self.ahead;
+        for k in 0..if self.nibbles { 4 } else { 8 } {
+            cpu::prefetch(words.wrapping_add(k * self.word_stride + first));
+        }
+        let width = match self.scale {
+            Scales::F32(_) => size_of::<f32>(),
+            Scales::F16(_) => size_of::<f16>(),
+        };
+        cpu::prefetch(scale.wrapping_add(first * width));
+        cpu::prefetch(zero.wrapping_add(first));
     }
 
     #[target_feature(enable = "avx2,f16c,fma")]

@@ -2,8 +2,8 @@
 
 use burn::tensor::{DType, Device};
 use firebrick_tensor::ops::{
-    AttentionOptions, BlockLinear, BlockMatrix, BlockOptions, BlockWeights, Gate, KvCache, PackedInputs,
-    PackedMatrix, PackedWeight, decode_block,
+    AttentionOptions, BlockLinear, BlockMatrix, BlockOptions, BlockPacked, BlockWeights, Gate, KvCache,
+    PackedInputs, PackedMatrix, PackedWeight, decode_block,
 };
 
 use super::support::{error, flat, host, normal, wide};
@@ -144,13 +144,15 @@ impl Model {
 
     fn run(&self, cache: &mut KvCache, dtype: DType, device: &Device) -> Option<Vec<f64>> {
         let vector = |name: &str| self.vector(name).map(|v| flat(v, device, dtype));
+        let packed: Vec<(&str, Option<BlockPacked>)> =
+            self.packed.iter().map(|(name, weight)| (*name, weight.for_block())).collect();
         let linear = |name: &str| {
             let dense = self.dense.iter().find(|(n, ..)| *n == name);
             let weight = match dense {
                 Some((_, d_in, d_out, values)) => {
                     BlockMatrix::Dense(flat(values, device, dtype).reshape([*d_out, *d_in]).transpose())
                 }
-                None => BlockMatrix::Packed(&self.packed.iter().find(|(n, _)| *n == name)?.1),
+                None => BlockMatrix::Packed(packed.iter().find(|(n, _)| *n == name)?.1.as_ref()?),
             };
             Some(BlockLinear { weight, bias: vector(name) })
         };
