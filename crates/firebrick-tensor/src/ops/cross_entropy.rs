@@ -12,8 +12,6 @@ use burn_backend::{
     AutodiffBackend, Backend, DType, Shape, TensorMetadata,
     tensor::{FloatTensor, IntTensor},
 };
-#[cfg(feature = "cubecl-backend")]
-use burn_cubecl::CubeBackend;
 use burn_flex::{Flex, FlexTensor};
 use pulp::{Arch, Simd, WithSimd};
 
@@ -37,7 +35,11 @@ pub fn cross_entropy(logits: Tensor<2>, targets: Tensor<1, Int>) -> Tensor<1> {
 #[backend_extension(Flex, Cube: cfg(feature = "cubecl-backend"), Autodiff, Fusion: cfg(feature = "cubecl-backend"))]
 pub trait CrossEntropyOps: Backend {
     /// Loss of each row and its log-sum-exp, both `[n]`; no gradient flows through the second.
-    #[fusion(default)]
+    #[fusion(meta = |logits, _targets| {
+        let mut rows = logits.clone();
+        rows.shape = Shape::new([logits.shape[0]]);
+        (rows.clone(), rows)
+    })]
     fn cross_entropy(
         logits: FloatTensor<Self>,
         targets: IntTensor<Self>,
@@ -46,7 +48,7 @@ pub trait CrossEntropyOps: Backend {
     }
 
     /// Gradient for the logits, `(softmax - one_hot) * grad`, from their log-sum-exp and the gradient of the loss.
-    #[fusion(default)]
+    #[fusion(dtype = logits, shape = logits)]
     fn cross_entropy_backward(
         logits: FloatTensor<Self>,
         targets: IntTensor<Self>,
@@ -76,14 +78,17 @@ pub(super) fn log_sum_exp<B: Backend>(logits: FloatTensor<B>) -> FloatTensor<B> 
     B::float_add(B::float_log(sum), max)
 }
 
-fn composed<B: Backend>(logits: FloatTensor<B>, targets: IntTensor<B>) -> (FloatTensor<B>, FloatTensor<B>) {
+pub(super) fn composed<B: Backend>(
+    logits: FloatTensor<B>,
+    targets: IntTensor<B>,
+) -> (FloatTensor<B>, FloatTensor<B>) {
     let n = logits.shape()[0];
     let picked = B::float_gather(1, logits.clone(), B::int_reshape(targets, Shape::new([n, 1])));
     let log_sum = log_sum_exp::<B>(logits);
     (flat::<B>(B::float_sub(log_sum.clone(), picked)), flat::<B>(log_sum))
 }
 
-fn composed_backward<B: Backend>(
+pub(super) fn composed_backward<B: Backend>(
     logits: FloatTensor<B>,
     targets: IntTensor<B>,
     log_sum: FloatTensor<B>,
@@ -101,9 +106,6 @@ fn composed_backward<B: Backend>(
         burn_backend::tensor::IndexingUpdateOp::Add,
     )
 }
-
-#[cfg(feature = "cubecl-backend")]
-impl CrossEntropyOps for CubeBackend {}
 
 impl CrossEntropyOps for Flex {
     fn cross_entropy(logits: FlexTensor, targets: FlexTensor) -> (FlexTensor, FlexTensor) {

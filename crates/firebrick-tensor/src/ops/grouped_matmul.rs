@@ -13,8 +13,6 @@ use burn_autodiff::{
     ops::{Backward, Ops, OpsKind},
 };
 use burn_backend::{Backend, Shape, Slice, TensorMetadata, tensor::FloatTensor};
-#[cfg(feature = "cubecl-backend")]
-use burn_cubecl::CubeBackend;
 use burn_flex::{Flex, FlexTensor};
 use faer::MatRef;
 
@@ -61,7 +59,7 @@ pub(super) fn check_offsets(op: &str, offsets: &[usize], experts: usize, rows: u
 #[backend_extension(Flex, Cube: cfg(feature = "cubecl-backend"), Autodiff, Fusion: cfg(feature = "cubecl-backend"))]
 pub trait GroupedMatmulOps: Backend {
     /// Segments of rows times their expert's matrix, see [`grouped_matmul`].
-    #[fusion(default)]
+    #[fusion(dtype = x, shape = Shape::new([x[0], weight[2]]))]
     fn grouped_matmul(
         x: FloatTensor<Self>,
         weight: FloatTensor<Self>,
@@ -71,7 +69,7 @@ pub trait GroupedMatmulOps: Backend {
     }
 
     /// Gradient of the weight, `x[segment]^T grad[segment]` for each expert, `[experts, d_in, d_out]`.
-    #[fusion(default)]
+    #[fusion(dtype = x, shape = Shape::new([offsets.len() - 1, x[1], grad[1]]))]
     fn grouped_matmul_weight(
         x: FloatTensor<Self>,
         grad: FloatTensor<Self>,
@@ -91,7 +89,11 @@ pub(super) fn segments(offsets: &[usize]) -> impl Iterator<Item = Range<usize>> 
     offsets.windows(2).map(|pair| pair[0]..pair[1])
 }
 
-fn composed<B: Backend>(x: FloatTensor<B>, weight: FloatTensor<B>, offsets: &[usize]) -> FloatTensor<B> {
+pub(super) fn composed<B: Backend>(
+    x: FloatTensor<B>,
+    weight: FloatTensor<B>,
+    offsets: &[usize],
+) -> FloatTensor<B> {
     let (d_in, d_out) = (weight.shape()[1], weight.shape()[2]);
     let mut parts = Vec::new();
     for (e, segment) in segments(offsets).enumerate().filter(|(_, segment)| !segment.is_empty()) {
@@ -105,7 +107,11 @@ fn composed<B: Backend>(x: FloatTensor<B>, weight: FloatTensor<B>, offsets: &[us
     B::float_cat(parts, 0)
 }
 
-fn composed_weight<B: Backend>(x: FloatTensor<B>, grad: FloatTensor<B>, offsets: &[usize]) -> FloatTensor<B> {
+pub(super) fn composed_weight<B: Backend>(
+    x: FloatTensor<B>,
+    grad: FloatTensor<B>,
+    offsets: &[usize],
+) -> FloatTensor<B> {
     let shape = Shape::new([1, x.shape()[1], grad.shape()[1]]);
     let parts = segments(offsets).map(|segment| {
         if segment.is_empty() {
@@ -117,9 +123,6 @@ fn composed_weight<B: Backend>(x: FloatTensor<B>, grad: FloatTensor<B>, offsets:
     let parts: Vec<_> = parts.collect();
     B::float_cat(parts, 0)
 }
-
-#[cfg(feature = "cubecl-backend")]
-impl GroupedMatmulOps for CubeBackend {}
 
 /// The matrices of a tensor `[experts, rows, columns]`.
 pub(super) struct Stack<'a> {

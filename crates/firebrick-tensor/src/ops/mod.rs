@@ -11,12 +11,18 @@ mod attention_cpu;
 mod awake;
 mod cpu;
 mod cross_entropy;
+#[cfg(feature = "cubecl-backend")]
+mod cross_entropy_cube;
+#[cfg(feature = "cubecl-backend")]
+mod cube;
 mod decode_block;
 mod embedding;
 mod gelu;
 mod gemm_bf16;
 mod gemm_f32;
 mod grouped_matmul;
+#[cfg(feature = "cubecl-backend")]
+mod grouped_matmul_cube;
 mod grouped_swiglu;
 #[cfg(all(test, target_os = "linux"))]
 mod guarded;
@@ -28,6 +34,8 @@ mod lora_linear;
 mod matmul;
 mod packed;
 mod packed_blocks;
+#[cfg(feature = "cubecl-backend")]
+mod packed_cube;
 mod packed_dots;
 mod packed_f32;
 mod permute;
@@ -35,6 +43,8 @@ mod rms_norm;
 #[cfg(feature = "cubecl-backend")]
 mod rms_norm_cube;
 mod rope;
+#[cfg(feature = "cubecl-backend")]
+mod rope_cube;
 mod sparse_kl;
 mod swiglu;
 

@@ -13,8 +13,6 @@ use burn_backend::{
     Backend, DType, FloatDType, Shape, Slice, TensorMetadata,
     tensor::{FloatTensor, IntTensor},
 };
-#[cfg(feature = "cubecl-backend")]
-use burn_cubecl::CubeBackend;
 use burn_flex::{Flex, FlexTensor};
 use half::f16;
 use pulp::Arch;
@@ -166,7 +164,7 @@ impl PackedLayout {
 #[backend_extension(Flex, Cube: cfg(feature = "cubecl-backend"), Autodiff, Fusion: cfg(feature = "cubecl-backend"))]
 pub trait PackedOps: Backend {
     /// The dense matrix `[d_in, d_out]`.
-    #[fusion(default)]
+    #[fusion(dtype = zero, shape = Shape::new([layout.d_in, words[1]]))]
     fn unpack(
         words: IntTensor<Self>,
         scale: FloatTensor<Self>,
@@ -177,7 +175,7 @@ pub trait PackedOps: Backend {
     }
 
     /// Product with the dense matrix, see [`packed_matmul`].
-    #[fusion(default)]
+    #[fusion(dtype = x, shape = Shape::new([x[0], words[1]]))]
     fn packed_matmul(
         x: FloatTensor<Self>,
         words: IntTensor<Self>,
@@ -190,7 +188,7 @@ pub trait PackedOps: Backend {
     }
 }
 
-fn composed_unpack<B: Backend>(
+pub(super) fn composed_unpack<B: Backend>(
     words: IntTensor<B>,
     scale: FloatTensor<B>,
     zero: FloatTensor<B>,
@@ -233,7 +231,7 @@ fn composed<B: PackedOps>(
 }
 
 /// `x` rounded as [`PackedInputs::EightBits`] says.
-fn rounded<B: Backend>(x: FloatTensor<B>) -> FloatTensor<B> {
+pub(super) fn rounded<B: Backend>(x: FloatTensor<B>) -> FloatTensor<B> {
     let [rows, d_in] = [x.shape()[0], x.shape()[1]];
     let blocks = d_in.div_ceil(STEP);
     let dtype: FloatDType = x.dtype().into();
@@ -252,9 +250,6 @@ fn rounded<B: Backend>(x: FloatTensor<B>) -> FloatTensor<B> {
     let x = B::float_reshape(B::float_mul(codes, scale), Shape::new([rows, blocks * STEP]));
     B::float_slice(x, &[Slice::from(0..rows), Slice::from(0..d_in)])
 }
-
-#[cfg(feature = "cubecl-backend")]
-impl PackedOps for CubeBackend {}
 
 /// Outputs of a task, at most.
 pub(super) const COLUMNS: usize = 256;

@@ -1,18 +1,13 @@
 //! GPU kernels of [`rms_norm`](super::rms_norm): a cube of units for each row, sums in shared memory, no plane operations.
 
-use burn_backend::{DType, Shape, TensorMetadata, cubecl::dtype_to_storage_type, ops::FloatTensorOps};
+use burn_backend::{DType, Shape, TensorMetadata, ops::FloatTensorOps};
 use burn_cubecl::{
     CubeBackend, kernel::into_contiguous, ops::numeric::empty_device_contiguous_dtype, tensor::CubeTensor,
 };
 use cubecl::prelude::*;
 
+use super::cube::{CUBES, has_kernel, room, rows_of, storage, total, units};
 use super::rms_norm::{RmsNormOps, composed, composed_backward};
-
-/// Most units of a cube; a power of two, like every smaller count.
-const UNITS: u32 = 256;
-
-/// Most cubes in a dimension that every backend takes; further rows go to the same cubes again.
-const CUBES: usize = 65_535;
 
 /// Most partial sums of the gradient of gamma.
 const PARTS: usize = 64;
@@ -24,7 +19,7 @@ impl RmsNormOps for CubeBackend {
         }
         let (x, gamma) = (into_contiguous(x), into_contiguous(gamma));
         let (rows, d) = rows_of(&x);
-        let out = like(&x);
+        let out = room(&x, x.shape());
         let units = units(&x, d);
         forward_kernel::launch(
             &x.client.clone(),
@@ -37,7 +32,7 @@ impl RmsNormOps for CubeBackend {
             d as u32,
             eps as f32,
             units,
-            dtype_to_storage_type(out.dtype),
+            storage(&out),
         );
         out
     }
@@ -54,7 +49,7 @@ impl RmsNormOps for CubeBackend {
         let (x, gamma, grad) = (into_contiguous(x), into_contiguous(gamma), into_contiguous(grad));
         let (rows, d) = rows_of(&x);
         let (client, device, dtype) = (x.client.clone(), x.device.clone(), x.dtype);
-        let dx = like(&x);
+        let dx = room(&x, x.shape());
         let buffer =
             |shape: Shape| empty_device_contiguous_dtype(client.clone(), device.clone(), shape, DType::F32);
         let inverse = buffer(Shape::new([rows]));
@@ -72,7 +67,7 @@ impl RmsNormOps for CubeBackend {
             d as u32,
             eps as f32,
             units,
-            dtype_to_storage_type(dtype),
+            storage(&dx),
         );
         let share = rows.div_ceil(PARTS);
         let parts = rows.div_ceil(share);
@@ -88,60 +83,11 @@ impl RmsNormOps for CubeBackend {
             rows as u32,
             d as u32,
             share as u32,
-            dtype_to_storage_type(dtype),
+            storage(&dx),
         );
         let dgamma = Self::float_reshape(Self::float_sum_dim(partial, 0), gamma.shape());
         (dx, Self::float_cast(dgamma, dtype.into()))
     }
-}
-
-/// Whether the kernels apply: one floating dtype and something to compute.
-fn has_kernel(tensors: &[&CubeTensor]) -> bool {
-    tensors.iter().all(|t| {
-        matches!(t.dtype, DType::F32 | DType::F16 | DType::BF16)
-            && t.dtype == tensors[0].dtype
-            && t.meta.num_elements() > 0
-            && t.meta.num_elements() < u32::MAX as usize
-    })
-}
-
-/// Rows and their length.
-fn rows_of(x: &CubeTensor) -> (usize, usize) {
-    let shape = x.shape();
-    let d = shape[shape.num_dims() - 1];
-    (shape.num_elements() / d, d)
-}
-
-fn like(x: &CubeTensor) -> CubeTensor {
-    empty_device_contiguous_dtype(x.client.clone(), x.device.clone(), x.shape(), x.dtype)
-}
-
-/// Units for a row: a power of two that the device takes, no more than the row has use for.
-fn units(x: &CubeTensor, d: usize) -> u32 {
-    let most = x.client.properties().hardware.max_units_per_cube.min(UNITS);
-    let most = 1 << most.max(1).ilog2();
-    (d as u32).next_power_of_two().clamp(1, most)
-}
-
-/// Sum of `value` over the units of the cube, the same for all of them.
-#[cube]
-fn total(sums: &mut Shared<[f32]>, value: f32) -> f32 {
-    let unit = UNIT_POS_X as usize;
-    sums[unit] = value;
-    sync_cube();
-    let mut width = CUBE_DIM_X as usize / 2;
-    while width > 0 {
-        if unit < width {
-            let other = sums[unit + width];
-            sums[unit] += other;
-        }
-        sync_cube();
-        width /= 2;
-    }
-    let sum = sums[0];
-    // Nobody may write the next value before everybody has read this sum.
-    sync_cube();
-    sum
 }
 
 #[cube(launch)]

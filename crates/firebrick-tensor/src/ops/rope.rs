@@ -9,8 +9,6 @@ use burn_autodiff::{
     ops::{Backward, Ops, OpsKind, unary},
 };
 use burn_backend::{Backend, Shape, Slice, TensorMetadata, tensor::FloatTensor};
-#[cfg(feature = "cubecl-backend")]
-use burn_cubecl::CubeBackend;
 use burn_flex::{Flex, FlexTensor};
 use pulp::{Arch, Simd, WithSimd};
 
@@ -38,7 +36,7 @@ pub fn rope(x: Tensor<4>, cos: Tensor<2>, sin: Tensor<2>) -> Tensor<4> {
 #[backend_extension(Flex, Cube: cfg(feature = "cubecl-backend"), Autodiff, Fusion: cfg(feature = "cubecl-backend"))]
 pub trait RopeOps: Backend {
     /// Shapes as in [`rope`]; `inverse` turns the other way, which is the backward pass.
-    #[fusion(default)]
+    #[fusion(dtype = x, shape = x)]
     fn rope(
         x: FloatTensor<Self>,
         cos: FloatTensor<Self>,
@@ -49,7 +47,7 @@ pub trait RopeOps: Backend {
     }
 }
 
-fn composed<B: Backend>(
+pub(super) fn composed<B: Backend>(
     x: FloatTensor<B>,
     cos: FloatTensor<B>,
     sin: FloatTensor<B>,
@@ -70,9 +68,6 @@ fn composed<B: Backend>(
     let y2 = B::float_add(B::float_mul(x2, cos), B::float_mul(x1, sin));
     B::float_cat(vec![y1, y2], 3)
 }
-
-#[cfg(feature = "cubecl-backend")]
-impl RopeOps for CubeBackend {}
 
 impl RopeOps for Flex {
     fn rope(x: FlexTensor, cos: FlexTensor, sin: FlexTensor, inverse: bool) -> FlexTensor {
