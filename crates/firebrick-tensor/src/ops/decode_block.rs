@@ -74,6 +74,7 @@ impl fmt::Debug for BlockPacked {
 
 /// The weight of a linear layer.
 #[derive(Debug, Clone)]
+#[allow(clippy::large_enum_variant)] // seven live for the time of a call
 pub enum BlockMatrix<'a> {
     /// `[d_in, d_out]`.
     Dense(Tensor<2>),

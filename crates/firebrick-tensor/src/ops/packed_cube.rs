@@ -107,8 +107,8 @@ fn unpack_kernel<S: Float, Z: Float>(
     group: u32,
     #[comptime] bits: u32,
     #[comptime] shared: bool,
-    #[define(S)] _scale: ElemType,
-    #[define(Z)] _zero: ElemType,
+    #[define(S)] _scale_type: ElemType,
+    #[define(Z)] _zero_type: ElemType,
 ) {
     if ABSOLUTE_POS < values as usize {
         let d_out = d_out as usize;
@@ -140,8 +140,8 @@ fn product_kernel<F: Float, S: Float, Z: Float>(
     #[comptime] bits: u32,
     #[comptime] shared: bool,
     #[define(F)] _dtype: ElemType,
-    #[define(S)] _scale: ElemType,
-    #[define(Z)] _zero: ElemType,
+    #[define(S)] _scale_type: ElemType,
+    #[define(Z)] _zero_type: ElemType,
 ) {
     let mut sums = Shared::<[f32]>::new_slice(comptime!((OUTPUTS * SHARE) as usize));
     let output = CUBE_POS_X * OUTPUTS + UNIT_POS_X;
