@@ -4,6 +4,7 @@
 
 mod compare;
 mod harness;
+mod markdown;
 mod measured;
 pub mod memory;
 mod page;
@@ -13,6 +14,7 @@ pub mod suites;
 
 pub use compare::{Change, Comparison, Verdict, compare};
 pub use harness::{Bench, PeerSettings, Roofline};
+pub use markdown::markdown;
 pub use measured::{Bound, Case, Measured, median_mad};
 pub use page::page;
 pub use peer::{Peer, Started};

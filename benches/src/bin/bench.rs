@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 use clap::Parser;
 use firebrick_benches::suites::{self, SUITES};
 use firebrick_benches::{Bench, Comparison, Measured, PeerSettings, Roofline, RunInfo, SavedRun};
-use firebrick_benches::{append, compare, page, read};
+use firebrick_benches::{append, compare, markdown, page, read};
 use firebrick_core::{DeviceSpec, list_devices};
 use firebrick_models::ModelFiles;
 
@@ -59,6 +59,9 @@ struct Arguments {
     /// Write a page with this run and its history.
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
+    /// Write a page of Markdown with this run and those that --load takes, as in docs/measured.md.
+    #[arg(long, value_name = "FILE")]
+    markdown: Option<PathBuf>,
     /// Folder for models made for measuring, kept from run to run (1.1 GB for the suite `merge`).
     #[arg(long, value_name = "DIR", default_value = "target/bench")]
     cache: PathBuf,
@@ -102,6 +105,10 @@ fn main() -> Result<ExitCode> {
     if let Some(path) = &arguments.html {
         let html = page(&runs).to_html();
         firebrick_core::write_atomic(path, html.as_bytes()).with_context(|| path.display().to_string())?;
+    }
+    if let Some(path) = &arguments.markdown {
+        firebrick_core::write_atomic(path, markdown(&runs).as_bytes())
+            .with_context(|| path.display().to_string())?;
     }
     let now = runs.last().expect("measured or loaded above");
     let Some(earlier) = earlier else { return Ok(ExitCode::SUCCESS) };

@@ -32,7 +32,7 @@ pub use budget::{
     Baseline, BudgetError, Choice, allocate, allocate_baseline, allocate_exact, allocate_greedy,
 };
 pub use device::{DeviceError, DeviceInfo, DeviceSpec, list_devices};
-pub use memory::{peak_resident_bytes, resident_bytes};
+pub use memory::{available_bytes, peak_resident_bytes, resident_bytes};
 pub use plan::{Coverage, LayerPlan, PlanError, ResolvedPlan, Rule, RuleCoverage, Settings};
 pub use progress::{Cancelled, Event, Progress, Silent, Task};
 pub use read::{MAX_SETTINGS, read_file, read_text};

@@ -4,7 +4,7 @@ use burn::module::Module;
 use firebrick_core::{Brick, Mode, Progress, Run, Seed};
 use firebrick_models::Decoder;
 use firebrick_train::{
-    Batch, HeldOutLoss, Mixture, Rows, TextData, TrainConfig, TrainError, TrainReport, fit_mixture,
+    Batch, HeldOutLoss, Mixture, Rows, TextData, TrainConfig, TrainError, TrainReport, Wired, fit_mixture,
     fit_passes, held_out_loss, recompute,
 };
 
@@ -64,8 +64,11 @@ pub fn fit_lora_mixture(
     };
     if config.recompute {
         let pass = &mut |bank: &LoraBank, batch: &Batch, seed: Seed, passes: usize| {
-            let bricks: Vec<&dyn Brick> = below.iter().copied().chain([bank as &dyn Brick]).collect();
-            recompute(decoder, &bricks, bank, batch, seed, passes)
+            let untracked = bank.clone().no_grad();
+            let [tracked, untracked] = [bank, &untracked]
+                .map(|bank| below.iter().copied().chain([bank as &dyn Brick]).collect::<Vec<_>>());
+            let [tracked, untracked] = [&tracked, &untracked].map(|bricks| Wired { decoder, bricks });
+            recompute(tracked, untracked, bank, batch, seed, passes)
         };
         return fit_passes(bank, config, data, pass, evaluate, progress, resume);
     }

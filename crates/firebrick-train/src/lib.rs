@@ -48,6 +48,7 @@ mod recompute;
 mod retrieval;
 mod rows;
 mod schedule;
+mod step_memory;
 mod trainer;
 
 pub use adamw::AdamW;
@@ -64,10 +65,11 @@ pub use layer_rates::{layer_decay, site_groups};
 pub use mixture::{Draw, Mixture, Sampler, Stage, dmt, multi_task, sequential, specialist_or_generalist};
 pub use optimizer::Group;
 pub use params::ordered_sum;
-pub use recompute::recompute;
+pub use recompute::{Wired, recompute};
 pub use retrieval::{RetrievalReport, pearson, rank, recall_at, reciprocal_rank, retrieval, spearman};
 pub use rows::{Average, Batch, Rows, held_out_loss};
 pub use schedule::Schedule;
+pub use step_memory::StepMemory;
 pub use trainer::{
     HeldOut, HeldOutLoss, Loss, Optimizer, Pass, TrainConfig, TrainReport, fit, fit_mixture, fit_passes,
 };

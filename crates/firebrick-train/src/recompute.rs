@@ -8,35 +8,49 @@ use firebrick_models::Decoder;
 
 use crate::Batch;
 
-/// The mean negative log-likelihood of a batch under `decoder` with `bricks`, auxiliary losses included, divided by `passes`, and its
-/// gradients for the parameters of `module`, which is (in) one of the bricks or the decoder itself. Nothing if the loss
-/// depends on none of them.
+/// A decoder with the bricks in force.
+#[derive(Clone, Copy)]
+pub struct Wired<'a> {
+    /// The wiring.
+    pub decoder: &'a Decoder,
+    /// The last one on top.
+    pub bricks: &'a [&'a dyn Brick],
+}
+
+/// The mean negative log-likelihood of a batch, auxiliary losses included, divided by `passes`, and its gradients for the parameters of
+/// `module`, which is (in) one of the bricks of `tracked` or its decoder. Nothing if the loss depends on none of them.
+///
+/// `untracked` is the same with [`Module::no_grad`], for the pass that finds the inputs of blocks: tracked, a block's activations would
+/// stay until its gradients are taken.
 ///
 /// The memory of one block's activations in place of all, for a second forward pass (Chen et al. 2016, arXiv 1604.06174). Every
 /// block is passed in a run of its own with the same seed: bricks that hand something from block to block through
 /// the run (gates, router state) do not fit here.
 pub fn recompute<M: Module>(
-    decoder: &Decoder,
-    bricks: &[&dyn Brick],
+    tracked: Wired<'_>,
+    untracked: Wired<'_>,
     module: &M,
     batch: &Batch,
     seed: Seed,
     passes: usize,
 ) -> Option<(Tensor<1>, GradientsParams)> {
-    let run = || {
+    fn begin<'a>(bricks: &'a [&'a dyn Brick], batch: &Batch, seed: Seed) -> Run<'a> {
         let mut run = Run::new(bricks);
         (run.mode, run.seed, run.tokens) = (Mode::Train, seed, Some(batch.tokens.clone()));
         batch.enter(&mut run);
         run
-    };
+    }
+    let Wired { decoder, bricks } = untracked;
     let layers = decoder.config().layers;
-    let mut x = decoder.embed(batch.tokens.clone(), &mut run()).detach();
+    let mut x = decoder.embed(batch.tokens.clone(), &mut begin(bricks, batch, seed)).detach();
     let mut inputs = Vec::with_capacity(layers);
     for layer in 0..layers {
         inputs.push(x.clone());
-        x = decoder.block(layer, x, &mut run()).detach();
+        x = decoder.block(layer, x, &mut begin(bricks, batch, seed)).detach();
     }
 
+    let Wired { decoder, bricks } = tracked;
+    let run = || begin(bricks, batch, seed);
     let mut found = Found { accumulator: GradientsAccumulator::new(), total: None, module, passes };
     let (x, mut top) = (x.require_grad(), run());
     let loss = batch.mean(decoder.nll_after(x.clone(), batch.tokens.clone(), &mut top));

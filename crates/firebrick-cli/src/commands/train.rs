@@ -5,12 +5,15 @@ use std::str::FromStr;
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use firebrick_core::{LayerPlan, Rule, Seed, Selector, Settings, SiteTable};
+use firebrick_core::{
+    LayerPlan, Rule, Seed, Selector, Settings, Site, SiteTable, available_bytes, peak_resident_bytes,
+    resident_bytes,
+};
 use firebrick_models::tokenizer::Tokenizer;
 use firebrick_peft::{LoraBank, LoraConfig, fit_lora_mixture, hf};
 use firebrick_train::{
-    Average, Document, Group, LarsForm, Mixture, Optimizer, Rows, Stage, TextData, TrainConfig, layer_decay,
-    multi_task, read_documents, site_groups,
+    Average, Document, Group, LarsForm, Mixture, Optimizer, Rows, Stage, StepMemory, TextData, TrainConfig,
+    layer_decay, multi_task, read_documents, site_groups,
 };
 use serde_json::json;
 
@@ -140,6 +143,10 @@ impl Source {
     }
 }
 
+fn gigabytes(bytes: u64) -> String {
+    format!("{:.2} GB", bytes as f64 / 1e9)
+}
+
 impl Train {
     /// The settings of the loop.
     fn config(&self, global: &Global, work: &Path) -> TrainConfig {
@@ -267,6 +274,13 @@ impl Train {
             (Some(source), Some(path)) => Some(self.rows(source, path, packed, pad)?),
             _ => None,
         };
+        let adapter = |site: Site| {
+            let rank = plan.as_ref().map_or(Some(lora.rank), |plan| plan.get(site)?.rank)?;
+            files.sites().linear(site).map(|(d_in, d_out)| rank * (d_in + d_out))
+        };
+        let adapters: usize = targets.iter().filter_map(adapter).sum();
+        let weights: usize = files.checkpoint.tensors().iter().map(|t| t.elements()).sum();
+        let memory = StepMemory::predict(&files.config, &config, weights + adapters, adapters);
         if global.dry_run {
             let tokens = [self.batch, self.accumulate, self.window]
                 .into_iter()
@@ -279,6 +293,7 @@ impl Train {
                 "sites": targets.len(),
                 "rows": rows,
                 "packed": packed,
+                "step_memory_bytes": memory.total(),
             });
             let reads: Vec<&Path> = self.data.iter().chain(&self.eval_data).map(PathBuf::as_path).collect();
             return models::preview(&files, &reads, &[&self.out], facts, terminal);
@@ -319,6 +334,17 @@ impl Train {
         };
         config.groups = self.groups(model.decoder.sites(), &bank)?;
         let (decoder, rows) = (&model.decoder, held_out.as_ref());
+        // What is there already, the weights among it, is known better than predicted.
+        let predicted = resident_bytes().map(|bytes| bytes + memory.beside_weights());
+        if let (Some(predicted), Some(free)) = (predicted, available_bytes())
+            && memory.beside_weights() > free
+        {
+            terminal.say(&format!(
+                "a step takes some {}, {} more than is free: try a smaller --batch or --window, or --recompute",
+                gigabytes(predicted),
+                gigabytes(memory.beside_weights() - free)
+            ));
+        }
         let (bank, report) =
             fit_lora_mixture(decoder, &[], bank, &config, &data, rows, terminal, global.resume)?;
         hf::save(&bank, model.decoder.sites(), &model.name, &self.out)?;
@@ -331,6 +357,8 @@ impl Train {
             "first_loss": report.first_loss(),
             "final_loss": report.final_loss(),
             "seconds": report.seconds,
+            "memory_predicted_bytes": predicted,
+            "memory_peak_bytes": peak_resident_bytes(),
         });
         if let Some(step) = report.best_step {
             output["held_out"] = json!(report.held_out);
@@ -342,8 +370,11 @@ impl Train {
             let best = best.map_or(String::new(), |best| {
                 format!("; of step {}, held-out loss {:.4}", best.step, best.loss)
             });
+            let memory = peak_resident_bytes().zip(predicted).map_or(String::new(), |(peak, predicted)| {
+                format!("; {} of memory, {} predicted", gigabytes(peak), gigabytes(predicted))
+            });
             format!(
-                "wrote {}: {} steps, loss {} -> {}{best}",
+                "wrote {}: {} steps, loss {} -> {}{best}{memory}",
                 self.out.display(),
                 report.steps,
                 loss(report.first_loss()),

@@ -140,6 +140,28 @@ fn blocks_computed_again_give_the_same_adapter() {
 }
 
 #[test]
+fn memory_is_what_was_predicted_and_less_where_blocks_are_computed_again() {
+    let dir = tempfile::tempdir().unwrap();
+    answers(dir.path(), "t.jsonl", false, 400);
+    let train = |out: &str, extra: &[&str]| {
+        let base = ["train", "--model", "embedded", "--data", "t.jsonl", "--steps", "2", "--out", out];
+        json(dir.path(), &[&base[..], &["--batch", "16", "--window", "256"], extra].concat())
+    };
+    let (whole, again) = (train("whole", &[]), train("again", &["--recompute"]));
+    let planned = train("planned", &["--dry-run"])["step_memory_bytes"].as_f64().unwrap();
+    let of = |report: &Value, name: &str| report[format!("memory_{name}_bytes")].as_f64();
+    let Some(peak) = of(&whole, "peak") else { return };
+    for (name, report) in [("whole", &whole), ("again", &again)] {
+        let (peak, predicted) = (of(report, "peak").unwrap(), of(report, "predicted").unwrap());
+        println!("{name}: {peak} of {predicted} predicted");
+        assert!((0.8..1.4).contains(&(peak / predicted)), "{name}: {peak} of {predicted}");
+    }
+    assert!(of(&again, "peak").unwrap() < 0.65 * peak, "{again} {whole}");
+    let predicted = of(&whole, "predicted").unwrap();
+    assert!(planned < predicted && planned > 0.7 * predicted, "without what the program takes: {planned}");
+}
+
+#[test]
 fn products_in_bf16_are_near_those_in_f32() {
     let dir = tempfile::tempdir().unwrap();
     answers(dir.path(), "t.jsonl", false, 40);
