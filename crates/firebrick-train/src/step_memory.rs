@@ -6,10 +6,10 @@ use serde::Serialize;
 use crate::{Optimizer, TrainConfig};
 
 /// Bytes of an f32, which everything here is.
-const F32: u64 = 4;
+const F32: f64 = 4.0;
 
 /// Logits that are computed, and kept for the backward pass, at a time: those of [`firebrick_tensor::ops::linear_cross_entropy`].
-const LOGITS: u64 = 1 << 25;
+const LOGITS: f64 = (1 << 25) as f64;
 
 /// What a training step holds at its peak, in bytes: a prediction, made of sizes alone, for the kernels of the CPU. What they pack and
 /// what the allocator keeps is not in it (a tenth or so).
@@ -35,42 +35,43 @@ impl StepMemory {
     /// heads + 3 d_ff` numbers a token. With [`TrainConfig::recompute`] it is `d_model` for each block, and all that for one.
     pub fn predict(decoder: &DecoderConfig, config: &TrainConfig, parameters: usize, trained: usize) -> Self {
         let c = decoder;
-        let size = |n: usize| n as u64;
+        // Numbers that have no end: a size may be anything.
+        let size = |n: usize| n as f64;
         let tokens = size(config.batch) * size(config.window);
-        let heads = size(2 * (c.heads + c.kv_heads) * c.head_dim + c.heads);
-        let block = 4 * size(c.d_model) + heads + 3 * size(c.d_ff);
+        let heads = 2.0 * (size(c.heads) + size(c.kv_heads)) * size(c.head_dim) + size(c.heads);
+        let block = 4.0 * size(c.d_model) + heads + 3.0 * size(c.d_ff);
         let kept = match config.recompute {
-            true => size(c.layers * c.d_model) + block,
+            true => size(c.layers) * size(c.d_model) + block,
             false => size(c.layers) * block,
         };
         // Gradients of the widest part of a block stand beside it.
-        let transient = 2 * size(c.d_model) + 3 * size(c.d_ff);
+        let transient = 2.0 * size(c.d_model) + 3.0 * size(c.d_ff);
         let (vocab, d_model) = (size(c.vocab), size(c.d_model));
         let logits = (tokens * vocab).min(LOGITS.max(vocab));
         // A head that trains has its gradient before anything else has one; another one keeps that of each row.
         let of_head = if trained < parameters { tokens * d_model } else { vocab * d_model };
         let moments = match config.optimizer {
-            Optimizer::AdamW | Optimizer::Lamb { .. } => 2,
-            Optimizer::Lars { .. } => 1,
+            Optimizer::AdamW | Optimizer::Lamb { .. } => 2.0,
+            Optimizer::Lars { .. } => 1.0,
         };
-        let sums = if config.accumulate > 1 { 2 } else { 1 };
+        let sums = if config.accumulate > 1 { 2.0 } else { 1.0 };
         StepMemory {
-            weights: F32 * size(parameters),
-            gradients: F32 * sums * size(trained),
-            optimizer: F32 * moments * size(trained),
-            activations: F32 * tokens * (kept + transient),
-            head: F32 * (logits + of_head),
+            weights: (F32 * size(parameters)) as u64,
+            gradients: (F32 * sums * size(trained)) as u64,
+            optimizer: (F32 * moments * size(trained)) as u64,
+            activations: (F32 * tokens * (kept + transient)) as u64,
+            head: (F32 * (logits + of_head)) as u64,
         }
     }
 
     /// All but the weights: gradients come as activations go, so that one of the two counts.
     pub fn beside_weights(&self) -> u64 {
-        self.optimizer + self.gradients.max(self.activations + self.head)
+        self.optimizer.saturating_add(self.gradients.max(self.activations.saturating_add(self.head)))
     }
 
     /// The peak.
     pub fn total(&self) -> u64 {
-        self.weights + self.beside_weights()
+        self.weights.saturating_add(self.beside_weights())
     }
 }
 
@@ -106,6 +107,8 @@ mod tests {
             "a head that trains"
         );
         let many = TrainConfig { batch: 1 << 20, ..config };
-        assert!(of(&many, 10).head < 5 * (LOGITS + (150 << 20) * c.d_model as u64), "chunks of logits");
+        assert!(of(&many, 10).head < 5 * ((1 << 25) + (150 << 20) * c.d_model as u64), "chunks of logits");
+        let endless = TrainConfig { batch: usize::MAX, window: usize::MAX, ..many };
+        assert_eq!(of(&endless, 10).total(), u64::MAX);
     }
 }

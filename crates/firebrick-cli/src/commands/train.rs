@@ -276,11 +276,11 @@ impl Train {
         };
         let adapter = |site: Site| {
             let rank = plan.as_ref().map_or(Some(lora.rank), |plan| plan.get(site)?.rank)?;
-            files.sites().linear(site).map(|(d_in, d_out)| rank * (d_in + d_out))
+            files.sites().linear(site).map(|(d_in, d_out)| rank.saturating_mul(d_in + d_out))
         };
-        let adapters: usize = targets.iter().filter_map(adapter).sum();
+        let adapters = targets.iter().filter_map(adapter).fold(0, usize::saturating_add);
         let weights: usize = files.checkpoint.tensors().iter().map(|t| t.elements()).sum();
-        let memory = StepMemory::predict(&files.config, &config, weights + adapters, adapters);
+        let memory = StepMemory::predict(&files.config, &config, weights.saturating_add(adapters), adapters);
         if global.dry_run {
             let tokens = [self.batch, self.accumulate, self.window]
                 .into_iter()
@@ -335,7 +335,7 @@ impl Train {
         config.groups = self.groups(model.decoder.sites(), &bank)?;
         let (decoder, rows) = (&model.decoder, held_out.as_ref());
         // What is there already, the weights among it, is known better than predicted.
-        let predicted = resident_bytes().map(|bytes| bytes + memory.beside_weights());
+        let predicted = resident_bytes().map(|bytes| bytes.saturating_add(memory.beside_weights()));
         if let (Some(predicted), Some(free)) = (predicted, available_bytes())
             && memory.beside_weights() > free
         {

@@ -68,28 +68,29 @@ impl Decoder {
         }
         let packed = self.packed(l, run);
         let packed = Option::as_ref(&packed)?;
-        let linear = |i: usize| {
-            let linear = layer.linear(LINEARS[i])?;
-            let weight = match &packed[i] {
+        let linears = LINEARS.into_iter().zip(packed).map(|(part, packed)| {
+            let linear = layer.linear(part)?;
+            let weight = match packed {
                 Some(packed) => BlockMatrix::Packed(packed),
                 None => BlockMatrix::Dense(linear.weight.val()),
             };
             Some(BlockLinear { weight, bias: linear.bias.as_ref().map(Param::val) })
-        };
+        });
+        let [q, k, v, o, gate, up, down] = linears.collect::<Option<Vec<_>>>()?.try_into().ok()?;
         let maybe = |norm: &Option<Param<Tensor<1>>>| norm.as_ref().map(Param::val);
         let weights = BlockWeights {
             attn_norm: layer.attn_norm.val(),
-            q: linear(0)?,
-            k: linear(1)?,
-            v: linear(2)?,
+            q,
+            k,
+            v,
             q_norm: maybe(&layer.q_norm),
             k_norm: maybe(&layer.k_norm),
-            o: linear(3)?,
+            o,
             attn_post_norm: maybe(&layer.attn_post_norm),
             mlp_norm: layer.mlp_norm.val(),
-            gate: linear(4)?,
-            up: linear(5)?,
-            down: linear(6)?,
+            gate,
+            up,
+            down,
             mlp_post_norm: maybe(&layer.mlp_post_norm),
         };
         let options = BlockOptions {
