@@ -262,13 +262,17 @@ pub fn preview(
     facts: serde_json::Value,
     terminal: &Terminal,
 ) -> Result<()> {
-    let parameters: usize = files.checkpoint.tensors().iter().map(|t| t.elements()).sum();
-    let mut output =
-        json!({"reads": texts, "model": files.name, "writes": writes, "weights_bytes": 4 * parameters});
+    let weights = 4 * parameters(files);
+    let mut output = json!({"reads": texts, "model": files.name, "writes": writes, "weights_bytes": weights});
     if let (Some(output), serde_json::Value::Object(facts)) = (output.as_object_mut(), facts) {
         output.extend(facts);
     }
     told(&output, terminal)
+}
+
+/// Values of all tensors of a model.
+pub fn parameters(files: &ModelFiles) -> usize {
+    files.checkpoint.tensors().iter().map(|t| t.elements()).sum()
 }
 
 /// Prints an object, a line for each of its entries.

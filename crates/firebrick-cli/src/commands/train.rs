@@ -279,8 +279,8 @@ impl Train {
             files.sites().linear(site).map(|(d_in, d_out)| rank.saturating_mul(d_in + d_out))
         };
         let adapters = targets.iter().filter_map(adapter).fold(0, usize::saturating_add);
-        let weights: usize = files.checkpoint.tensors().iter().map(|t| t.elements()).sum();
-        let memory = StepMemory::predict(&files.config, &config, weights.saturating_add(adapters), adapters);
+        let parameters = models::parameters(&files).saturating_add(adapters);
+        let memory = StepMemory::predict(&files.config, &config, parameters, adapters);
         if global.dry_run {
             let tokens = [self.batch, self.accumulate, self.window]
                 .into_iter()
@@ -350,6 +350,7 @@ impl Train {
         hf::save(&bank, model.decoder.sites(), &model.name, &self.out)?;
         models::copy_log(&work.join("log.jsonl"), &self.out.join("log.jsonl"))?;
         models::discard(&work)?;
+        let peak = peak_resident_bytes();
         let mut output = json!({
             "out": self.out,
             "steps": report.steps,
@@ -358,7 +359,7 @@ impl Train {
             "final_loss": report.final_loss(),
             "seconds": report.seconds,
             "memory_predicted_bytes": predicted,
-            "memory_peak_bytes": peak_resident_bytes(),
+            "memory_peak_bytes": peak,
         });
         if let Some(step) = report.best_step {
             output["held_out"] = json!(report.held_out);
@@ -370,7 +371,7 @@ impl Train {
             let best = best.map_or(String::new(), |best| {
                 format!("; of step {}, held-out loss {:.4}", best.step, best.loss)
             });
-            let memory = peak_resident_bytes().zip(predicted).map_or(String::new(), |(peak, predicted)| {
+            let memory = peak.zip(predicted).map_or(String::new(), |(peak, predicted)| {
                 format!("; {} of memory, {} predicted", gigabytes(peak), gigabytes(predicted))
             });
             format!(

@@ -98,7 +98,7 @@ impl Settings {
 impl Specialize {
     pub fn run(&self, global: &Global, terminal: &Terminal) -> Result<()> {
         let files = models::open(&self.model)?;
-        let parameters: usize = files.checkpoint.tensors().iter().map(|t| t.elements()).sum();
+        let parameters = models::parameters(&files);
         let small = parameters < 20_000_000;
         let settings = Settings {
             seed: global.seed,

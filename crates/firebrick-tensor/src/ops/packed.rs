@@ -216,7 +216,7 @@ pub(super) fn composed_unpack<B: Backend>(
     B::float_mul(B::float_sub(first_rows(codes, layout.d_in), spread(zero)), scale)
 }
 
-fn composed<B: PackedOps>(
+pub(super) fn composed<B: PackedOps>(
     x: FloatTensor<B>,
     words: IntTensor<B>,
     scale: FloatTensor<B>,

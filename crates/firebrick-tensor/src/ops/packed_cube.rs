@@ -1,11 +1,11 @@
 //! GPU kernels of [`packed_matmul`](super::packed_matmul()): few rows read codes where they lie; more meet the dense matrix.
 
-use burn_backend::{DType, Shape, TensorMetadata, ops::FloatTensorOps};
+use burn_backend::{DType, Shape, TensorMetadata};
 use burn_cubecl::{CubeBackend, kernel::into_contiguous, tensor::CubeTensor};
 use cubecl::{calculate_cube_count_elemwise, prelude::*};
 
 use super::cube::{fits, is_float, room, storage};
-use super::packed::{PackedInputs, PackedLayout, PackedOps, composed_unpack, rounded};
+use super::packed::{PackedInputs, PackedLayout, PackedOps, composed, composed_unpack, rounded};
 
 /// Outputs of a cube, and units that share their inputs.
 const OUTPUTS: u32 = 32;
@@ -52,15 +52,12 @@ impl PackedOps for CubeBackend {
         layout: PackedLayout,
         inputs: PackedInputs,
     ) -> CubeTensor {
-        let dtype = x.dtype;
-        let x = if inputs == PackedInputs::EightBits { rounded::<Self>(x) } else { x };
         let units = x.client.properties().hardware.max_units_per_cube;
         let few = x.shape()[0] < ROWS && is_float(&x) && fits(&x) && units >= OUTPUTS * SHARE;
         if !few || !has_kernel(&words, &scale, &zero) {
-            let weight = Self::unpack(words, scale, zero, layout);
-            let weight = if weight.dtype == dtype { weight } else { Self::float_cast(weight, dtype.into()) };
-            return Self::float_matmul(x, weight);
+            return composed::<Self>(x, words, scale, zero, layout, inputs);
         }
+        let x = if inputs == PackedInputs::EightBits { rounded::<Self>(x) } else { x };
         let x = into_contiguous(x);
         let [words, scale, zero] = [words, scale, zero].map(into_contiguous);
         let (rows, d_out) = (x.shape()[0], words.shape()[1]);
