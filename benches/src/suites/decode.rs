@@ -1,4 +1,5 @@
-//! Generation: a prompt of 512 tokens in one pass, then 64 tokens one at a time; in f32, and from the blocks of a Q4_0 file.
+//! Generation: a prompt of 512 tokens in one pass, then 64 tokens one at a time; in f32, from weights in bf16 (products of f32 and of
+//! bf16), and from the blocks of a Q4_0 file.
 
 use std::path::PathBuf;
 
@@ -7,9 +8,9 @@ use firebrick_core::{Brick, Run, Site};
 use firebrick_models::{Decoder, ExportType, ModelFiles};
 use firebrick_quant::PackedLinear;
 use firebrick_tensor::block::DType;
-use firebrick_tensor::ops::PackedInputs;
+use firebrick_tensor::ops::{PackedInputs, Precision};
 
-use super::{forward_flop, head_flop, linear_weights, load, tokens};
+use super::{compute, forward_flop, head_flop, linear_weights, load, tokens};
 use crate::{Bench, Bound, Case, Peer};
 
 const PROMPT: usize = 512;
@@ -38,6 +39,20 @@ pub(super) fn run(bench: &Bench<'_>) -> Result<()> {
         let (name, stored) = (name.to_string(), ExportType::F32);
         let decoder = &decoder;
         Subject { name, dtype: "f32", files, decoder, bricks: &[], weights, stored }.measure(bench)?;
+    }
+    for (name, files) in bench.models {
+        let stored = ExportType::BF16;
+        let half = ModelFiles::open(&bench.exported(files, stored, ".gguf")?)?;
+        let (decoder, _) = Decoder::load_packed(files.config.clone(), &half.weights(), &bench.device)?;
+        let c = &files.config;
+        let weights = 2.0 * (linear_weights(files.sites()) + (c.d_model * c.vocab) as f64);
+        let decoder = &decoder;
+        let of = |dtype, decoder| {
+            let name = name.to_string();
+            Subject { name, dtype, files, decoder, bricks: &[], weights, stored }
+        };
+        of("bf16 x f32", decoder).prompt(bench)?;
+        of("bf16", &decoder.clone().with_precision(Precision::Bf16)).measure(bench)?;
     }
     for (name, files) in bench.models {
         let stored: ExportType = DType::Q4_0.name().parse().map_err(Error::msg)?;
@@ -73,11 +88,16 @@ impl Subject<'_> {
         bench.peer("decode.py", &[file.as_path(), what.as_ref()])
     }
 
-    /// A run with an empty cache: of f16, as the peer's, beside packed weights.
+    /// Whether the cache is of f16, as the peer's is.
+    fn half_cache(&self) -> bool {
+        self.dtype != "f32"
+    }
+
+    /// A run with an empty cache.
     fn begin(&self) -> Run<'_> {
         let mut run = Run::new(self.bricks);
         let cache = self.decoder.kv_cache(1, PROMPT + TOKENS);
-        run.insert(if self.bricks.is_empty() { cache } else { cache.in_f16() });
+        run.insert(if self.half_cache() { cache.in_f16() } else { cache });
         run
     }
 
@@ -91,7 +111,7 @@ impl Subject<'_> {
             dtype: self.dtype,
             unit: "tok/s",
             amount: PROMPT as f64,
-            bound: Bound::Compute(flop),
+            bound: compute(flop, self.decoder.precision()),
         };
         bench.measure(&case, || self.peer(bench, "prompt"), &mut || {
             bench.timed(|| {
@@ -107,7 +127,7 @@ impl Subject<'_> {
     fn one_by_one(&self, bench: &Bench<'_>) -> Result<()> {
         let c = &self.files.config;
         let ids = tokens(c.vocab, 1, PROMPT + TOKENS, &bench.device);
-        let size = if self.bricks.is_empty() { 4 } else { 2 };
+        let size = if self.half_cache() { 2 } else { 4 };
         let cached = size * 2 * c.layers * c.kv_heads * c.head_dim * (PROMPT + TOKENS / 2);
         let case = Case {
             suite: "decode",

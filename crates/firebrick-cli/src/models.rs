@@ -144,14 +144,14 @@ impl Dtype {
     }
 }
 
-/// What becomes of weights that a GGUF file has in blocks of `Q4_0`, `Q4_1` or `Q8_0`.
+/// What becomes of weights that a file has in bf16, or in GGUF blocks of `Q4_0`, `Q4_1` or `Q8_0`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Packed {
     /// They are decoded to f32 when the model is loaded.
     Off,
     /// They stay as they are, and products are those of f32 up to rounding.
     Exact,
-    /// They stay as they are, and inputs are rounded to 8 bits in blocks of 32, as in llama.cpp.
+    /// As exact, but inputs of blocks are rounded to 8 bits in blocks of 32, as in llama.cpp.
     #[value(name = "8bit")]
     EightBits,
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use burn::module::{Module, ModuleMapper, Param, ParamId};
 use burn::nn::Linear;
-use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use firebrick_core::{LowRank, Part, Run, Seed, Site, SiteKind, SiteTable};
 use firebrick_tensor::ops::{self, AttentionOptions, KvCache, PackedMatrix, Precision, Segments};
 
@@ -160,12 +160,14 @@ impl Decoder {
         device: &Device,
     ) -> Result<Self, ModelError> {
         check(&config, source)?;
-        Self::read(config, source, &BTreeMap::new(), device)
+        Self::read(config, source, &BTreeMap::new(), &|_| false, device)
     }
 
     /// [`Decoder::load`], with the weights of linear layers left packed where the checkpoint has them in blocks that
     /// [`PackedMatrix::from_blocks`] takes: those of the head too. A brick that computes with them belongs at their sites; without one
     /// the weight of a site is decoded when it is first read, and kept.
+    ///
+    /// On the CPU matrices that the checkpoint has in bf16 stay in bf16: the same numbers, in half the memory that a token reads.
     ///
     /// # Errors
     /// As [`Decoder::load`].
@@ -181,19 +183,23 @@ impl Decoder {
                 packed.insert(entry.site, matrix);
             }
         }
-        Ok((Self::read(config, source, &packed, device)?, packed))
+        let half = |site| *device == Device::flex() && source.is_bf16(site);
+        Ok((Self::read(config, source, &packed, &half, device)?, packed))
     }
 
+    /// Reads all but the `packed` weights; matrices at sites that are `half` stay in bf16.
     fn read(
         config: DecoderConfig,
         source: &dyn TensorSource,
         packed: &BTreeMap<Site, PackedMatrix>,
+        half: &dyn Fn(Site) -> bool,
         device: &Device,
     ) -> Result<Self, ModelError> {
         Self::build(config, packed, &mut |site, shape| {
             let values = source.read_site(site, shape)?;
             let n = values.len();
-            Ok(Tensor::from_data(TensorData::new(values, [n]), device))
+            let values = Tensor::<1>::from_data(TensorData::new(values, [n]), device);
+            Ok(if shape.len() == 2 && half(site) { values.cast(DType::BF16) } else { values })
         })
         .map(|d| d.no_grad())
     }
@@ -289,8 +295,8 @@ impl Decoder {
         self.norm.val().device()
     }
 
-    /// The weight of the head `[d_model, vocab]`; the transposed embedding when tied. Logits may be capped beside
-    /// (`final_softcap` of [`DecoderConfig`]).
+    /// The weight of the head `[d_model, vocab]`, in the type that it is stored in; the transposed embedding when tied. Logits may be
+    /// capped beside (`final_softcap` of [`DecoderConfig`]).
     pub fn head_weight(&self) -> Tensor<2> {
         match &self.head {
             Some(head) => head.weight.val(),
@@ -298,9 +304,15 @@ impl Decoder {
         }
     }
 
-    /// The weight at `site` in Hugging Face's layout: `[d_out, d_in]` for linear layers, `[vocab, d_model]` for the
+    /// The weight at `site` in Hugging Face's layout, f32: `[d_out, d_in]` for linear layers, `[vocab, d_model]` for the
     /// embedding, `[1, d]` for norms and biases; `None` where the site has no weight of its own.
     pub fn weight(&self, site: Site) -> Option<Tensor<2>> {
+        let stored = self.stored_weight(site)?;
+        Some(if stored.dtype() == DType::BF16 { stored.cast(DType::F32) } else { stored })
+    }
+
+    /// [`Decoder::weight`] in the type that it is stored in.
+    fn stored_weight(&self, site: Site) -> Option<Tensor<2>> {
         let row = |p: &Param<Tensor<1>>| p.val().unsqueeze_dim(0);
         let linear = |l: &Linear| l.weight.val().transpose();
         match site.part {

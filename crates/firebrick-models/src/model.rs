@@ -225,7 +225,8 @@ impl ModelFiles {
     }
 
     /// Reads the weights onto `device` as [`ModelFiles::load`] does, those of linear layers in GGUF blocks of `Q4_0`, `Q4_1` and `Q8_0`
-    /// as they are, for a brick to compute with (`firebrick_quant::PackedLinear`); a file without such gives none.
+    /// as they are, for a brick to compute with (`firebrick_quant::PackedLinear`); a file without such gives none. On the CPU matrices in
+    /// bf16 stay in bf16.
     ///
     /// # Errors
     /// As [`ModelFiles::load`].

@@ -2,7 +2,7 @@
 
 use burn::tensor::Device;
 use firebrick_core::{Part, Site, SiteKind, SiteTable};
-use firebrick_tensor::block::BlockError;
+use firebrick_tensor::block::{BlockError, DType};
 use firebrick_tensor::checkpoint::{Checkpoint, CheckpointError, Format};
 use firebrick_tensor::ops::PackedMatrix;
 
@@ -146,6 +146,14 @@ impl CheckpointWeights<'_> {
         PackedMatrix::from_blocks(dtype, bytes, [d_in, d_out], row, device).map_err(|source| {
             CheckpointError::Block { path: self.checkpoint.path().into(), tensor: name, source }.into()
         })
+    }
+}
+
+impl CheckpointWeights<'_> {
+    /// Whether this checkpoint stores the weight at `site` in bf16, in the form of Hugging Face or with its rows in another order.
+    pub fn is_bf16(&self, site: Site) -> bool {
+        let stored = self.tensor_name(site).and_then(|name| self.checkpoint.get(&name));
+        stored.is_some_and(|tensor| tensor.dtype == DType::BF16)
     }
 }
 

@@ -61,7 +61,7 @@ pub struct Eval {
     /// Write every item of the tasks with its log-likelihoods, one JSON object a line.
     #[arg(long, value_name = "FILE", requires = "task")]
     samples: Option<PathBuf>,
-    /// Compute with the Q4_0, Q4_1 and Q8_0 blocks of a GGUF file; the reference does not.
+    /// Compute with bf16 weights, and with the Q4_0, Q4_1 and Q8_0 blocks of a GGUF file; the reference does not.
     #[arg(long, default_value = "off", value_name = "HOW")]
     packed: Packed,
     /// Type that products take; bf16 is faster on CPUs with AMX and AMD's with AVX512-BF16. The reference is computed in f32.

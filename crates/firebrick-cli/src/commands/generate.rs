@@ -61,7 +61,7 @@ pub struct Generate {
     /// Keep keys and values as f16: half the memory, and faster with long texts.
     #[arg(long, conflicts_with = "no_cache")]
     cache_f16: bool,
-    /// Compute with the Q4_0, Q4_1 and Q8_0 blocks of a GGUF file; `exact` on the CPU if absent.
+    /// Compute with bf16 weights, and with the Q4_0, Q4_1 and Q8_0 blocks of a GGUF file; `exact` on the CPU if absent.
     #[arg(long, value_name = "HOW")]
     packed: Option<Packed>,
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use burn::tensor::{Device, Int, Tensor};
+use burn::tensor::{DType as Stored, Device, Int, Tensor};
 use firebrick_core::{Brick, Event, Part, Progress, Run, Seed, Site, Skip};
 use firebrick_models::tokenizer::{Tokenizer, train_bpe};
 use firebrick_models::{
@@ -62,6 +62,48 @@ fn folder_and_gguf_hold_the_model() {
             assert!(found <= tolerance, "{name}: logits differ by {found}");
             assert!(tolerance == 0.0 || found > 0.0, "control: {name} rounds");
             assert_eq!(back.tokenizer.encode(TEXT, false).unwrap(), tokenizer.encode(TEXT, false).unwrap());
+        }
+    }
+}
+
+#[test]
+fn weights_in_bf16_stay_as_they_are() {
+    let dir = tempfile::tempdir().unwrap();
+    let (tokenizer, device) = (tokenizer(), Device::flex());
+    for tied in [true, false] {
+        let decoder = decoder(&tokenizer, tied);
+        for name in ["folder", "file.gguf"] {
+            let path = dir.path().join(format!("{tied}-{name}"));
+            let export = Export::decoder("test", &decoder, &tokenizer, ExportType::BF16);
+            export.write(&path, &Executor::default()).unwrap();
+            let (half, packed) = ModelFiles::open(&path).unwrap().load_packed(&device).unwrap();
+            let (half, whole) = (half.decoder, open(&path).decoder);
+            assert!(packed.is_empty());
+            assert_eq!(
+                (half.head_weight().dtype(), whole.head_weight().dtype()),
+                (Stored::BF16, Stored::F32)
+            );
+            for entry in half.sites().entries() {
+                let (Some(a), Some(b)) = (half.weight(entry.site), whole.weight(entry.site)) else {
+                    continue;
+                };
+                assert!(a.equal(b).all().into_scalar::<bool>(), "{}", entry.site);
+            }
+            let e = difference(&half, &whole);
+            assert!(e < 1e-5, "{name}: logits differ by {e}");
+            // Token by token, which has kernels of its own.
+            let steps = |decoder: &Decoder| {
+                let mut run = Run::default();
+                run.insert(decoder.kv_cache(1, 6));
+                let step = |id: i32| {
+                    let token = Tensor::<2, Int>::from_ints([[id]], &device);
+                    decoder.forward(token, &mut run)
+                };
+                Tensor::cat([5, 80, 17, 200, 3, 42].map(step).into(), 1)
+            };
+            let e = (steps(&half) - logits(&whole)).abs().max().into_scalar::<f32>();
+            assert!(e < 1e-4, "{name}: logits of single tokens differ by {e}");
+            assert!(difference(&half, &decoder) > 1e-5, "control: {name} rounds");
         }
     }
 }

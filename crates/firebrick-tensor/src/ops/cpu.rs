@@ -7,7 +7,7 @@ use std::mem::MaybeUninit;
 use burn_backend::{Bytes, DType, Shape, TensorMetadata, ops::FloatTensorOps};
 use burn_flex::{Flex, FlexTensor, Layout};
 use faer::MatRef;
-use half::{f16, slice::HalfFloatSliceExt};
+use half::{bf16, f16, slice::HalfFloatSliceExt};
 
 use super::awake;
 
@@ -25,6 +25,33 @@ pub(super) fn contiguous(x: FlexTensor) -> FlexTensor {
         && x.layout().start_offset() == 0
         && x.bytes().len() == x.layout().num_elements() * x.dtype().size();
     if whole { x } else { x.to_contiguous() }
+}
+
+/// Whether numbers are stored in bf16, as weights may be.
+pub(super) fn is_bf16(x: &FlexTensor) -> bool {
+    x.dtype() == DType::BF16
+}
+
+/// `x` with numbers that are stored in bf16 as f32, which lie as those do where there are no gaps.
+pub(super) fn widened(x: FlexTensor) -> FlexTensor {
+    if !is_bf16(&x) {
+        return x;
+    }
+    let x = if unbroken(&x, 0) || unbroken(&x, 1) { x } else { x.to_contiguous() };
+    let (shape, strides) = (x.shape(), x.layout().strides().to_vec());
+    let halves = &x.storage::<bf16>()[x.layout().start_offset()..];
+    let values = fresh(shape.num_elements(), BLOCK, |i, values| {
+        for (value, half) in values.iter_mut().zip(&halves[i * BLOCK..]) {
+            *value = f32::from_bits(u32::from(half.to_bits()) << 16);
+        }
+    });
+    FlexTensor::new(Bytes::from_elems(values), Layout::new(shape, strides, 0), DType::F32)
+}
+
+/// Whether the numbers of a matrix along dimension 1, or those along dimension 0, lie together without gaps between the lines.
+pub(super) fn unbroken(x: &FlexTensor, along: usize) -> bool {
+    let (strides, shape) = (x.layout().strides(), x.shape());
+    shape.num_dims() == 2 && strides[along] == 1 && strides[1 - along] == shape[along] as isize
 }
 
 /// Wraps row-major data.
@@ -235,6 +262,19 @@ pub(super) fn prefetch<T>(at: *const T) {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
         // SAFETY: a hint, which may name any address.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
+}
+
+/// [`prefetch`] into the second-level cache alone.
+#[inline(always)]
+pub(super) fn prefetch_second<T>(at: *const T) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        // SAFETY: as above.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) };
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = at;

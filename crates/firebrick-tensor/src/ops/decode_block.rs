@@ -76,7 +76,7 @@ impl fmt::Debug for BlockPacked {
 #[derive(Debug, Clone)]
 #[allow(clippy::large_enum_variant)] // seven live for the time of a call
 pub enum BlockMatrix<'a> {
-    /// `[d_in, d_out]`.
+    /// `[d_in, d_out]`, f32 or stored in bf16.
     Dense(Tensor<2>),
     /// Low-bit codes.
     Packed(&'a BlockPacked),
@@ -147,7 +147,7 @@ pub struct BlockOptions {
 }
 
 /// The residual stream behind a block for one new token, whose key and value go to the end of `layer` of the cache; `None`, and
-/// nothing changed, where there is no kernel: on other devices than the CPU, where gradients are recorded, other types than f32, an
+/// nothing changed, where there is no kernel: on other devices than the CPU, where gradients are recorded, other types than f32 (and bf16 of weights), an
 /// empty or full layer of the cache, or one of several sequences.
 ///
 /// - x: `[1, 1, d_model]`
@@ -265,8 +265,8 @@ impl<'w> Matrix<'w> {
         match matrix {
             BlockMatrix::Dense(weight) => {
                 let weight = weight.clone().try_into_primitive::<Flex>().ok()?;
-                let fits = linear::is_by_output(&weight) && cpu::all_f32(&[&weight]);
-                fits.then_some(Matrix::Dense(weight))
+                let f32 = linear::is_by_output(&weight) && cpu::all_f32(&[&weight]);
+                (f32 || linear::words(&weight).is_some()).then_some(Matrix::Dense(weight))
             }
             BlockMatrix::Packed(packed) => Some(Matrix::Packed(packed)),
         }
@@ -277,8 +277,14 @@ impl<'w> Matrix<'w> {
         let (d_in, product) = match self {
             Matrix::Dense(weight) => {
                 let [d_in, d_out] = [weight.shape()[0], weight.shape()[1]];
-                let weights = &weight.storage::<f32>()[weight.layout().start_offset()..][..d_in * d_out];
-                (d_in, Product::Dense { x, weights })
+                let product = match linear::words(weight) {
+                    Some(words) => Product::Halves { x: linear::by_half(x, x.len()), words },
+                    None => {
+                        let first = weight.layout().start_offset();
+                        Product::Dense { x, weights: &weight.storage::<f32>()[first..][..d_in * d_out] }
+                    }
+                };
+                (d_in, product)
             }
             Matrix::Packed(BlockPacked { weight, inputs, .. }) => {
                 let alike = others.iter().find_map(|other| match other {
@@ -296,8 +302,19 @@ impl<'w> Matrix<'w> {
 
 /// A product of one row.
 enum Product<'a> {
-    Dense { x: &'a [f32], weights: &'a [f32] },
-    Packed { rows: Arc<Rows<'a>>, weight: Weight<'a> },
+    Dense {
+        x: &'a [f32],
+        weights: &'a [f32],
+    },
+    /// Of weights in bf16, with the inputs in the order of [`linear::by_half`].
+    Halves {
+        x: Vec<f32>,
+        words: &'a [u32],
+    },
+    Packed {
+        rows: Arc<Rows<'a>>,
+        weight: Weight<'a>,
+    },
 }
 
 impl Product<'_> {
@@ -305,6 +322,7 @@ impl Product<'_> {
     fn outputs(&self) -> (usize, usize) {
         match self {
             Product::Dense { x, weights } => (weights.len() / x.len(), linear::task(x.len())),
+            Product::Halves { x, words } => (2 * words.len() / x.len(), linear::task(x.len())),
             Product::Packed { weight, .. } => (weight.d_out, weight.task()),
         }
     }
@@ -313,6 +331,7 @@ impl Product<'_> {
     fn columns(&self, level: Level, first: usize, out: &mut [f32]) {
         match self {
             Product::Dense { x, weights } => linear::outputs_of_row(x, &weights[first * x.len()..], out),
+            Product::Halves { x, words } => linear::outputs_of_row(x, &words[first * x.len() / 2..], out),
             Product::Packed { rows, weight } => rows.columns(weight, level, first, out),
         }
     }

@@ -10,6 +10,7 @@ use burn_autodiff::{
 };
 use burn_backend::{
     Backend, Shape, TensorMetadata,
+    ops::FloatTensorOps,
     tensor::{FloatTensor, IndexingUpdateOp, IntTensor},
 };
 #[cfg(feature = "cubecl-backend")]
@@ -21,9 +22,9 @@ use super::cross_entropy::indices;
 
 /// The rows of `weight` that `ids` name.
 ///
-/// - weight: `[vocab, d]`
+/// - weight: `[vocab, d]`; on the CPU it may be stored in bf16
 /// - ids: `[n]`, each in `0..vocab`
-/// - result: `[n, d]`
+/// - result: `[n, d]`, f32
 pub fn embedding(weight: Tensor<2>, ids: Tensor<1, Int>) -> Tensor<2> {
     let (weight, ids) = (weight.into_dispatch(), ids.into_dispatch());
     Tensor::from_dispatch(<burn::backend::Dispatch as EmbeddingOps>::embedding_rows(weight, ids))
@@ -58,6 +59,10 @@ fn composed_backward<B: Backend>(grad: FloatTensor<B>, ids: IntTensor<B>, vocab:
 impl EmbeddingOps for CubeBackend {}
 
 impl EmbeddingOps for Flex {
+    fn embedding_rows(weight: FlexTensor, ids: FlexTensor) -> FlexTensor {
+        cpu::widened(<Self as FloatTensorOps<Self>>::float_select(weight, 0, ids))
+    }
+
     fn embedding_rows_backward(grad: FlexTensor, ids: FlexTensor, vocab: usize) -> FlexTensor {
         /// Values that a task makes zero.
         const TASK: usize = 1 << 20;

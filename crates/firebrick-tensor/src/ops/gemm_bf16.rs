@@ -4,10 +4,21 @@
 //! a line, as 16 pairs. A block is a tile: 1 KiB, [line][pair] on the left and [pair][line] on the right. Panels of the left
 //! operand in pairs meet panels of the right one in pairs, so that four tiles of sums take what four loads bring.
 //!
+//! The left operand is packed first, by all threads. The right one, which is a weight in most products and comes from memory, is packed
+//! by the task that multiplies by it, a part at a time that stays in the second-level cache: it is read once and never written back. The next
+//! part is asked for meanwhile.
+//!
 //! Every sum runs over its terms in an order that neither the cut into tasks nor the thread count changes.
 
-use rayon::prelude::*;
+#[cfg(target_arch = "x86_64")]
+mod x86;
 
+use std::mem::MaybeUninit;
+use std::ops::Range;
+
+use half::bf16;
+
+use super::awake::{self, Start};
 use super::cpu;
 
 /// Lines of a panel.
@@ -16,17 +27,19 @@ const LINES: usize = 16;
 /// Numbers of a line in a block.
 const DEPTH: usize = 32;
 
-/// Pairs of numbers in a block.
-const BLOCK: usize = LINES * DEPTH / 2;
-
-/// Rows of the result that one task computes, at most: what the left operand's part of them leaves in the second-level cache.
-const ROWS: usize = 256;
-
-/// Blocks of a panel that are read before the next panel is: the same ones of a task's rows stay in the second-level cache meanwhile.
-const BLOCKS: usize = 64;
-
 /// Sides of the square of sums that is computed at a time.
 const SQUARE: usize = 2 * LINES;
+
+/// Blocks of a part, at most: those of two panels stay in the first-level cache while the other operand's pass by.
+const BLOCKS: usize = 16;
+
+/// Columns of a task.
+const COLUMNS: usize = 128;
+
+/// Pairs of bf16 numbers, the first of each in the low half.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Block([[u32; LINES]; LINES]);
 
 /// Instructions for blocks; only [`Level::all`] makes them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,10 +56,10 @@ impl Level {
     pub fn all() -> Vec<Level> {
         let mut all = vec![Level::Portable];
         #[cfg(target_arch = "x86_64")]
-        if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bf16") {
+        if x86::able() {
             all.push(Level::Avx512Bf16);
             #[cfg(target_os = "linux")]
-            if amx::allowed() {
+            if x86::amx::allowed() {
                 all.push(Level::Amx);
             }
         }
@@ -72,10 +85,49 @@ impl Level {
     }
 }
 
+/// Numbers as they lie in memory.
+#[derive(Clone, Copy)]
+pub(super) enum Numbers<'a> {
+    F32(&'a [f32]),
+    Bf16(&'a [bf16]),
+}
+
+impl Numbers<'_> {
+    fn size(self) -> usize {
+        match self {
+            Numbers::F32(_) => size_of::<f32>(),
+            Numbers::Bf16(_) => size_of::<bf16>(),
+        }
+    }
+
+    /// Where number `i` is.
+    fn at(self, i: usize) -> *const u8 {
+        match self {
+            Numbers::F32(x) => x.as_ptr().wrapping_add(i).cast(),
+            Numbers::Bf16(x) => x.as_ptr().wrapping_add(i).cast(),
+        }
+    }
+
+    fn len(self) -> usize {
+        match self {
+            Numbers::F32(x) => x.len(),
+            Numbers::Bf16(x) => x.len(),
+        }
+    }
+
+    /// Writes `out.len()` numbers from `at` on as f32.
+    fn widen(self, at: usize, out: &mut [f32]) {
+        match self {
+            Numbers::F32(x) => out.copy_from_slice(&x[at..][..out.len()]),
+            Numbers::Bf16(x) => out.iter_mut().zip(&x[at..]).for_each(|(out, x)| *out = x.to_f32()),
+        }
+    }
+}
+
 /// An operand as lines of `depth` numbers: rows of the left one, columns of the right one.
 #[derive(Clone, Copy)]
 pub(super) struct Operand<'a> {
-    pub data: &'a [f32],
+    pub data: Numbers<'a>,
     pub lines: usize,
     pub depth: usize,
     /// Whether the numbers of a line lie together; otherwise those of all lines at one depth do.
@@ -94,131 +146,223 @@ impl Operand<'_> {
         self.depth.div_ceil(DEPTH)
     }
 
-    /// All panels, an even number of them, filled up with zeros.
-    fn pack(&self, order: Order) -> Vec<u32> {
-        let panel = self.blocks() * BLOCK;
-        let mut out = vec![0; self.lines.div_ceil(SQUARE) * 2 * panel];
-        out.par_chunks_mut(panel).enumerate().for_each(|(i, out)| self.pack_panel(i * LINES, order, out));
-        out
-    }
-
-    fn pack_panel(&self, first: usize, order: Order, out: &mut [u32]) {
-        #[cfg(target_arch = "x86_64")]
-        if is_x86_feature_detected!("avx512f")
-            && is_x86_feature_detected!("avx512bw")
-            && is_x86_feature_detected!("avx512vl")
-            && is_x86_feature_detected!("avx512dq")
-        {
-            // SAFETY: the processor has these parts of AVX-512.
-            return unsafe { self.pack_panel_avx512(first, order, out) };
+    /// Writes `out.len()` blocks of the panel that begins at line `first`, from block `from` on, filled up with zeros.
+    fn pack(&self, first: usize, from: usize, order: Order, out: &mut [MaybeUninit<Block>], level: Level) {
+        assert!(from + out.len() <= self.blocks() && self.data.len() == self.lines * self.depth);
+        if level == Level::Portable {
+            self.pack_portable(first, from, order, out);
+        } else {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: the level is made only where the processor has these instructions.
+            unsafe {
+                x86::pack(self, first, from, order, out)
+            }
         }
-        self.pack_panel_here(first, order, out);
     }
 
-    #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-    fn pack_panel_avx512(&self, first: usize, order: Order, out: &mut [u32]) {
-        self.pack_panel_here(first, order, out);
-    }
-
-    #[inline(always)]
-    fn pack_panel_here(&self, first: usize, order: Order, out: &mut [u32]) {
+    fn pack_portable(&self, first: usize, from: usize, order: Order, out: &mut [MaybeUninit<Block>]) {
         let lines = LINES.min(self.lines.saturating_sub(first));
-        if lines == 0 {
-            return; // Only fills the number of panels up.
-        }
-        for (block, out) in out.chunks_exact_mut(BLOCK).enumerate() {
-            let at = block * DEPTH;
+        for (block, out) in out.iter_mut().enumerate() {
+            let at = (from + block) * DEPTH;
             let depth = DEPTH.min(self.depth - at);
-            // Pairs as [line][pair] where lines lie together, as [pair][line] otherwise.
+            // As [line][pair] where lines lie together, as [pair][line] otherwise.
             let mut pairs = [[0u32; LINES]; LINES];
             if self.by_line {
                 for (line, pairs) in pairs[..lines].iter_mut().enumerate() {
                     let mut numbers = [0.0; DEPTH];
-                    numbers[..depth].copy_from_slice(&self.data[(first + line) * self.depth + at..][..depth]);
+                    self.data.widen((first + line) * self.depth + at, &mut numbers[..depth]);
                     for (p, pair) in pairs.iter_mut().enumerate() {
                         *pair = rounded(numbers[2 * p], numbers[2 * p + 1]);
                     }
                 }
-            } else {
+            } else if lines > 0 {
                 for (p, pairs) in pairs[..depth.div_ceil(2)].iter_mut().enumerate() {
                     let mut numbers = [[0.0; LINES]; 2];
                     for (i, numbers) in numbers.iter_mut().enumerate().take(depth - 2 * p) {
-                        let row = &self.data[(at + 2 * p + i) * self.lines + first..][..lines];
-                        numbers[..lines].copy_from_slice(row);
+                        self.data.widen((at + 2 * p + i) * self.lines + first, &mut numbers[..lines]);
                     }
                     for (line, pair) in pairs.iter_mut().enumerate() {
                         *pair = rounded(numbers[0][line], numbers[1][line]);
                     }
                 }
             }
-            let (out, _) = out.as_chunks_mut::<LINES>();
-            if self.by_line == (order == Order::LineByLine) {
-                out.copy_from_slice(&pairs);
-            } else {
-                for (i, out) in out.iter_mut().enumerate() {
-                    *out = std::array::from_fn(|j| pairs[j][i]);
-                }
+            if self.by_line != (order == Order::LineByLine) {
+                pairs = std::array::from_fn(|i| std::array::from_fn(|j| pairs[j][i]));
             }
+            out.write(Block(pairs));
         }
     }
 }
 
 /// Two numbers rounded to bf16, ties to even, the first in the low half.
-#[inline(always)]
 fn rounded(low: f32, high: f32) -> u32 {
-    let round = |x: f32| {
-        let bits = x.to_bits();
-        let up = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
-        // A NaN must not become infinite or zero.
-        if x.is_nan() { bits | 0x0040_0000 } else { up }
-    };
-    round(low) >> 16 | round(high) & 0xffff_0000
+    u32::from(bf16::from_f32(low).to_bits()) | u32::from(bf16::from_f32(high).to_bits()) << 16
 }
 
-/// `out = left right`, or added to `out`.
-///
-/// - out: `[left.lines, right.lines]`, row-major
-pub(super) fn gemm_bf16(out: &mut [f32], add: bool, left: Operand<'_>, right: Operand<'_>, level: Level) {
+/// Writes `left right` to `out`, `[left.lines, right.lines]` row-major, or adds it to what `out` then has to hold.
+pub(super) fn gemm_bf16(
+    out: &mut [MaybeUninit<f32>],
+    add: bool,
+    left: Operand<'_>,
+    right: Operand<'_>,
+    level: Level,
+    threads: usize,
+) {
     assert_eq!(left.depth, right.depth, "gemm_bf16: the operands' inner dimensions");
-    assert_eq!(out.len(), left.lines * right.lines, "gemm_bf16: the result's size");
     let (rows, columns, blocks) = (left.lines, right.lines, left.blocks());
-    if out.is_empty() || blocks == 0 {
-        if !add {
-            out.fill(0.0);
-        }
-        return;
+    assert!(
+        out.len() == rows * columns && blocks > 0,
+        "gemm_bf16: the result's size, and a sum of something"
+    );
+    let squares = rows.div_ceil(SQUARE);
+    let mut packed = Vec::<Block>::with_capacity(2 * squares * blocks);
+    awake::parts(&mut packed.spare_capacity_mut()[..2 * squares * blocks], blocks, |i, out| {
+        left.pack(i * LINES, 0, Order::LineByLine, out, level);
+    });
+    // SAFETY: the panels are all there is.
+    unsafe { packed.set_len(2 * squares * blocks) };
+    let product = Product {
+        left: &packed,
+        right,
+        rows,
+        // Parts of one size.
+        deep: blocks.div_ceil(blocks.div_ceil(BLOCKS)),
+        out: Start(out.as_mut_ptr().cast()),
+        add,
+        level,
+    };
+    // What does not go round is cut by rows.
+    let whole = columns / COLUMNS / threads * threads;
+    let mut tasks = Vec::new();
+    for (group, first) in (0..columns).step_by(COLUMNS).enumerate() {
+        let down = if group < whole { 1 } else { threads.min(squares) };
+        let part = |i: usize| i * squares / down..(i + 1) * squares / down;
+        tasks.extend((0..down).map(|i| (part(i), first..columns.min(first + COLUMNS))));
     }
-    let (left, right) = (left.pack(Order::LineByLine), right.pack(Order::PairByPair));
-    // Enough tasks for every thread; their size shows in no result.
-    let tasks = rows.div_ceil(rayon::current_num_threads()).next_multiple_of(SQUARE).min(ROWS);
-    cpu::blocks(out, columns, tasks, |first, out| {
-        let tiles = Tiles::begin(level);
-        let mut sums = [0.0; SQUARE * SQUARE];
-        for from in (0..blocks).step_by(BLOCKS) {
-            for j in 0..columns.div_ceil(SQUARE) {
-                let right = pair(&right, blocks, j, from);
-                let width = SQUARE.min(columns - j * SQUARE);
-                for (i, out) in out.chunks_mut(SQUARE * columns).enumerate() {
-                    tiles.square(pair(&left, blocks, first / SQUARE + i, from), right, &mut sums);
-                    for (row, sums) in out.chunks_exact_mut(columns).zip(sums.chunks_exact(SQUARE)) {
-                        let row = &mut row[j * SQUARE..][..width];
-                        if add || from > 0 {
-                            row.iter_mut().zip(sums).for_each(|(out, sum)| *out += sum);
-                        } else {
-                            row.copy_from_slice(&sums[..width]);
+    awake::each(tasks, |(squares, across)| {
+        // Where tasks take equally long, this thread's next one.
+        let next = across.start + threads * COLUMNS;
+        let next = (next < columns).then(|| next..columns.min(next + COLUMNS));
+        // SAFETY: the tasks share out what `out` has room for, which holds values if they are added to.
+        unsafe { product.task(squares.clone(), across.clone(), next) }
+    });
+}
+
+/// A product under way.
+struct Product<'a> {
+    /// The panels of the left operand.
+    left: &'a [Block],
+    right: Operand<'a>,
+    rows: usize,
+    /// Blocks of a part.
+    deep: usize,
+    /// `[rows, right.lines]`.
+    out: Start<f32>,
+    add: bool,
+    level: Level,
+}
+
+impl Product<'_> {
+    /// Rows of some `squares` by some columns; asks for the first part of the `next` columns at its end.
+    ///
+    /// # Safety
+    /// Nobody else may have this part of `out`, which holds values if they are added to.
+    unsafe fn task(&self, squares: Range<usize>, across: Range<usize>, next: Option<Range<usize>>) {
+        let (columns, blocks) = (self.right.lines, self.right.blocks());
+        let pairs = across.len().div_ceil(SQUARE);
+        let mut panels = Vec::<Block>::with_capacity(2 * pairs * self.deep);
+        let tiles = Tiles::begin(self.level);
+        for from in (0..blocks).step_by(self.deep) {
+            let count = self.deep.min(blocks - from);
+            let add = self.add || from > 0;
+            let room = &mut panels.spare_capacity_mut()[..2 * pairs * count];
+            for (panel, room) in room.chunks_exact_mut(count).enumerate() {
+                self.right.pack(across.start + panel * LINES, from, Order::PairByPair, room, self.level);
+            }
+            // SAFETY: the panels are all there is.
+            let right = unsafe { room.assume_init_ref() };
+            let slots = squares.len() * pairs * SLOTS;
+            let mut ahead = match (from + count, &next) {
+                (from, _) if from < blocks => Ahead::new(&self.right, &across, from, self.deep, slots),
+                (_, Some(next)) => Ahead::new(&self.right, next, 0, self.deep, slots),
+                _ => Ahead::NONE,
+            };
+            for square in squares.clone() {
+                let left = [0, 1].map(|half| &self.left[(2 * square + half) * blocks + from..][..count]);
+                for pair in 0..pairs {
+                    let right = [0, 1].map(|half| &right[(2 * pair + half) * count..][..count]);
+                    let (row, column) = (square * SQUARE, across.start + pair * SQUARE);
+                    let at = self.out.at(row * columns + column);
+                    let (height, width) = (SQUARE.min(self.rows - row), SQUARE.min(across.end - column));
+                    if [height, width] == [SQUARE; 2] {
+                        // SAFETY: the caller's.
+                        unsafe { tiles.square(left, right, at, columns, add, &mut ahead) };
+                        continue;
+                    }
+                    let mut sums = [0.0; SQUARE * SQUARE];
+                    // SAFETY: a square.
+                    unsafe { tiles.square(left, right, sums.as_mut_ptr(), SQUARE, false, &mut ahead) };
+                    for (i, sums) in sums.chunks_exact(SQUARE).take(height).enumerate() {
+                        for (j, sum) in sums[..width].iter().enumerate() {
+                            // SAFETY: the caller's.
+                            unsafe {
+                                let at = at.add(i * columns + j);
+                                at.write(if add { at.read() + sum } else { *sum });
+                            }
                         }
                     }
                 }
             }
         }
-    });
+    }
 }
 
-/// [`BLOCKS`] blocks or what is left of panels `2 * at` and the next one, from block `from` on.
-fn pair(packed: &[u32], blocks: usize, at: usize, from: usize) -> [&[u32]; 2] {
-    let count = BLOCKS.min(blocks - from);
-    [0, 1].map(|half| &packed[((2 * at + half) * blocks + from) * BLOCK..][..count * BLOCK])
+/// Times at which a square asks for memory.
+const SLOTS: usize = 4;
+
+/// The memory of a part of an operand, in runs of lines of the caches, which is asked for little by little.
+struct Ahead {
+    /// The first line of the run at hand, how many lines are behind, and those of a run.
+    at: *const u8,
+    line: usize,
+    lines: usize,
+    /// Bytes from one run to the next, and runs left.
+    stride: usize,
+    runs: usize,
+    /// Lines asked for at a time.
+    every: usize,
+}
+
+impl Ahead {
+    const NONE: Ahead = Ahead { at: std::ptr::null(), line: 0, lines: 0, stride: 0, runs: 0, every: 0 };
+
+    /// `count` blocks, as far as there are some, of the lines `across`, to be asked for in `slots` times.
+    fn new(of: &Operand<'_>, across: &Range<usize>, from: usize, count: usize, slots: usize) -> Self {
+        let deep = from * DEPTH..of.depth.min((from + count) * DEPTH);
+        let (first, length, between, runs) = match of.by_line {
+            true => (across.start * of.depth + deep.start, deep.len(), of.depth, across.len()),
+            false => (deep.start * of.lines + across.start, across.len(), of.lines, deep.len()),
+        };
+        let lines = (of.data.size() * length).div_ceil(cpu::LINE);
+        let every = (lines * runs).div_ceil(slots);
+        Ahead { at: of.data.at(first), line: 0, lines, stride: of.data.size() * between, runs, every }
+    }
+
+    #[inline(always)]
+    fn ask(&mut self) {
+        for _ in 0..self.every {
+            if self.runs == 0 {
+                return;
+            }
+            cpu::prefetch_second(self.at.wrapping_add(self.line * cpu::LINE));
+            self.line += 1;
+            if self.line == self.lines {
+                self.line = 0;
+                self.runs -= 1;
+                self.at = self.at.wrapping_add(self.stride);
+            }
+        }
+    }
 }
 
 /// A thread's access to the instructions of a level.
@@ -229,27 +373,38 @@ impl Tiles {
         #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
         if level == Level::Amx {
             // SAFETY: this level is made only where the processor has AMX and the kernel has granted it to this process.
-            unsafe { amx::configure() };
+            unsafe { x86::amx::configure() };
         }
         Self(level)
     }
 
-    /// The products of two panels with two: `[32, 32]`.
-    fn square(&self, left: [&[u32]; 2], right: [&[u32]; 2], sums: &mut [f32; SQUARE * SQUARE]) {
-        let length = left[0].len();
-        assert!(
-            length.is_multiple_of(BLOCK)
-                && length > 0
-                && [left[1], right[0], right[1]].iter().all(|p| p.len() == length)
-        );
-        match self.0 {
-            Level::Portable => portable(left, right, sums),
-            #[cfg(target_arch = "x86_64")]
-            // SAFETY: the level is made only where the processor has these instructions.
-            Level::Avx512Bf16 => unsafe { avx512::square(left, right, sums) },
-            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-            // SAFETY: the panels are whole blocks, `sums` is a square, and this thread's tiles are configured.
-            Level::Amx => unsafe { amx::square(left, right, sums) },
+    /// Writes the products of two panels with two, a square, to rows `stride` apart from `out` on, or adds them to what is there.
+    ///
+    /// # Safety
+    /// Nobody else may have the square, which holds values if they are added to.
+    unsafe fn square(
+        &self,
+        left: [&[Block]; 2],
+        right: [&[Block]; 2],
+        out: *mut f32,
+        stride: usize,
+        add: bool,
+        ahead: &mut Ahead,
+    ) {
+        let count = left[0].len();
+        assert!(count > 0 && [left[1], right[0], right[1]].iter().all(|panel| panel.len() == count));
+        // SAFETY: levels are made only where the processor has their instructions; of `out` the caller's; this thread's tiles are configured.
+        unsafe {
+            match self.0 {
+                Level::Portable => portable(left, right, out, stride, add),
+                #[cfg(target_arch = "x86_64")]
+                Level::Avx512Bf16 => x86::square(left, right, out, stride, add, ahead),
+                #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+                Level::Amx => {
+                    (0..SLOTS).for_each(|_| ahead.ask());
+                    x86::amx::square(left, right, out, stride, add);
+                }
+            }
         }
     }
 }
@@ -259,193 +414,33 @@ impl Drop for Tiles {
         #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
         if self.0 == Level::Amx {
             // SAFETY: as in `begin`.
-            unsafe { amx::release() };
+            unsafe { x86::amx::release() };
         }
     }
 }
 
 /// What the other kernels compute, one pair after the other.
-fn portable(left: [&[u32]; 2], right: [&[u32]; 2], sums: &mut [f32; SQUARE * SQUARE]) {
+///
+/// # Safety
+/// As for [`Tiles::square`].
+unsafe fn portable(left: [&[Block]; 2], right: [&[Block]; 2], out: *mut f32, stride: usize, add: bool) {
     let number = |pair: u32| (f32::from_bits(pair << 16), f32::from_bits(pair & 0xffff_0000));
-    sums.fill(0.0);
-    for (at, row) in sums.chunks_exact_mut(SQUARE).enumerate() {
-        for (right, row) in right.iter().zip(row.chunks_exact_mut(LINES)) {
-            let blocks = left[at / LINES].chunks_exact(BLOCK).zip(right.chunks_exact(BLOCK));
-            for (left, right) in blocks {
-                for (&pair, right) in left[at % LINES * LINES..].iter().zip(right.chunks_exact(LINES)) {
+    for i in 0..SQUARE {
+        for (half, right) in right.iter().enumerate() {
+            let at = out.wrapping_add(i * stride + half * LINES).cast::<[f32; LINES]>();
+            // SAFETY: the caller's.
+            let mut sums = if add { unsafe { at.read() } } else { [0.0; LINES] };
+            for (left, right) in left[i / LINES].iter().zip(*right) {
+                for (&pair, right) in left.0[i % LINES].iter().zip(&right.0) {
                     let (a, b) = number(pair);
-                    for (sum, &pair) in row.iter_mut().zip(right) {
+                    for (sum, &pair) in sums.iter_mut().zip(right) {
                         let (low, high) = number(pair);
                         *sum += a * low + b * high;
                     }
                 }
             }
-        }
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-mod avx512 {
-    use std::arch::x86_64::{
-        __m512bh, __m512i, _mm512_dpbf16_ps, _mm512_loadu_si512, _mm512_set1_epi32, _mm512_setzero_ps,
-        _mm512_storeu_ps,
-    };
-
-    use super::{BLOCK, LINES, SQUARE};
-
-    /// Rows whose sums stay in registers, with those of both panels of columns.
-    const ROWS: usize = 8;
-
-    #[target_feature(enable = "avx512f,avx512bf16")]
-    pub fn square(left: [&[u32]; 2], right: [&[u32]; 2], sums: &mut [f32; SQUARE * SQUARE]) {
-        // SAFETY: `__m512i` and `__m512bh` are both 64 bytes without a meaning of their own.
-        let pairs = |x: __m512i| -> __m512bh { unsafe { std::mem::transmute(x) } };
-        for (part, sums) in sums.chunks_exact_mut(ROWS * SQUARE).enumerate() {
-            let row = part * ROWS % LINES;
-            let mut registers = [[_mm512_setzero_ps(); 2]; ROWS];
-            for (at, rows) in left[part * ROWS / LINES].chunks_exact(BLOCK).enumerate() {
-                let right = right.map(|panel| &panel[at * BLOCK..][..BLOCK]);
-                for p in 0..LINES {
-                    // SAFETY: 16 pairs from here on are in each block.
-                    let columns =
-                        right.map(|b| pairs(unsafe { _mm512_loadu_si512(b.as_ptr().add(p * LINES).cast()) }));
-                    for (r, sums) in registers.iter_mut().enumerate() {
-                        let row = pairs(_mm512_set1_epi32(rows[(row + r) * LINES + p] as i32));
-                        for (sum, column) in sums.iter_mut().zip(columns) {
-                            *sum = _mm512_dpbf16_ps(*sum, row, column);
-                        }
-                    }
-                }
-            }
-            for (sums, registers) in sums.chunks_exact_mut(SQUARE).zip(registers) {
-                for (half, register) in sums.chunks_exact_mut(LINES).zip(registers) {
-                    // SAFETY: `half` has 16 numbers.
-                    unsafe { _mm512_storeu_ps(half.as_mut_ptr(), register) };
-                }
-            }
-        }
-    }
-}
-
-/// Tiles of the Advanced Matrix Extensions: 0 to 3 hold sums, 4 and 5 rows, 6 and 7 columns.
-#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-mod amx {
-    use std::arch::asm;
-    use std::arch::x86_64::{__cpuid, __cpuid_count, _xgetbv};
-
-    use super::{BLOCK, SQUARE};
-
-    /// Whether the processor has bf16 tiles and the operating system lets this process use them.
-    pub fn allowed() -> bool {
-        const TILES: u32 = 1 << 22 | 1 << 24; // CPUID 7, EDX: amx-bf16 and amx-tile
-        const STATE: u64 = 3 << 17; // XCR0: configuration and data of tiles
-        let present = __cpuid(0).eax >= 7 && __cpuid_count(7, 0).edx & TILES == TILES;
-        // SAFETY: `xgetbv` exists where the operating system says so.
-        let kept = __cpuid(1).ecx >> 27 & 1 == 1 && unsafe { xgetbv() } & STATE == STATE;
-        present && kept && granted()
-    }
-
-    #[target_feature(enable = "xsave")]
-    fn xgetbv() -> u64 {
-        // SAFETY: register 0 always exists.
-        unsafe { _xgetbv(0) }
-    }
-
-    /// Asks Linux for the state of tiles, once for the process and all its later threads.
-    fn granted() -> bool {
-        const ARCH_PRCTL: u64 = 158;
-        const ARCH_REQ_XCOMP_PERM: u64 = 0x1023;
-        const XTILE_DATA: u64 = 18;
-        let result: i64;
-        // SAFETY: this system call reads and writes no memory of ours.
-        unsafe {
-            asm!(
-                "syscall",
-                inlateout("rax") ARCH_PRCTL => result,
-                in("rdi") ARCH_REQ_XCOMP_PERM,
-                in("rsi") XTILE_DATA,
-                lateout("rcx") _,
-                lateout("r11") _,
-                options(nostack),
-            );
-        }
-        result == 0
-    }
-
-    #[repr(C, align(64))]
-    struct Configuration {
-        palette: u8,
-        start_row: u8,
-        reserved: [u8; 14],
-        row_bytes: [u16; 16],
-        rows: [u8; 16],
-    }
-
-    /// Makes all eight tiles 16 rows of 64 bytes.
-    ///
-    /// # Safety
-    /// [`allowed`] holds.
-    pub unsafe fn configure() {
-        let mut tiles =
-            Configuration { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
-        tiles.row_bytes[..8].fill(64);
-        tiles.rows[..8].fill(16);
-        // SAFETY: reads the 64 bytes of a valid configuration.
-        unsafe { asm!("ldtilecfg [{}]", in(reg) &tiles, options(nostack, readonly, preserves_flags)) };
-    }
-
-    /// Leaves the tiles, so that nothing has to save them any more.
-    ///
-    /// # Safety
-    /// [`allowed`] holds.
-    pub unsafe fn release() {
-        // SAFETY: touches tiles alone.
-        unsafe { asm!("tilerelease", options(nostack, nomem, preserves_flags)) };
-    }
-
-    /// # Safety
-    /// This thread has called [`configure`]; `left` and `right` are panels of equally many whole blocks, at least one.
-    pub unsafe fn square(left: [&[u32]; 2], right: [&[u32]; 2], sums: &mut [f32; SQUARE * SQUARE]) {
-        let blocks = left[0].len() / BLOCK;
-        // SAFETY: the loop reads `blocks` blocks of 1 KiB of each panel, the stores write four quarters of the square.
-        unsafe {
-            asm!(
-                "tilezero tmm0",
-                "tilezero tmm1",
-                "tilezero tmm2",
-                "tilezero tmm3",
-                "2:",
-                "tileloadd tmm4, [{a0} + {line}]",
-                "tileloadd tmm6, [{b0} + {line}]",
-                "tileloadd tmm7, [{b1} + {line}]",
-                "tdpbf16ps tmm0, tmm4, tmm6",
-                "tileloadd tmm5, [{a1} + {line}]",
-                "tdpbf16ps tmm1, tmm4, tmm7",
-                "tdpbf16ps tmm2, tmm5, tmm6",
-                "tdpbf16ps tmm3, tmm5, tmm7",
-                "add {a0}, 1024",
-                "add {a1}, 1024",
-                "add {b0}, 1024",
-                "add {b1}, 1024",
-                "dec {blocks}",
-                "jnz 2b",
-                "tilestored [{c} + {row}], tmm0",
-                "tilestored [{c} + {row} + 64], tmm1",
-                "tilestored [{d} + {row}], tmm2",
-                "tilestored [{d} + {row} + 64], tmm3",
-                a0 = inout(reg) left[0].as_ptr() => _,
-                a1 = inout(reg) left[1].as_ptr() => _,
-                b0 = inout(reg) right[0].as_ptr() => _,
-                b1 = inout(reg) right[1].as_ptr() => _,
-                blocks = inout(reg) blocks => _,
-                line = in(reg) 64usize,
-                c = in(reg) sums.as_mut_ptr(),
-                d = in(reg) sums.as_mut_ptr().add(SQUARE * SQUARE / 2),
-                row = in(reg) 4 * SQUARE,
-                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-                options(nostack),
-            );
+            // SAFETY: the caller's.
+            unsafe { at.write(sums) };
         }
     }
 }
@@ -465,26 +460,31 @@ mod tests {
         (0..n).map(|_| next()).collect()
     }
 
-    fn bf16(x: f32) -> f64 {
-        half::bf16::from_f32(x).to_f64()
+    fn halves(x: &[f32]) -> Vec<bf16> {
+        x.iter().copied().map(bf16::from_f32).collect()
     }
 
-    /// Numbers of `operand`, rounded where `round` says so.
+    /// Number `k` of `line` of `operand`, which is f32, rounded where `round` says so.
     fn at(operand: &Operand<'_>, line: usize, k: usize, round: bool) -> f64 {
-        let x = match operand.by_line {
-            true => operand.data[line * operand.depth + k],
-            false => operand.data[k * operand.lines + line],
-        };
-        if round { bf16(x) } else { x.into() }
+        let Numbers::F32(x) = operand.data else { panic!("not f32") };
+        let x = x[if operand.by_line { line * operand.depth + k } else { k * operand.lines + line }];
+        if round { bf16::from_f32(x).to_f64() } else { x.into() }
     }
 
     #[test]
     fn rounding_is_that_of_bf16() {
-        for bits in (0..=u32::MAX).step_by(9973) {
-            let x = f32::from_bits(bits);
-            let pair = rounded(x, -x);
-            assert_eq!(pair as u16, half::bf16::from_f32(x).to_bits(), "{x}");
-            assert_eq!((pair >> 16) as u16, half::bf16::from_f32(-x).to_bits(), "{x}");
+        for level in Level::all() {
+            for bits in (0..=u32::MAX).step_by(9973) {
+                let x = f32::from_bits(bits);
+                let operand = Operand { data: Numbers::F32(&[x, -x]), lines: 1, depth: 2, by_line: true };
+                let mut block = [MaybeUninit::uninit()];
+                operand.pack(0, 0, Order::LineByLine, &mut block, level);
+                // SAFETY: just packed.
+                let pair = unsafe { block[0].assume_init() }.0[0][0];
+                let kept = if x.is_subnormal() && level != Level::Portable { 0.0f32.copysign(x) } else { x };
+                let want = [kept, -kept].map(|x| bf16::from_f32(x).to_bits());
+                assert_eq!([pair as u16, (pair >> 16) as u16], want, "{x} at {level:?}");
+            }
         }
     }
 
@@ -499,13 +499,15 @@ mod tests {
             (130, 97, 47),
             (257, 130, 33),
             (5, 4700, 18),
+            (70, 513, 300),
         ];
         for (m, k, n) in shapes {
             for (left_by_line, right_by_line) in [(true, true), (true, false), (false, true), (false, false)]
             {
                 let (a, b) = (numbers(1, m * k), numbers(2, k * n));
-                let left = Operand { data: &a, lines: m, depth: k, by_line: left_by_line };
-                let right = Operand { data: &b, lines: n, depth: k, by_line: right_by_line };
+                let (a_halves, b_halves) = (halves(&a), halves(&b));
+                let left = Operand { data: Numbers::F32(&a), lines: m, depth: k, by_line: left_by_line };
+                let right = Operand { data: Numbers::F32(&b), lines: n, depth: k, by_line: right_by_line };
                 let product = |round| {
                     let entry = |i: usize| {
                         (0..k).map(|k| at(&left, i / n, k, round) * at(&right, i % n, k, round)).sum()
@@ -514,24 +516,32 @@ mod tests {
                 };
                 let (want, exact) = (product(true), product(false));
                 for level in Level::all() {
+                    let name = format!("[{m}, {k}, {n}] at {level:?}");
+                    let run = |out: &mut [f32], add, left, right, threads| {
+                        gemm_bf16(cpu::room(out), add, left, right, level, threads);
+                    };
                     let mut out = vec![f32::NAN; m * n];
-                    gemm_bf16(&mut out, false, left, right, level);
+                    run(&mut out, false, left, right, 2);
                     let worst = |want: &[f64]| {
                         out.iter().zip(want).map(|(o, w)| (f64::from(*o) - w).abs()).fold(0.0, f64::max)
                     };
-                    assert!(
-                        worst(&want) < 1e-5 * (1.0 + k as f64 / 500.0),
-                        "[{m}, {k}, {n}] at {level:?}: {:e}",
-                        worst(&want)
-                    );
-                    assert!(worst(&exact) > 1e-5, "control: unrounded, [{m}, {k}, {n}]");
+                    let far = worst(&want);
+                    assert!(far < 1e-5 * (1.0 + k as f64 / 500.0), "{name}: {far:e}");
+                    assert!(worst(&exact) > 1e-5, "control: unrounded, {name}");
                     let once = out.clone();
-                    gemm_bf16(&mut out, true, left, right, level);
+                    run(&mut out, true, left, right, 2);
                     let apart = |(two, one): (&f32, &f32)| (two - 2.0 * one).abs();
-                    assert!(out.iter().zip(&once).map(apart).all(|apart| apart < 1e-4), "adding");
-                    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
-                    pool.install(|| gemm_bf16(&mut out, false, left, right, level));
-                    assert_eq!(out, once, "threads");
+                    assert!(out.iter().zip(&once).map(apart).all(|apart| apart < 1e-4), "adding, {name}");
+                    for threads in [1, 3, 16] {
+                        run(&mut out, false, left, right, threads);
+                        assert!(out == once, "{threads} threads, {name}");
+                    }
+                    let left_half = Operand { data: Numbers::Bf16(&a_halves), ..left };
+                    let right_half = Operand { data: Numbers::Bf16(&b_halves), ..right };
+                    for (left, right) in [(left_half, right), (left, right_half), (left_half, right_half)] {
+                        run(&mut out, false, left, right, 2);
+                        assert!(out == once, "numbers that are bf16 already, {name}");
+                    }
                 }
             }
         }
@@ -544,18 +554,26 @@ mod tests {
         for (m, k, n) in [(1, 1, 1), (7, 5, 3), (33, 31, 65), (32, 64, 32), (131, 97, 47)] {
             let (a, b) = (numbers(1, m * k), numbers(2, k * n));
             let (a_end, b_end) = (Guarded::new(&a), Guarded::new(&b));
+            let bits = |x: &[f32]| halves(x).iter().map(|x| x.to_bits()).collect::<Vec<u16>>();
+            let (a_half, b_half) = (Guarded::new(&bits(&a)), Guarded::new(&bits(&b)));
             for by_line in [true, false] {
                 let product = |a, b, out: &mut [f32], level| {
                     let left = Operand { data: a, lines: m, depth: k, by_line };
                     let right = Operand { data: b, lines: n, depth: k, by_line: !by_line };
-                    gemm_bf16(out, false, left, right, level);
+                    gemm_bf16(cpu::room(out), false, left, right, level, 2);
                 };
                 for level in Level::all() {
                     let mut out = vec![f32::NAN; m * n];
-                    product(&a, &b, &mut out, level);
-                    let mut out_end = Guarded::new(&vec![f32::NAN; m * n]);
-                    product(a_end.slice(), b_end.slice(), out_end.slice_mut(), level);
-                    assert!(*out_end.slice() == *out, "[{m}, {k}, {n}] at {level:?}");
+                    product(Numbers::F32(&a), Numbers::F32(&b), &mut out, level);
+                    let at_end = [
+                        [Numbers::F32(a_end.slice()), Numbers::F32(b_end.slice())],
+                        [a_half.slice(), b_half.slice()].map(|x| Numbers::Bf16(bytemuck::cast_slice(x))),
+                    ];
+                    for [a, b] in at_end {
+                        let mut out_end = Guarded::new(&vec![f32::NAN; m * n]);
+                        product(a, b, out_end.slice_mut(), level);
+                        assert!(*out_end.slice() == *out, "[{m}, {k}, {n}] at {level:?}");
+                    }
                 }
             }
         }
@@ -564,15 +582,28 @@ mod tests {
                 let pairs = numbers(i as u32 + 3, blocks * DEPTH * LINES);
                 Guarded::new(&pairs.as_chunks().0.iter().map(|[a, b]| rounded(*a, *b)).collect::<Vec<u32>>())
             });
-            let [a, b, c, d] = panels.each_ref().map(Guarded::slice);
+            let [a, b, c, d] = panels.each_ref().map(|panel| {
+                let pairs = panel.slice();
+                assert!(pairs.as_ptr().cast::<Block>().is_aligned());
+                // SAFETY: as many pairs as `blocks` blocks have, any bits of which are some.
+                unsafe { std::slice::from_raw_parts(pairs.as_ptr().cast::<Block>(), blocks) }
+            });
             let mut want = [0.0; SQUARE * SQUARE];
-            portable([a, b], [c, d], &mut want);
+            // SAFETY: a square.
+            unsafe { portable([a, b], [c, d], want.as_mut_ptr(), SQUARE, false) };
             for level in Level::all() {
-                let mut sums = Guarded::new(&[f32::NAN; SQUARE * SQUARE]);
-                let room = sums.slice_mut().try_into().expect("a square");
-                Tiles::begin(level).square([a, b], [c, d], room);
-                let far = sums.slice().iter().zip(want).map(|(s, w)| (s - w).abs()).fold(0.0, f32::max);
-                assert!(far < 1e-4, "{blocks} blocks at {level:?}: {far:e}");
+                for add in [false, true] {
+                    let mut sums = Guarded::new(&[if add { 1.0 } else { f32::NAN }; SQUARE * SQUARE]);
+                    let room = sums.slice_mut().as_mut_ptr();
+                    // SAFETY: a square of values.
+                    unsafe {
+                        Tiles::begin(level).square([a, b], [c, d], room, SQUARE, add, &mut Ahead::NONE)
+                    };
+                    let plus = if add { 1.0 } else { 0.0 };
+                    let far = |(s, w): (&f32, f32)| (s - w - plus).abs();
+                    let far = sums.slice().iter().zip(want).map(far).fold(0.0, f32::max);
+                    assert!(far < 1e-4, "{blocks} blocks at {level:?}: {far:e}");
+                }
             }
         }
     }
@@ -581,11 +612,10 @@ mod tests {
     fn what_is_not_finite_shows() {
         for level in Level::all() {
             for (x, want) in [(f32::INFINITY, f32::INFINITY), (f32::NAN, f32::NAN)] {
-                let a = [x, 1.0];
-                let left = Operand { data: &a, lines: 1, depth: 2, by_line: true };
-                let right = Operand { data: &[1.0, 1.0], lines: 1, depth: 2, by_line: true };
+                let left = Operand { data: Numbers::F32(&[x, 1.0]), lines: 1, depth: 2, by_line: true };
+                let right = Operand { data: Numbers::F32(&[1.0, 1.0]), lines: 1, depth: 2, by_line: true };
                 let mut out = [0.0];
-                gemm_bf16(&mut out, false, left, right, level);
+                gemm_bf16(cpu::room(&mut out), false, left, right, level, 1);
                 assert!(
                     out[0] == want || want.is_nan() && out[0].is_nan(),
                     "{x} at {level:?} gave {}",

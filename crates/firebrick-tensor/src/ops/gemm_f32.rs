@@ -8,13 +8,20 @@
 mod x86;
 
 use std::mem::MaybeUninit;
+use std::ops::Range;
 
 use faer::MatRef;
+use half::bf16;
 
 use super::awake::{self, Start};
 
 /// Outputs of a panel: what `gemm`'s kernel for AVX-512 takes at a time.
 const PANEL: usize = 64;
+
+/// A row of a panel. Vectors that do not cross lines of the cache are read twice as fast.
+#[repr(align(64))]
+#[expect(dead_code, reason = "read and written by address")]
+struct Row([f32; PANEL]);
 
 /// `dst = alpha * lhs rhs`, or added to `dst`, on the calling thread; `dst` is row-major without gaps.
 pub(super) fn gemm(dst: &mut [f32], add: bool, lhs: MatRef<'_, f32>, rhs: MatRef<'_, f32>, alpha: f32) {
@@ -120,29 +127,14 @@ pub(super) fn gemm_f32(
     products: &[[MatRef<'_, f32>; 2]],
     threads: usize,
 ) {
-    /// Multiplications for which one thread is enough.
-    const ONE_THREAD: usize = 1 << 20;
-    /// Rows or columns of a part, at least, where there are more.
-    const LEAST: usize = PANEL + 1;
     let [lhs, rhs] = products[0];
     let (rows, depth, columns) = (lhs.nrows(), lhs.ncols(), rhs.ncols());
     let fits = |[lhs, rhs]: &[MatRef<'_, f32>; 2]| (lhs.nrows(), rhs.ncols()) == (rows, columns);
     assert!(out.len() >= rows * columns && products.iter().all(fits), "gemm: shapes of products");
-    // Sums of a product with a vector depend on how many there are.
-    let alone = rows.saturating_mul(depth).saturating_mul(columns) < ONE_THREAD || rows.min(columns) == 1;
-    let threads = if alone { 1 } else { threads };
-    let part = |i: usize, of: usize, parts: usize| i * of / parts..(i + 1) * of / parts;
+    let threads = threads_for([rows, depth, columns], threads);
     let mut parts = Vec::new();
     if in_panels(lhs, rhs) {
-        let panels = columns.div_ceil(PANEL);
-        // What does not go round is cut by rows.
-        let whole = panels / threads * threads;
-        for panel in 0..panels {
-            let across = panel * PANEL..columns.min((panel + 1) * PANEL);
-            let down = if panel < whole { 1 } else { threads.div_ceil(panels - whole) };
-            let down = down.min(rows / LEAST).max(1);
-            parts.extend((0..down).map(|i| (part(i, rows, down), across.clone())));
-        }
+        parts = panels(rows, columns, threads);
     } else {
         // For each part the library packs all of a left matrix that lies column by column, which takes longer than the right one.
         let by_rows = lhs.col_stride() != 1 && columns < 4 * rows;
@@ -178,6 +170,75 @@ pub(super) fn gemm_f32(
             unsafe { gemm_at(at, columns, add || i > 0, lhs, rhs, 1.0) }
         }
     });
+}
+
+/// How many threads a product takes.
+fn threads_for([rows, depth, columns]: [usize; 3], threads: usize) -> usize {
+    /// Multiplications for which one is enough.
+    const ONE_THREAD: usize = 1 << 20;
+    // Sums of a product with a vector depend on how many there are.
+    let alone = rows.saturating_mul(depth).saturating_mul(columns) < ONE_THREAD || rows.min(columns) == 1;
+    if alone { 1 } else { threads }
+}
+
+/// Rows or columns of a part, at least, where there are more.
+const LEAST: usize = PANEL + 1;
+
+/// Part `i` of `parts` about even ones.
+fn part(i: usize, of: usize, parts: usize) -> Range<usize> {
+    i * of / parts..(i + 1) * of / parts
+}
+
+/// Rows and columns of parts that are panels, of which those that do not go round are cut by rows.
+fn panels(rows: usize, columns: usize, threads: usize) -> Vec<(Range<usize>, Range<usize>)> {
+    let panels = columns.div_ceil(PANEL);
+    let whole = panels / threads * threads;
+    let mut parts = Vec::new();
+    for panel in 0..panels {
+        let across = panel * PANEL..columns.min((panel + 1) * PANEL);
+        let down = if panel < whole { 1 } else { threads.div_ceil(panels - whole) };
+        let down = down.min(rows / LEAST).max(1);
+        parts.extend((0..down).map(|i| (part(i, rows, down), across.clone())));
+    }
+    parts
+}
+
+/// Writes `lhs rhs` to `out`, row-major, or adds it to what `out` then has to hold, for a right matrix of bf16 numbers that lies output by
+/// output: panels of it are widened, each where it is multiplied by.
+pub(super) fn gemm_widened(
+    out: &mut [MaybeUninit<f32>],
+    add: bool,
+    lhs: MatRef<'_, f32>,
+    rhs: MatRef<'_, bf16>,
+    threads: usize,
+) {
+    let (rows, depth, columns) = (lhs.nrows(), lhs.ncols(), rhs.ncols());
+    assert!(out.len() >= rows * columns && depth == rhs.nrows(), "gemm: shapes of a product");
+    let out = Start(out.as_mut_ptr().cast::<f32>());
+    let threads = threads_for([rows, depth, columns], threads);
+    awake::each(panels(rows, columns, threads), |(down, across)| {
+        let (lhs, count) = (lhs.subrows(down.start, down.len()), across.len());
+        let mut panel = Vec::with_capacity(depth);
+        let room = &mut panel.spare_capacity_mut()[..depth];
+        widen_panel(rhs.subcols(across.start, count), room);
+        // SAFETY: all of the panel that is read has been written.
+        let panel = unsafe { MatRef::from_raw_parts(room.as_ptr().cast(), depth, count, PANEL as isize, 1) };
+        // SAFETY: `out` has room for the result, of which each part is one task's, and holds values if they are added to.
+        unsafe { gemm_at(out.at(down.start * columns + across.start), columns, add, lhs, panel, 1.0) }
+    });
+}
+
+/// Writes the rows of at most [`PANEL`] columns that are unbroken.
+fn widen_panel(columns: MatRef<'_, bf16>, rows: &mut [MaybeUninit<Row>]) {
+    #[cfg(target_arch = "x86_64")]
+    if able() {
+        // SAFETY: the processor has these instructions.
+        return unsafe { x86::transpose(columns, rows) };
+    }
+    for (p, row) in rows.iter_mut().enumerate() {
+        let number = |j| if j < columns.ncols() { columns[(p, j)].to_f32() } else { 0.0 };
+        row.write(Row(std::array::from_fn(number)));
+    }
 }
 
 /// [`gemm`] on rows `stride` apart.

@@ -16,6 +16,7 @@ use burn_backend::{Backend, Shape, TensorMetadata, ops::FloatTensorOps, tensor::
 #[cfg(feature = "cubecl-backend")]
 use burn_cubecl::CubeBackend;
 use burn_flex::{Flex, FlexTensor};
+use half::bf16;
 use pulp::{Arch, Simd, WithSimd};
 
 use super::cpu;
@@ -30,7 +31,7 @@ const TASK: usize = 1 << 16;
 /// `x weight` over the last dimension of `x`; no f32 copy of `weight` is made, transposed view or not.
 ///
 /// - x: `[.., d_in]`
-/// - weight: `[d_in, d_out]`
+/// - weight: `[d_in, d_out]`; on the CPU it may be stored in bf16, in half the memory
 /// - result: `[.., d_out]`
 ///
 /// # Panics
@@ -85,25 +86,44 @@ impl LinearOps for CubeBackend {}
 impl LinearOps for Flex {
     fn few_rows_matmul(x: FlexTensor, weight: FlexTensor) -> FlexTensor {
         let (rows, d_in, d_out) = (x.shape()[0], weight.shape()[0], weight.shape()[1]);
-        let strides = weight.layout().strides();
-        let by_output = is_by_output(&weight);
-        let by_input = strides[0] == d_out as isize && strides[1] == 1;
-        let empty = rows * d_in * d_out == 0;
-        if empty || !(by_output || by_input) || !cpu::all_f32(&[&x, &weight]) {
-            return <Self as FloatTensorOps<Self>>::float_matmul(x, weight);
+        let by_input = cpu::unbroken(&weight, 1);
+        if rows * d_in * d_out == 0 || !cpu::all_f32(&[&x]) {
+            return <Self as FloatTensorOps<Self>>::float_matmul(x, cpu::widened(weight));
+        }
+        let (halves, f32) = (words(&weight), cpu::all_f32(&[&weight]));
+        if halves.is_none() && !(f32 && (is_by_output(&weight) || by_input)) {
+            let weight = cpu::widened(weight);
+            if f32 || !cpu::all_f32(&[&weight]) {
+                return <Self as FloatTensorOps<Self>>::float_matmul(x, weight);
+            }
+            return <Self as LinearOps>::few_rows_matmul(x, weight);
         }
         let x = cpu::contiguous(x);
         let values = x.storage::<f32>();
-        let weights = &weight.storage::<f32>()[weight.layout().start_offset()..][..d_in * d_out];
         // Columns first, so that a task owns its part of the result. Tasks begin at multiples of four columns.
         let mut by_column = vec![0.0; d_out * rows];
-        cpu::blocks(&mut by_column, rows, task(d_in), |first, out| {
-            if by_output {
-                Arch::new().dispatch(Dots { x: values, weights: &weights[first * d_in..], out, rows, d_in });
-            } else {
-                Arch::new().dispatch(Sums { x: values, weights, out, rows, first, d_in, d_out });
-            }
-        });
+        if let Some(words) = halves {
+            let values = &by_half(values, d_in);
+            cpu::blocks(&mut by_column, rows, task(d_in), |first, out| {
+                let weights = &words[first * d_in / 2..];
+                Arch::new().dispatch(Dots { x: values, weights, out, rows, d_in });
+            });
+        } else {
+            let weights = &weight.storage::<f32>()[weight.layout().start_offset()..][..d_in * d_out];
+            cpu::blocks(&mut by_column, rows, task(d_in), |first, out| {
+                if by_input {
+                    Arch::new().dispatch(Sums { x: values, weights, out, rows, first, d_in, d_out });
+                } else {
+                    Arch::new().dispatch(Dots {
+                        x: values,
+                        weights: &weights[first * d_in..],
+                        out,
+                        rows,
+                        d_in,
+                    });
+                }
+            });
+        }
         if rows == 1 {
             return cpu::tensor(by_column, Shape::new([1, d_out]));
         }
@@ -137,34 +157,106 @@ pub(super) fn dots_of_rows(rows: &[f32], with: &[f32], out: &mut [f32], columns:
     });
 }
 
-/// Outputs of one row `x`, on the calling thread, of `weights` that lie together output after output.
-pub(super) fn outputs_of_row(x: &[f32], weights: &[f32], out: &mut [f32]) {
+/// Outputs of one row `x`, on the calling thread, of `weights` that lie together output after output; in the order of [`by_half`] where
+/// they are words.
+pub(super) fn outputs_of_row<W: Weights>(x: &[f32], weights: &[W], out: &mut [f32]) {
     Arch::new().dispatch(Dots { x, weights, out, rows: 1, d_in: x.len() });
 }
 
+/// Weights stored in bf16 that lie output after output, in words of two, the first in the low half; where they are that and `d_in` is even.
+pub(super) fn words(weight: &FlexTensor) -> Option<&[u32]> {
+    let (d_in, count) = (weight.shape()[0], weight.shape().num_elements());
+    if !cpu::is_bf16(weight) || !is_by_output(weight) || !d_in.is_multiple_of(2) {
+        return None;
+    }
+    let halves = &weight.storage::<bf16>()[weight.layout().start_offset()..][..count];
+    if cfg!(target_endian = "big") { None } else { bytemuck::try_cast_slice(halves).ok() }
+}
+
+/// Rows of `d_in` inputs, those of low halves of words before those of high ones.
+pub(super) fn by_half(x: &[f32], d_in: usize) -> Vec<f32> {
+    let mut halves = Vec::with_capacity(x.len());
+    for row in x.chunks_exact(d_in) {
+        for half in [0, 1] {
+            halves.extend(row.iter().skip(half).step_by(2));
+        }
+    }
+    halves
+}
+
+/// Weights as they lie: f32, or words of two in bf16.
+pub(super) trait Weights: Sync + Sized {
+    /// How many one of these has.
+    const EACH: usize;
+
+    /// The inner product of `x` with each of `rows`.
+    fn dots<S: Simd, const N: usize>(simd: S, x: &[f32], rows: [&[Self]; N]) -> [f32; N];
+}
+
+impl Weights for f32 {
+    const EACH: usize = 1;
+
+    #[inline(always)]
+    fn dots<S: Simd, const N: usize>(simd: S, x: &[f32], rows: [&[f32]; N]) -> [f32; N] {
+        dots(simd, x, rows)
+    }
+}
+
+impl Weights for u32 {
+    const EACH: usize = 2;
+
+    #[inline(always)]
+    fn dots<S: Simd, const N: usize>(simd: S, x: &[f32], rows: [&[u32]; N]) -> [f32; N] {
+        const HIGH: u32 = 0xffff_0000;
+        let (low, high) = x.split_at(x.len() / 2);
+        let ((low, low_tail), (high, high_tail)) = (S::as_simd_f32s(low), S::as_simd_f32s(high));
+        let rows = rows.map(|row| S::as_simd_u32s(row));
+        let rows = rows.map(|(row, tail)| (&row[..low.len()], tail));
+        let (sixteen, mask) = (simd.splat_u32s(16), simd.splat_u32s(HIGH));
+        let mut sums = [[simd.splat_f32s(0.0); 2]; N];
+        for (i, (&low, &high)) in low.iter().zip(high).enumerate() {
+            for (sum, (row, _)) in sums.iter_mut().zip(rows) {
+                let first = simd.transmute_f32s_u32s(simd.wrapping_dyn_shl_u32s(row[i], sixteen));
+                let second = simd.transmute_f32s_u32s(simd.and_u32s(row[i], mask));
+                sum[0] = simd.mul_add_e_f32s(low, first, sum[0]);
+                sum[1] = simd.mul_add_e_f32s(high, second, sum[1]);
+            }
+        }
+        // A loop, as a closure would be compiled without the instructions of `S`.
+        let mut dots = [0.0; N];
+        for (dot, (sum, (_, row))) in dots.iter_mut().zip(sums.into_iter().zip(rows)) {
+            *dot = simd.reduce_sum_f32s(simd.add_f32s(sum[0], sum[1]));
+            for ((low, high), word) in low_tail.iter().zip(high_tail).zip(row) {
+                *dot += low * f32::from_bits(word << 16) + high * f32::from_bits(word & HIGH);
+            }
+        }
+        dots
+    }
+}
+
 /// Outputs whose weights lie together: inner products, four outputs at a time.
-struct Dots<'a> {
+struct Dots<'a, W> {
     x: &'a [f32],
     /// From the first weight of the first output on.
-    weights: &'a [f32],
+    weights: &'a [W],
     out: &'a mut [f32],
     rows: usize,
     d_in: usize,
 }
 
-impl WithSimd for Dots<'_> {
+impl<W: Weights> WithSimd for Dots<'_, W> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         let (rows, d_in) = (self.rows, self.d_in);
         let mut fours = self.out.chunks_exact_mut(4 * rows);
-        let mut weights = self.weights.chunks_exact(d_in);
+        let mut weights = self.weights.chunks_exact(d_in / W::EACH);
         let mut next = || weights.next().expect("one row of weights for each output");
         for out in &mut fours {
             let four = [next(), next(), next(), next()];
             for (row, x) in self.x.chunks_exact(d_in).enumerate() {
-                for (i, dot) in dots(simd, x, four).into_iter().enumerate() {
+                for (i, dot) in W::dots(simd, x, four).into_iter().enumerate() {
                     out[i * rows + row] = dot;
                 }
             }
@@ -172,7 +264,7 @@ impl WithSimd for Dots<'_> {
         for out in fours.into_remainder().chunks_exact_mut(rows) {
             let one = [next()];
             for (out, x) in out.iter_mut().zip(self.x.chunks_exact(d_in)) {
-                [*out] = dots(simd, x, one);
+                [*out] = W::dots(simd, x, one);
             }
         }
     }

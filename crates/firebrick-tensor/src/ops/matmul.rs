@@ -3,8 +3,12 @@
 //! In bf16, weights, activations and gradients stay f32; the operands of a product are rounded to bf16 as they are packed for it. It
 //! pays where the processor multiplies bf16 faster than f32 (AMX, AMD's AVX512-BF16), and is done there alone: elsewhere products are f32.
 //!
+//! Weights may be stored in bf16, which halves what a product reads: they are exact in both, and products of a few rows are f32.
+//!
 //! Products in f32 are those of burn on the CPU, the library `gemm`, without what burn does beside them: it fills results with zeros first
 //! and copies them once, on one thread.
+
+use std::mem::MaybeUninit;
 
 use burn::backend::backend_extension;
 use burn_autodiff::{
@@ -18,13 +22,14 @@ use burn_backend::{Backend, Shape, TensorMetadata, ops::FloatTensorOps, tensor::
 use burn_cubecl::CubeBackend;
 use burn_flex::{Flex, FlexTensor};
 use faer::MatRef;
+use half::bf16;
 
 use super::cpu;
-use super::gemm_bf16::{Level, Operand, gemm_bf16};
-use super::gemm_f32::gemm_f32;
+use super::gemm_bf16::{Level, Numbers, Operand, gemm_bf16};
+use super::gemm_f32::{gemm_f32, gemm_widened};
 use super::linear::{FEW_ROWS, dots_of_rows, is_by_output};
 
-/// How the large products of a model are computed. What is stored is f32 either way.
+/// How the large products of a model are computed. Activations and gradients are f32 either way.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Precision {
     /// In f32.
@@ -98,46 +103,33 @@ impl MatmulOps for CubeBackend {}
 impl MatmulOps for Flex {
     fn matmul(lhs: FlexTensor, rhs: FlexTensor, precision: Precision) -> FlexTensor {
         let (rows, depth, columns) = (lhs.shape()[0], lhs.shape()[1], rhs.shape()[1]);
-        if rows * depth * columns == 0 || !cpu::all_f32(&[&lhs, &rhs]) {
-            return <Self as FloatTensorOps<Self>>::float_matmul(lhs, rhs);
+        if rows * depth * columns == 0 || !has_kernel(&lhs, &rhs) {
+            return <Self as FloatTensorOps<Self>>::float_matmul(lhs, cpu::widened(rhs));
         }
         assert_eq!(depth, rhs.shape()[0], "matmul: columns of lhs against rows of rhs");
-        if precision.is_bf16(rows) {
+        if columns < NARROW && rows >= FEW_ROWS && cpu::unbroken(&lhs, 1) && !precision.is_bf16(rows) {
+            let rhs = cpu::contiguous(transposed(cpu::widened(rhs)));
+            let lhs = &lhs.storage::<f32>()[lhs.layout().start_offset()..][..rows * depth];
             let mut out = vec![0.0; rows * columns];
-            let (lhs, rhs) = (readable(lhs), readable(rhs));
-            gemm_bf16(&mut out, false, lines(&lhs, 0), lines(&rhs, 1), Level::best());
+            dots_of_rows(lhs, rhs.storage(), &mut out, columns);
             return cpu::tensor(out, Shape::new([rows, columns]));
         }
-        if columns < NARROW && rows >= FEW_ROWS && unbroken(&lhs, 1) {
-            let (rhs, mut out) = (cpu::contiguous(transposed(rhs)), vec![0.0; rows * columns]);
-            dots_of_rows(lines(&lhs, 0).data, rhs.storage(), &mut out, columns);
-            return cpu::tensor(out, Shape::new([rows, columns]));
-        }
-        sum_of_products(&[[view(&lhs), view(&rhs)]])
+        filled([rows, columns], |out| product(out, false, lhs, rhs, precision))
     }
 
     fn matmul_add(sum: FlexTensor, lhs: FlexTensor, rhs: FlexTensor, precision: Precision) -> FlexTensor {
         let [rows, columns] = [lhs.shape()[0], rhs.shape()[1]];
-        if rows * lhs.shape()[1] * columns == 0 || !cpu::all_f32(&[&sum, &lhs, &rhs]) {
-            return <Self as FloatTensorOps<Self>>::float_add(
-                sum,
-                <Self as FloatTensorOps<Self>>::float_matmul(lhs, rhs),
-            );
+        if rows * lhs.shape()[1] * columns == 0 || !cpu::all_f32(&[&sum]) || !has_kernel(&lhs, &rhs) {
+            let product = <Self as FloatTensorOps<Self>>::float_matmul(lhs, cpu::widened(rhs));
+            return <Self as FloatTensorOps<Self>>::float_add(sum, product);
         }
         assert_eq!(sum.shape(), Shape::new([rows, columns]), "matmul_add: shape of the sum");
         assert_eq!(lhs.shape()[1], rhs.shape()[0], "matmul_add: columns of lhs against rows of rhs");
-        if is_by_output(&sum) && !sum.is_contiguous() {
+        if is_by_output(&sum) && !sum.is_contiguous() && cpu::all_f32(&[&rhs]) {
             let [sum, lhs, rhs] = [sum, lhs, rhs].map(transposed);
             return transposed(<Self as MatmulOps>::matmul_add(sum, rhs, lhs, precision));
         }
-        cpu::map(sum, |out| {
-            if precision.is_bf16(rows) {
-                let (lhs, rhs) = (readable(lhs), readable(rhs));
-                gemm_bf16(out, true, lines(&lhs, 0), lines(&rhs, 1), Level::best());
-            } else {
-                gemm_f32(cpu::room(out), true, &[[view(&lhs), view(&rhs)]], rayon::current_num_threads());
-            }
-        })
+        cpu::map(sum, |out| product(cpu::room(out), true, lhs, rhs, precision))
     }
 
     fn matmul_low_rank(
@@ -174,9 +166,34 @@ const NARROW: usize = 16;
 
 fn sum_of_products(products: &[[MatRef<'_, f32>; 2]]) -> FlexTensor {
     let [lhs, rhs] = products[0];
-    let (rows, columns) = (lhs.nrows(), rhs.ncols());
+    filled([lhs.nrows(), rhs.ncols()], |out| gemm_f32(out, false, products, rayon::current_num_threads()))
+}
+
+/// Whether [`product`] takes these types.
+fn has_kernel(lhs: &FlexTensor, rhs: &FlexTensor) -> bool {
+    cpu::all_f32(&[lhs]) && (cpu::all_f32(&[rhs]) || cpu::is_bf16(rhs))
+}
+
+/// Writes the product to `out`, or adds it.
+fn product(out: &mut [MaybeUninit<f32>], add: bool, lhs: FlexTensor, rhs: FlexTensor, precision: Precision) {
+    let threads = rayon::current_num_threads();
+    if precision.is_bf16(lhs.shape()[0]) {
+        let (lhs, rhs) = (readable(lhs), readable(rhs));
+        gemm_bf16(out, add, lines(&lhs, 0), lines(&rhs, 1), Level::best(), threads);
+    } else if cpu::is_bf16(&rhs) && cpu::unbroken(&rhs, 0) {
+        let halves = &rhs.storage::<bf16>()[rhs.layout().start_offset()..];
+        let [depth, columns] = [rhs.shape()[0], rhs.shape()[1]];
+        let rhs = MatRef::from_column_major_slice(&halves[..depth * columns], depth, columns);
+        gemm_widened(out, add, view(&lhs), rhs, threads);
+    } else {
+        gemm_f32(out, add, &[[view(&lhs), view(&cpu::widened(rhs))]], threads);
+    }
+}
+
+/// A matrix that `product` writes all of.
+fn filled([rows, columns]: [usize; 2], product: impl FnOnce(&mut [MaybeUninit<f32>])) -> FlexTensor {
     let mut out = Vec::with_capacity(rows * columns);
-    gemm_f32(out.spare_capacity_mut(), false, products, rayon::current_num_threads());
+    product(&mut out.spare_capacity_mut()[..rows * columns]);
     // SAFETY: a product that reads nothing of its result has written all of it.
     unsafe { out.set_len(rows * columns) };
     cpu::tensor(out, Shape::new([rows, columns]))
@@ -193,21 +210,19 @@ fn view(x: &FlexTensor) -> MatRef<'_, f32> {
     unsafe { MatRef::from_raw_parts(first, shape[0], shape[1], strides[0], strides[1]) }
 }
 
-/// Whether the numbers along dimension 1, or those along dimension 0, lie together without gaps between the lines.
-fn unbroken(x: &FlexTensor, along: usize) -> bool {
-    let (strides, shape) = (x.layout().strides(), x.shape());
-    strides[along] == 1 && strides[1 - along] == shape[along] as isize
-}
-
 fn readable(x: FlexTensor) -> FlexTensor {
-    if unbroken(&x, 0) || unbroken(&x, 1) { x } else { x.to_contiguous() }
+    if cpu::unbroken(&x, 0) || cpu::unbroken(&x, 1) { x } else { x.to_contiguous() }
 }
 
 /// The matrix as lines along dimension `1 - across`.
 fn lines(x: &FlexTensor, across: usize) -> Operand<'_> {
     let (lines, depth) = (x.shape()[across], x.shape()[1 - across]);
-    let data = &x.storage::<f32>()[x.layout().start_offset()..][..lines * depth];
-    Operand { data, lines, depth, by_line: unbroken(x, 1 - across) }
+    let at = x.layout().start_offset();
+    let data = match cpu::is_bf16(x) {
+        true => Numbers::Bf16(&x.storage()[at..][..lines * depth]),
+        false => Numbers::F32(&x.storage()[at..][..lines * depth]),
+    };
+    Operand { data, lines, depth, by_line: cpu::unbroken(x, 1 - across) }
 }
 
 impl<B: Backend + MatmulOps, C: CheckpointStrategy> MatmulOps for Autodiff<B, C> {

@@ -47,6 +47,8 @@ mod rope;
 mod rope_cube;
 mod sparse_kl;
 mod swiglu;
+#[cfg(target_arch = "x86_64")]
+mod transpose;
 
 pub use adamw::{AdamWOptions, adamw};
 pub use attention::{AttentionOptions, Segments, attention, segmented_attention};

@@ -4,20 +4,54 @@ use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
 
 use faer::MatRef;
+use half::bf16;
 
-use super::PANEL;
+use super::super::transpose::transposed;
+use super::{PANEL, Row};
 
 /// Numbers of a vector.
 const LANES: usize = 16;
 
-/// A row of a panel. Vectors that do not cross lines of the cache are read twice as fast.
-#[repr(align(64))]
-#[expect(dead_code, reason = "read and written by address")]
-pub(super) struct Row([f32; PANEL]);
+/// Numbers that are f32 once they are transposed.
+pub(super) trait Number: Copy {
+    fn wide(self) -> f32;
+
+    /// Sixteen from `at` on.
+    ///
+    /// # Safety
+    /// They have to be there.
+    unsafe fn sixteen(at: *const Self) -> __m512i;
+}
+
+impl Number for f32 {
+    fn wide(self) -> f32 {
+        self
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn sixteen(at: *const f32) -> __m512i {
+        // SAFETY: the caller's.
+        unsafe { _mm512_loadu_si512(at.cast()) }
+    }
+}
+
+impl Number for bf16 {
+    fn wide(self) -> f32 {
+        self.to_f32()
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn sixteen(at: *const bf16) -> __m512i {
+        // SAFETY: the caller's.
+        _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(unsafe { _mm256_loadu_si256(at.cast()) }))
+    }
+}
 
 /// Writes the rows of `columns`, whose columns are unbroken, at most [`PANEL`] of them; the last vector of a row is filled up with zeros.
 #[target_feature(enable = "avx512f")]
-pub(super) fn transpose(columns: MatRef<'_, f32>, rows: &mut [MaybeUninit<Row>]) {
+pub(super) fn transpose<T: Number>(columns: MatRef<'_, T>, rows: &mut [MaybeUninit<Row>]) {
     let (depth, count) = (columns.nrows(), columns.ncols());
     assert!(rows.len() == depth && count <= PANEL && (columns.row_stride() == 1 || depth == 1));
     let out = rows.as_mut_ptr().cast::<f32>();
@@ -34,7 +68,7 @@ pub(super) fn transpose(columns: MatRef<'_, f32>, rows: &mut [MaybeUninit<Row>])
     for j in 0..count.next_multiple_of(LANES) {
         let from = if j < whole_count { whole_depth } else { 0 };
         for p in from..depth {
-            let value = if j < count { columns[(p, j)] } else { 0.0 };
+            let value = if j < count { columns[(p, j)].wide() } else { 0.0 };
             // SAFETY: row `p` is one of `rows`, which has `PANEL` numbers.
             unsafe { out.add(p * PANEL + j).write(value) };
         }
@@ -70,38 +104,12 @@ fn mask(count: usize) -> __mmask16 {
 /// # Safety
 /// All of both has to be there, and `to` for this thread alone.
 #[target_feature(enable = "avx512f")]
-unsafe fn square(from: *const f32, stride: isize, to: *mut f32) {
+unsafe fn square<T: Number>(from: *const T, stride: isize, to: *mut f32) {
     // SAFETY: the caller's.
-    let r: [__m512; LANES] =
-        std::array::from_fn(|i| unsafe { _mm512_loadu_ps(from.offset(i as isize * stride)) });
-    let wide = |v| _mm512_castps_pd(v);
-    let narrow = |v| _mm512_castpd_ps(v);
-    // Fours of numbers by fours of columns: number `4 q + n` of columns `4 c..` is part `q` of `fours[c][n]`.
-    let mut fours = [[_mm512_setzero_ps(); 4]; 4];
-    for (c, fours) in fours.iter_mut().enumerate() {
-        let [a, b, c, d] = [r[4 * c], r[4 * c + 1], r[4 * c + 2], r[4 * c + 3]];
-        let (ab, cd) = (wide(_mm512_unpacklo_ps(a, b)), wide(_mm512_unpacklo_ps(c, d)));
-        fours[0] = narrow(_mm512_unpacklo_pd(ab, cd));
-        fours[1] = narrow(_mm512_unpackhi_pd(ab, cd));
-        let (ab, cd) = (wide(_mm512_unpackhi_ps(a, b)), wide(_mm512_unpackhi_ps(c, d)));
-        fours[2] = narrow(_mm512_unpacklo_pd(ab, cd));
-        fours[3] = narrow(_mm512_unpackhi_pd(ab, cd));
-    }
-    for n in 0..4 {
-        let [a, b, c, d] = [fours[0][n], fours[1][n], fours[2][n], fours[3][n]];
-        // Parts 0 and 2, or 1 and 3, of two.
-        let (ab_even, ab_odd) = (_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b));
-        let (cd_even, cd_odd) = (_mm512_shuffle_f32x4::<0x88>(c, d), _mm512_shuffle_f32x4::<0xdd>(c, d));
-        let parts = [
-            _mm512_shuffle_f32x4::<0x88>(ab_even, cd_even),
-            _mm512_shuffle_f32x4::<0x88>(ab_odd, cd_odd),
-            _mm512_shuffle_f32x4::<0xdd>(ab_even, cd_even),
-            _mm512_shuffle_f32x4::<0xdd>(ab_odd, cd_odd),
-        ];
-        for (q, part) in parts.into_iter().enumerate() {
-            // SAFETY: the caller's.
-            unsafe { _mm512_storeu_ps(to.add((4 * q + n) * PANEL), part) };
-        }
+    let r = std::array::from_fn(|i| unsafe { T::sixteen(from.offset(i as isize * stride)) });
+    for (p, row) in transposed(r).into_iter().enumerate() {
+        // SAFETY: the caller's.
+        unsafe { _mm512_storeu_si512(to.add(p * PANEL).cast(), row) };
     }
 }
 

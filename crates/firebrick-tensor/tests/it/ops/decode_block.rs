@@ -20,10 +20,21 @@ struct Shape {
     /// Biases, norms of heads and behind branches, a window, a soft cap, GELU.
     extras: bool,
     packed: Option<PackedInputs>,
+    /// Dense weights are stored in bf16.
+    half: bool,
 }
 
-const LLAMA: Shape =
-    Shape { d: 36, heads: 6, kv_heads: 2, head_dim: 10, inner: 67, past: 1, extras: false, packed: None };
+const LLAMA: Shape = Shape {
+    d: 36,
+    heads: 6,
+    kv_heads: 2,
+    head_dim: 10,
+    inner: 67,
+    past: 1,
+    extras: false,
+    packed: None,
+    half: false,
+};
 
 /// Everything that a block is made of, on the host.
 struct Model {
@@ -41,7 +52,7 @@ struct Model {
 
 impl Model {
     fn new(shape: Shape) -> Self {
-        let Shape { d, heads, kv_heads, head_dim, inner, past, extras, packed } = shape;
+        let Shape { d, heads, kv_heads, head_dim, inner, past, extras, packed, half } = shape;
         let (width, kv_width) = (heads * head_dim, kv_heads * head_dim);
         let linears = [
             ("q", d, width),
@@ -88,8 +99,9 @@ impl Model {
                 .extend(linears.map(|(name, _, d_out)| (name, normal(&format!("{name} bias"), d_out))));
         }
         for (i, (name, d_in, d_out)) in linears.into_iter().enumerate() {
+            let stored = |w: f32| if half { half::bf16::from_f32(w).to_f32() } else { w };
             let values: Vec<f32> =
-                normal(name, d_in * d_out).iter().map(|w| w / (d_in as f32).sqrt()).collect();
+                normal(name, d_in * d_out).iter().map(|w| stored(w / (d_in as f32).sqrt())).collect();
             // Some packed, some not.
             let Some(inputs) = packed.filter(|_| i % 3 != 1) else {
                 model.dense.push((name, d_in, d_out, values));
@@ -144,13 +156,14 @@ impl Model {
 
     fn run(&self, cache: &mut KvCache, dtype: DType, device: &Device) -> Option<Vec<f64>> {
         let vector = |name: &str| self.vector(name).map(|v| flat(v, device, dtype));
+        let stored = if self.shape.half { DType::BF16 } else { dtype };
         let packed: Vec<(&str, Option<BlockPacked>)> =
             self.packed.iter().map(|(name, weight)| (*name, weight.for_block())).collect();
         let linear = |name: &str| {
             let dense = self.dense.iter().find(|(n, ..)| *n == name);
             let weight = match dense {
                 Some((_, d_in, d_out, values)) => {
-                    BlockMatrix::Dense(flat(values, device, dtype).reshape([*d_out, *d_in]).transpose())
+                    BlockMatrix::Dense(flat(values, device, stored).reshape([*d_out, *d_in]).transpose())
                 }
                 None => BlockMatrix::Packed(packed.iter().find(|(n, _)| *n == name)?.1.as_ref()?),
             };
@@ -290,6 +303,27 @@ fn agrees_with_the_definitions_in_f64() {
             }
         }
     }
+}
+
+#[test]
+fn weights_in_bf16_are_the_same_numbers() {
+    let device = Device::flex();
+    for (past, extras, inner) in [(1, false, 70), (140, true, 256)] {
+        for packed in [None, Some(PackedInputs::Exact)] {
+            let run = |half| {
+                let model = Model::new(Shape { past, extras, packed, inner, half, ..LLAMA });
+                let mut cache = model.cache(1, 1, DType::F32, &device);
+                (model.run(&mut cache, DType::F32, &device).expect("a kernel"), model.reference())
+            };
+            let (got, want) = run(true);
+            let e = error(&got, &want);
+            assert!(e < 5e-6, "{past} tokens, {packed:?}: off by {e:e}");
+            assert!(error(&run(false).0, &want) > 1e-4, "control: rounded weights are others");
+        }
+    }
+    let odd = Model::new(Shape { half: true, inner: 67, ..LLAMA });
+    let mut cache = odd.cache(1, 1, DType::F32, &device);
+    assert_eq!(odd.run(&mut cache, DType::F32, &device), None, "no words of two");
 }
 
 #[test]

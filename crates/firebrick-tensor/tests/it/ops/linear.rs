@@ -1,5 +1,5 @@
-use burn::tensor::{DType, Device, Tensor};
-use firebrick_tensor::ops::{Precision, linear, linear_add};
+use burn::tensor::{DType, Device, Int, Tensor, TensorData};
+use firebrick_tensor::ops::{Precision, embedding, linear, linear_add, linear_cross_entropy, lora_linear};
 
 use super::support::{Case, devices_and, error, flat, host, normal, of_products};
 
@@ -120,9 +120,6 @@ fn bf16_products_are_those_of_rounded_numbers_backwards_too() {
             case.check(&device, BF16, None);
             case.refutes(&device, &|t| reference(&t[0], &t[1], d_in, d_out, !transposed));
             // Numbers that bf16 holds lose nothing but the order of sums.
-            let held = |name: &str, n: usize| -> Vec<f32> {
-                normal(name, n).iter().map(|&x| half::bf16::from_f32(x).to_f32()).collect()
-            };
             let (x, w) = (held("x", rows * d_in), held("weight", d_in * d_out));
             let product = |precision| {
                 let weight = weight(flat(&w, &device, DType::F32), d_in, d_out, transposed);
@@ -131,6 +128,77 @@ fn bf16_products_are_those_of_rounded_numbers_backwards_too() {
             };
             let e = error(&product(Precision::Bf16), &product(Precision::F32));
             assert!(e < 1e-6, "[{rows}, {d_in}, {d_out}]: off by {e:e}");
+        }
+    }
+}
+
+/// Values that bf16 holds.
+fn held(name: &str, n: usize) -> Vec<f32> {
+    normal(name, n).iter().map(|&x| half::bf16::from_f32(x).to_f32()).collect()
+}
+
+#[test]
+fn weights_stored_in_bf16_are_the_same_numbers() {
+    let device = Device::flex().autodiff();
+    for (d_in, d_out) in [(1, 1), (16, 16), (33, 17), (64, 300), (131, 64), (576, 129)] {
+        for rows in [1, 3, 7, 8, 70, 150] {
+            for transposed in [false, true] {
+                for precision in [Precision::F32, Precision::Bf16] {
+                    let name = format!("[{rows}, {d_in}] [{d_in}, {d_out}], {transposed}, {precision:?}");
+                    let x = flat(&normal("x", rows * d_in), &device, DType::F32);
+                    let y = flat(&normal("y", rows * d_out), &device, DType::F32).reshape([rows, d_out]);
+                    // The product, the sum, and the gradient of the input.
+                    let of = |values: &[f32], dtype| {
+                        let weight = weight(flat(values, &device, dtype), d_in, d_out, transposed);
+                        let x = x.clone().require_grad();
+                        let rows_of_x = x.clone().reshape([rows, d_in]);
+                        let product = linear(rows_of_x.clone(), weight.clone(), precision);
+                        let sum = linear_add(y.clone(), rows_of_x, weight, precision);
+                        let slopes = (product.clone() * y.clone() + sum.clone()).sum().backward();
+                        let inner = |t: Tensor<2>| host(t.reshape([rows * d_out]).inner());
+                        [inner(product), inner(sum), host(x.grad(&slopes).expect("a gradient"))]
+                    };
+                    let values = held("weight", d_in * d_out);
+                    let (whole, half) = (of(&values, DType::F32), of(&values, DType::BF16));
+                    for (whole, half) in whole.iter().zip(&half) {
+                        let e = error(half, whole);
+                        assert!(e < 2e-6, "{name}: off by {e:e}");
+                    }
+                    if precision == Precision::F32 && d_in * d_out > 1 {
+                        let values = normal("weight", d_in * d_out);
+                        let e = error(&of(&values, DType::BF16)[0], &of(&values, DType::F32)[0]);
+                        assert!(e > 1e-5, "control: {name}: {e:e}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn heads_embeddings_and_updates_take_weights_in_bf16() {
+    let device = Device::flex();
+    let (rows, d, vocab, rank) = (33, 48, 257, 4);
+    let tensor = |name: &str, shape: [usize; 2]| {
+        flat(&normal(name, shape[0] * shape[1]), &device, DType::F32).reshape(shape)
+    };
+    let (x, a, b) = (tensor("x", [rows, d]), tensor("a", [d, rank]), tensor("b", [rank, vocab]));
+    let ids: Vec<i64> = (0..rows as i64).map(|i| i * 97 % vocab as i64).collect();
+    let ids = Tensor::<1, Int>::from_data(TensorData::new(ids, [rows]), &device);
+    for precision in [Precision::F32, Precision::Bf16] {
+        let of = |dtype| {
+            let embed = flat(&held("weight", vocab * d), &device, dtype).reshape([vocab, d]);
+            let head = embed.clone().transpose();
+            let updated = lora_linear(x.clone(), head.clone(), a.clone(), b.clone(), 0.5, precision);
+            [
+                host(embedding(embed, ids.clone()).reshape([rows * d])),
+                host(linear_cross_entropy(x.clone(), head, ids.clone(), precision)),
+                host(updated.reshape([rows * vocab])),
+            ]
+        };
+        for (i, (half, whole)) in of(DType::BF16).iter().zip(of(DType::F32)).enumerate() {
+            let e = error(half, &whole);
+            assert!(e < 2e-6, "{i}, {precision:?}: off by {e:e}");
         }
     }
 }
