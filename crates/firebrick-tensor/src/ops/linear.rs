@@ -213,9 +213,12 @@ impl Weights for u32 {
         let rows = rows.map(|row| S::as_simd_u32s(row));
         let rows = rows.map(|(row, tail)| (&row[..low.len()], tail));
         let (sixteen, mask) = (simd.splat_u32s(16), simd.splat_u32s(HIGH));
+        let next = N * low.len();
         let mut sums = [[simd.splat_f32s(0.0); 2]; N];
         for (i, (&low, &high)) in low.iter().zip(high).enumerate() {
             for (sum, (row, _)) in sums.iter_mut().zip(rows) {
+                // The rows of the next outputs lie behind these.
+                cpu::prefetch(row.as_ptr().wrapping_add(i + next));
                 let first = simd.transmute_f32s_u32s(simd.wrapping_dyn_shl_u32s(row[i], sixteen));
                 let second = simd.transmute_f32s_u32s(simd.and_u32s(row[i], mask));
                 sum[0] = simd.mul_add_e_f32s(low, first, sum[0]);
