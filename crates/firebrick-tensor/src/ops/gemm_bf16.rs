@@ -594,11 +594,10 @@ mod tests {
             for level in Level::all() {
                 for add in [false, true] {
                     let mut sums = Guarded::new(&[if add { 1.0 } else { f32::NAN }; SQUARE * SQUARE]);
+                    let mut nothing = Ahead::NONE;
                     let room = sums.slice_mut().as_mut_ptr();
                     // SAFETY: a square of values.
-                    unsafe {
-                        Tiles::begin(level).square([a, b], [c, d], room, SQUARE, add, &mut Ahead::NONE)
-                    };
+                    unsafe { Tiles::begin(level).square([a, b], [c, d], room, SQUARE, add, &mut nothing) };
                     let plus = if add { 1.0 } else { 0.0 };
                     let far = |(s, w): (&f32, f32)| (s - w - plus).abs();
                     let far = sums.slice().iter().zip(want).map(far).fold(0.0, f32::max);

@@ -86,17 +86,13 @@ impl LinearOps for CubeBackend {}
 impl LinearOps for Flex {
     fn few_rows_matmul(x: FlexTensor, weight: FlexTensor) -> FlexTensor {
         let (rows, d_in, d_out) = (x.shape()[0], weight.shape()[0], weight.shape()[1]);
-        let by_input = cpu::unbroken(&weight, 1);
-        if rows * d_in * d_out == 0 || !cpu::all_f32(&[&x]) {
-            return <Self as FloatTensorOps<Self>>::float_matmul(x, cpu::widened(weight));
+        let (halves, by_input) = (words(&weight), cpu::unbroken(&weight, 1));
+        if cpu::is_bf16(&weight) && halves.is_none() {
+            return <Self as LinearOps>::few_rows_matmul(x, cpu::widened(weight));
         }
-        let (halves, f32) = (words(&weight), cpu::all_f32(&[&weight]));
-        if halves.is_none() && !(f32 && (is_by_output(&weight) || by_input)) {
-            let weight = cpu::widened(weight);
-            if f32 || !cpu::all_f32(&[&weight]) {
-                return <Self as FloatTensorOps<Self>>::float_matmul(x, weight);
-            }
-            return <Self as LinearOps>::few_rows_matmul(x, weight);
+        let fits = halves.is_some() || cpu::all_f32(&[&weight]) && (by_input || is_by_output(&weight));
+        if rows * d_in * d_out == 0 || !fits || !cpu::all_f32(&[&x]) {
+            return <Self as FloatTensorOps<Self>>::float_matmul(x, cpu::widened(weight));
         }
         let x = cpu::contiguous(x);
         let values = x.storage::<f32>();

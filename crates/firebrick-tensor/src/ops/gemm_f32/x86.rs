@@ -28,6 +28,8 @@ impl Number for f32 {
         self
     }
 
+    /// # Safety
+    /// They have to be there.
     #[inline]
     #[target_feature(enable = "avx512f")]
     unsafe fn sixteen(at: *const f32) -> __m512i {
@@ -41,6 +43,8 @@ impl Number for bf16 {
         self.to_f32()
     }
 
+    /// # Safety
+    /// They have to be there.
     #[inline]
     #[target_feature(enable = "avx512f")]
     unsafe fn sixteen(at: *const bf16) -> __m512i {
