@@ -3,7 +3,7 @@
 use anyhow::Result;
 use firebrick_core::Run;
 
-use super::{compute, dtype, forward_flop, load, tokens};
+use super::{compute, dtype, forward_flop, load_in, tokens};
 use crate::{Bench, Case};
 
 const BATCH: usize = 2;
@@ -13,7 +13,7 @@ pub(super) fn run(bench: &Bench<'_>) -> Result<()> {
     for (name, files) in bench.models {
         let ids = tokens(files.config.vocab, BATCH, LENGTH, &bench.device);
         for precision in bench.precisions() {
-            let decoder = load(files, &bench.device)?.with_precision(precision);
+            let decoder = load_in(files, precision, &bench.device)?;
             let flop = forward_flop(&files.config, files.sites(), BATCH, LENGTH);
             let case = Case {
                 suite: "forward",

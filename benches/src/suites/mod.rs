@@ -87,6 +87,16 @@ fn load(files: &ModelFiles, device: &Device) -> Result<Decoder> {
     Ok(Decoder::load(files.config.clone(), &files.weights(), device)?)
 }
 
+/// As [`load`], to compute in `precision` with weights that do not train.
+fn load_in(files: &ModelFiles, precision: Precision, device: &Device) -> Result<Decoder> {
+    match precision {
+        Precision::Bf16 if precision.available() => {
+            Ok(Decoder::load_in_bf16(files.config.clone(), &files.weights(), device)?)
+        }
+        _ => load(files, device),
+    }
+}
+
 /// Weights of the linear layers inside the blocks.
 fn linear_weights(sites: &SiteTable) -> f64 {
     let sizes = sites.block_linears();

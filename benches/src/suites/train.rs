@@ -8,7 +8,7 @@ use firebrick_peft::LoraConfig;
 use firebrick_tensor::ops::Precision;
 use firebrick_train::AdamW;
 
-use super::{compute, dtype, forward_flop, head_flop, load, tokens};
+use super::{compute, dtype, forward_flop, head_flop, load, load_in, tokens};
 use crate::{Bench, Case};
 
 const BATCH: usize = 2;
@@ -64,7 +64,7 @@ fn full(bench: &Bench<'_>, name: &str, files: &ModelFiles, precision: Precision)
 /// The weights are frozen: backwards there is only the product for the gradient of the input, but for the adapters'.
 fn lora(bench: &Bench<'_>, name: &str, files: &ModelFiles, precision: Precision) -> Result<()> {
     let device = bench.device.clone().autodiff();
-    let decoder = load(files, &device)?.with_precision(precision);
+    let decoder = load_in(files, precision, &device)?;
     let targets = decoder.sites().block_linears();
     let widths: usize =
         targets.iter().filter_map(|s| decoder.sites().linear(s)).map(|(d_in, d_out)| d_in + d_out).sum();

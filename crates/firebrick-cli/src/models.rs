@@ -114,7 +114,7 @@ pub fn device(global: &Global) -> Result<Device> {
     Ok(global.device.open()?)
 }
 
-/// The type that the products of linear layers and of the head take; weights, sums and all else are f32.
+/// The type that the products of linear layers and of the head take, and that weights are stored in which do not train; all else is f32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Dtype {
     /// As they are.
@@ -133,15 +133,23 @@ impl Dtype {
 
     /// The precision to compute in on `device`; says so where that is f32 all the same.
     pub fn precision(self, device: &Device, terminal: &Terminal) -> Precision {
-        let precision = match self {
-            Dtype::F32 => Precision::F32,
-            Dtype::Bf16 => Precision::Bf16,
-        };
-        if precision == Precision::Bf16 && (*device != Device::flex() || !precision.available()) {
-            terminal.say("no bf16 products here (they need a CPU with AMX, or AMD's with AVX512-BF16): computing in f32");
+        if self == Dtype::F32 {
+            return Precision::F32;
         }
-        precision
+        if *device != Device::flex() || !Precision::Bf16.available() {
+            terminal.say("no bf16 products here (they need a CPU with AMX, or AMD's with AVX512-BF16): computing in f32");
+            return Precision::F32;
+        }
+        Precision::Bf16
     }
+}
+
+/// Loads a model that is not trained, to compute in `precision`.
+pub fn load_in(files: ModelFiles, precision: Precision, device: &Device) -> Result<Model> {
+    Ok(match precision {
+        Precision::F32 => files.load(device)?,
+        Precision::Bf16 => files.load_in_bf16(device)?,
+    })
 }
 
 /// What becomes of weights that a file has in bf16, or in GGUF blocks of `Q4_0`, `Q4_1` or `Q8_0`.
@@ -163,18 +171,20 @@ impl Packed {
     }
 }
 
-/// Loads a model, and the brick that computes with its packed weights if any are left packed.
+/// Loads a model to compute in `precision`, and the brick that computes with its packed weights if any are left packed.
 pub fn load_packed(
     files: ModelFiles,
     packed: Packed,
+    precision: Precision,
     device: &Device,
 ) -> Result<(Model, Option<PackedLinear>)> {
     let inputs = match packed {
-        Packed::Off => return Ok((files.load(device)?, None)),
+        Packed::Off => return Ok((load_in(files, precision, device)?, None)),
         Packed::Exact => PackedInputs::Exact,
         Packed::EightBits => PackedInputs::EightBits,
     };
-    let (model, weights) = files.load_packed(device)?;
+    let (mut model, weights) = files.load_packed(device)?;
+    model.decoder = model.decoder.with_precision(precision);
     let brick = (!weights.is_empty()).then(|| PackedLinear::from_packed(weights).with_inputs(inputs));
     Ok((model, brick))
 }

@@ -163,6 +163,21 @@ impl Decoder {
         Self::read(config, source, &BTreeMap::new(), &|_| false, device)
     }
 
+    /// [`Decoder::load`] for a model on the CPU whose weights are not trained: its matrices are rounded to bf16 and stored so, in half the
+    /// memory, and its products are those of bf16 numbers ([`Precision::Bf16`]).
+    ///
+    /// # Errors
+    /// As [`Decoder::load`].
+    pub fn load_in_bf16(
+        config: DecoderConfig,
+        source: &dyn TensorSource,
+        device: &Device,
+    ) -> Result<Self, ModelError> {
+        check(&config, source)?;
+        let decoder = Self::read(config, source, &BTreeMap::new(), &|_| true, device)?;
+        Ok(decoder.with_precision(Precision::Bf16))
+    }
+
     /// [`Decoder::load`], with the weights of linear layers left packed where the checkpoint has them in blocks that
     /// [`PackedMatrix::from_blocks`] takes: those of the head too. A brick that computes with them belongs at their sites; without one
     /// the weight of a site is decoded when it is first read, and kept.

@@ -224,6 +224,16 @@ impl ModelFiles {
         Ok(Model { name: self.name, decoder, tokenizer: self.tokenizer })
     }
 
+    /// Reads the weights onto `device`, a CPU, as [`Decoder::load_in_bf16`] does.
+    ///
+    /// # Errors
+    /// As [`ModelFiles::load`].
+    pub fn load_in_bf16(self, device: &Device) -> Result<Model, ModelError> {
+        let decoder = Decoder::load_in_bf16(self.config.clone(), &self.weights(), device);
+        let decoder = decoder.map_err(|e| self.named(e))?;
+        Ok(Model { name: self.name, decoder, tokenizer: self.tokenizer })
+    }
+
     /// Reads the weights onto `device` as [`ModelFiles::load`] does, those of linear layers in GGUF blocks of `Q4_0`, `Q4_1` and `Q8_0`
     /// as they are, for a brick to compute with (`firebrick_quant::PackedLinear`); a file without such gives none. On the CPU matrices in
     /// bf16 stay in bf16.

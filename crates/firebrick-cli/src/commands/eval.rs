@@ -64,7 +64,7 @@ pub struct Eval {
     /// Compute with bf16 weights, and with the Q4_0, Q4_1 and Q8_0 blocks of a GGUF file; the reference does not.
     #[arg(long, default_value = "off", value_name = "HOW")]
     packed: Packed,
-    /// Type that products take; bf16 is faster on CPUs with AMX and AMD's with AVX512-BF16. The reference is computed in f32.
+    /// Type that products take and weights are stored in; bf16 is faster on CPUs with AMX and AMD's with AVX512-BF16. The reference is computed in f32.
     #[arg(long, default_value = "f32", value_name = "TYPE")]
     dtype: Dtype,
 }
@@ -110,8 +110,8 @@ impl Eval {
             return self.preview(&files, data.as_ref(), &tasks, terminal);
         }
         let device = models::device(global)?;
-        let (mut model, packed) = models::load_packed(files, self.packed, &device)?;
-        model.decoder = model.decoder.with_precision(self.dtype.precision(&device, terminal));
+        let precision = self.dtype.precision(&device, terminal);
+        let (model, packed) = models::load_packed(files, self.packed, precision, &device)?;
         let reference = reference.map(|files| files.load(&device)).transpose()?;
         let banks = models::adapters(&self.adapter, &model, &device)?;
         let bricks = models::bricks(&packed, &banks);

@@ -13,6 +13,7 @@ use firebrick_models::chat::{ChatOptions, ChatTemplate, Message};
 use firebrick_models::sampling::{Sampler, Sampling};
 use firebrick_models::{GenerateOptions, Model, generate_with};
 use firebrick_peft::LoraBank;
+use firebrick_tensor::ops::Precision;
 use serde_json::json;
 
 use crate::args::{Global, Usage};
@@ -70,7 +71,8 @@ impl Generate {
     pub fn run(&self, global: &Global, terminal: &Terminal) -> Result<()> {
         let device = models::device(global)?;
         let packed = self.packed.unwrap_or(Packed::default_for(&device));
-        let (model, packed) = models::load_packed(models::open(&self.model)?, packed, &device)?;
+        let files = models::open(&self.model)?;
+        let (model, packed) = models::load_packed(files, packed, Precision::F32, &device)?;
         let banks = models::adapters(&self.adapter, &model, &device)?;
         let bricks = models::bricks(&packed, &banks);
         let tokenizer = &model.tokenizer;

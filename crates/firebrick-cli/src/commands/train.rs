@@ -11,6 +11,7 @@ use firebrick_core::{
 };
 use firebrick_models::tokenizer::Tokenizer;
 use firebrick_peft::{LoraBank, LoraConfig, fit_lora_mixture, hf};
+use firebrick_tensor::ops::Precision;
 use firebrick_train::{
     Average, Document, Group, LarsForm, Mixture, Optimizer, Rows, Stage, StepMemory, TextData, TrainConfig,
     layer_decay, multi_task, read_documents, site_groups,
@@ -86,7 +87,7 @@ pub struct Train {
     /// Factor on the learning rate from each layer to the one before it.
     #[arg(long, value_name = "X")]
     layer_decay: Option<f64>,
-    /// Type that products take; bf16 is faster on CPUs with AMX and AMD's with AVX512-BF16.
+    /// Type that products take and frozen weights are stored in; bf16 is faster on CPUs with AMX and AMD's with AVX512-BF16.
     #[arg(long, default_value = "f32", value_name = "TYPE")]
     dtype: Dtype,
     /// Compute each block again in the backward pass: less memory, more time.
@@ -280,7 +281,10 @@ impl Train {
         };
         let adapters = targets.iter().filter_map(adapter).fold(0, usize::saturating_add);
         let parameters = models::parameters(&files).saturating_add(adapters);
-        let memory = StepMemory::predict(&files.config, &config, parameters, adapters);
+        let mut memory = StepMemory::predict(&files.config, &config, parameters, adapters);
+        if self.dtype == Dtype::Bf16 && Precision::Bf16.available() {
+            memory.weights = memory.weights.saturating_sub(2 * models::parameters(&files) as u64);
+        }
         if global.dry_run {
             let tokens = [self.batch, self.accumulate, self.window]
                 .into_iter()
@@ -325,8 +329,7 @@ impl Train {
         let device = models::device(global)?;
         let precision = self.dtype.precision(&device, terminal);
         let device = device.autodiff();
-        let mut model = files.load(&device)?;
-        model.decoder = model.decoder.with_precision(precision);
+        let model = models::load_in(files, precision, &device)?;
         let seed = Seed(global.seed);
         let bank = match &plan {
             Some(plan) => lora.init_plan(model.decoder.sites(), plan, seed, &device)?,

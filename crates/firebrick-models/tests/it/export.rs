@@ -13,6 +13,7 @@ use firebrick_models::{
 use firebrick_tensor::block::DType;
 use firebrick_tensor::checkpoint::{Checkpoint, write_gguf};
 use firebrick_tensor::imatrix::{Importance, ImportanceMatrix};
+use firebrick_tensor::ops::Precision;
 use firebrick_tensor::stream::Executor;
 
 const TEXT: &str = "the quick brown fox jumps over the lazy dog and the quick brown fox runs on";
@@ -104,6 +105,10 @@ fn weights_in_bf16_stay_as_they_are() {
             let e = (steps(&half) - logits(&whole)).abs().max().into_scalar::<f32>();
             assert!(e < 1e-4, "{name}: logits of single tokens differ by {e}");
             assert!(difference(&half, &decoder) > 1e-5, "control: {name} rounds");
+            let bf16 = ModelFiles::open(&path).unwrap().load_in_bf16(&device).unwrap().decoder;
+            assert_eq!((bf16.head_weight().dtype(), bf16.precision()), (Stored::BF16, Precision::Bf16));
+            let e = difference(&bf16, &whole.with_precision(Precision::Bf16));
+            assert!(e < 1e-5, "{name}: logits of products in bf16 differ by {e}");
         }
     }
 }
