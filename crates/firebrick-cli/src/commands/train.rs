@@ -280,10 +280,11 @@ impl Train {
             files.sites().linear(site).map(|(d_in, d_out)| rank.saturating_mul(d_in + d_out))
         };
         let adapters = targets.iter().filter_map(adapter).fold(0, usize::saturating_add);
-        let parameters = models::parameters(&files).saturating_add(adapters);
-        let mut memory = StepMemory::predict(&files.config, &config, parameters, adapters);
+        let frozen = models::parameters(&files);
+        let mut memory =
+            StepMemory::predict(&files.config, &config, frozen.saturating_add(adapters), adapters);
         if self.dtype == Dtype::Bf16 && Precision::Bf16.available() {
-            memory.weights = memory.weights.saturating_sub(2 * models::parameters(&files) as u64);
+            memory.weights = memory.weights.saturating_sub(2 * frozen as u64);
         }
         if global.dry_run {
             let tokens = [self.batch, self.accumulate, self.window]

@@ -37,7 +37,7 @@ pub(super) fn widened(x: FlexTensor) -> FlexTensor {
     if !is_bf16(&x) {
         return x;
     }
-    let x = if unbroken(&x, 0) || unbroken(&x, 1) { x } else { x.to_contiguous() };
+    let x = without_gaps(x);
     let (shape, strides) = (x.shape(), x.layout().strides().to_vec());
     let halves = &x.storage::<bf16>()[x.layout().start_offset()..];
     let values = fresh(shape.num_elements(), BLOCK, |i, values| {
@@ -52,6 +52,11 @@ pub(super) fn widened(x: FlexTensor) -> FlexTensor {
 pub(super) fn unbroken(x: &FlexTensor, along: usize) -> bool {
     let (strides, shape) = (x.layout().strides(), x.shape());
     shape.num_dims() == 2 && strides[along] == 1 && strides[1 - along] == shape[along] as isize
+}
+
+/// A matrix whose numbers lie together in rows or in columns: `x` itself if it does, a row-major copy otherwise.
+pub(super) fn without_gaps(x: FlexTensor) -> FlexTensor {
+    if unbroken(&x, 0) || unbroken(&x, 1) { x } else { x.to_contiguous() }
 }
 
 /// Wraps row-major data.

@@ -135,7 +135,7 @@ impl LinearOps for Flex {
 
 /// Whether the weights of an output lie together, one output after the other.
 pub(super) fn is_by_output(weight: &FlexTensor) -> bool {
-    *weight.layout().strides() == [1, weight.shape()[0] as isize]
+    cpu::unbroken(weight, 0)
 }
 
 /// Outputs of a task where each has `d_in` weights.

@@ -144,7 +144,8 @@ impl MatmulOps for Flex {
             let y = <Self as MatmulOps>::matmul(x, weight, precision);
             return <Self as MatmulOps>::matmul_add(y, narrow, wide, Precision::F32);
         }
-        sum_of_products(&[[view(&x), view(&weight)], [view(&narrow), view(&wide)]])
+        let products = [[view(&x), view(&weight)], [view(&narrow), view(&wide)]];
+        filled([rows, wide.shape()[1]], |out| gemm_f32(out, false, &products, rayon::current_num_threads()))
     }
 
     fn weight_gradient(
@@ -164,11 +165,6 @@ impl MatmulOps for Flex {
 /// Columns below which vectors of a product lie along the sums: across, they would be half empty.
 const NARROW: usize = 16;
 
-fn sum_of_products(products: &[[MatRef<'_, f32>; 2]]) -> FlexTensor {
-    let [lhs, rhs] = products[0];
-    filled([lhs.nrows(), rhs.ncols()], |out| gemm_f32(out, false, products, rayon::current_num_threads()))
-}
-
 /// Whether [`product`] takes these types.
 fn has_kernel(lhs: &FlexTensor, rhs: &FlexTensor) -> bool {
     cpu::all_f32(&[lhs]) && (cpu::all_f32(&[rhs]) || cpu::is_bf16(rhs))
@@ -178,7 +174,7 @@ fn has_kernel(lhs: &FlexTensor, rhs: &FlexTensor) -> bool {
 fn product(out: &mut [MaybeUninit<f32>], add: bool, lhs: FlexTensor, rhs: FlexTensor, precision: Precision) {
     let threads = rayon::current_num_threads();
     if precision.is_bf16(lhs.shape()[0]) {
-        let (lhs, rhs) = (readable(lhs), readable(rhs));
+        let (lhs, rhs) = (cpu::without_gaps(lhs), cpu::without_gaps(rhs));
         gemm_bf16(out, add, lines(&lhs, 0), lines(&rhs, 1), Level::best(), threads);
     } else if cpu::is_bf16(&rhs) && cpu::unbroken(&rhs, 0) {
         let halves = &rhs.storage::<bf16>()[rhs.layout().start_offset()..];
@@ -208,10 +204,6 @@ fn view(x: &FlexTensor) -> MatRef<'_, f32> {
     let first = x.storage::<f32>()[x.layout().start_offset()..].as_ptr();
     // SAFETY: a layout leads to elements of its storage alone.
     unsafe { MatRef::from_raw_parts(first, shape[0], shape[1], strides[0], strides[1]) }
-}
-
-fn readable(x: FlexTensor) -> FlexTensor {
-    if cpu::unbroken(&x, 0) || cpu::unbroken(&x, 1) { x } else { x.to_contiguous() }
 }
 
 /// The matrix as lines along dimension `1 - across`.

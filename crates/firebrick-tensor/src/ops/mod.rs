@@ -8,6 +8,8 @@
 mod adamw;
 mod attention;
 mod attention_cpu;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 mod awake;
 mod cpu;
 mod cross_entropy;
@@ -47,8 +49,6 @@ mod rope;
 mod rope_cube;
 mod sparse_kl;
 mod swiglu;
-#[cfg(target_arch = "x86_64")]
-mod transpose;
 
 pub use adamw::{AdamWOptions, adamw};
 pub use attention::{AttentionOptions, Segments, attention, segmented_attention};

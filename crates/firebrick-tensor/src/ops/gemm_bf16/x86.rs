@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 use std::mem::{MaybeUninit, transmute};
 
-use super::super::transpose::transposed;
+use super::super::avx512::{mask, transposed};
 use super::{Ahead, Block, DEPTH, LINES, Numbers, Operand, Order, SLOTS, SQUARE};
 
 /// Whether the processor has what [`pack`] and [`square`] take.
@@ -43,11 +43,6 @@ pub fn pack(operand: &Operand<'_>, first: usize, from: usize, order: Order, out:
     }
 }
 
-/// The first `count` of 16 numbers.
-fn first(count: usize) -> __mmask16 {
-    if count < LINES { (1 << count) - 1 } else { !0 }
-}
-
 /// 32 numbers from `at` on, of which the first `count` are there.
 ///
 /// # Safety
@@ -60,13 +55,13 @@ unsafe fn line_of(data: Numbers<'_>, at: usize, count: usize) -> __m512i {
         match data {
             Numbers::F32(x) => {
                 let x = x.as_ptr().wrapping_add(at);
-                let low = _mm512_maskz_loadu_ps(first(count), x);
-                let high = _mm512_maskz_loadu_ps(first(count.saturating_sub(LINES)), x.wrapping_add(LINES));
+                let low = _mm512_maskz_loadu_ps(mask(count), x);
+                let high = _mm512_maskz_loadu_ps(mask(count.saturating_sub(LINES)), x.wrapping_add(LINES));
                 transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low))
             }
             Numbers::Bf16(x) => {
-                let mask = if count < DEPTH { (1 << count) - 1 } else { !0 };
-                _mm512_maskz_loadu_epi16(mask, x.as_ptr().wrapping_add(at).cast())
+                let there = if count < DEPTH { (1 << count) - 1 } else { !0 };
+                _mm512_maskz_loadu_epi16(there, x.as_ptr().wrapping_add(at).cast())
             }
         }
     }
@@ -94,14 +89,14 @@ unsafe fn pairs_of(data: Numbers<'_>, at: [usize; 2], counts: [usize; 2]) -> __m
         let one_after_the_other = match data {
             Numbers::F32(x) => {
                 let number =
-                    |i: usize| _mm512_maskz_loadu_ps(first(counts[i]), x.as_ptr().wrapping_add(at[i]));
+                    |i: usize| _mm512_maskz_loadu_ps(mask(counts[i]), x.as_ptr().wrapping_add(at[i]));
                 transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(number(1), number(0)))
             }
             Numbers::Bf16(x) => {
                 let number = |i: usize| {
                     let from = x.as_ptr().wrapping_add(at[i]).cast();
                     // Their mask is of 32 numbers: those past the sixteenth are none of a half's.
-                    _mm512_castsi512_si256(_mm512_maskz_loadu_epi16(first(counts[i]).into(), from))
+                    _mm512_castsi512_si256(_mm512_maskz_loadu_epi16(mask(counts[i]).into(), from))
                 };
                 _mm512_inserti64x4::<1>(_mm512_castsi256_si512(number(0)), number(1))
             }

@@ -6,7 +6,7 @@ use std::mem::MaybeUninit;
 use faer::MatRef;
 use half::bf16;
 
-use super::super::transpose::transposed;
+use super::super::avx512::{mask, transposed};
 use super::{PANEL, Row};
 
 /// Numbers of a vector.
@@ -96,11 +96,6 @@ fn copy(columns: MatRef<'_, f32>, rows: &mut [MaybeUninit<Row>]) {
             }
         }
     }
-}
-
-/// The lanes of a vector of which `count` values are left.
-fn mask(count: usize) -> __mmask16 {
-    if count < LANES { (1 << count) - 1 } else { !0 }
 }
 
 /// Sixteen rows of sixteen numbers at `to`, [`PANEL`] apart, of sixteen columns at `from`, `stride` apart.

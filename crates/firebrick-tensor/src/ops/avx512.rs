@@ -1,6 +1,11 @@
-//! Sixteen by sixteen numbers of 32 bits, transposed in the registers of AVX-512.
+//! What kernels for AVX-512 share, on vectors of sixteen numbers of 32 bits.
 
 use std::arch::x86_64::*;
+
+/// The lanes of a vector of which `count` values are left.
+pub(super) fn mask(count: usize) -> __mmask16 {
+    if count < 16 { (1 << count) - 1 } else { !0 }
+}
 
 /// Rows as columns.
 #[inline]
