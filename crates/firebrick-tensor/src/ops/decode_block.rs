@@ -33,7 +33,7 @@ impl PackedWeight {
     /// The matrix as [`decode_block`] reads it; `None` where it has no kernel.
     pub fn for_block(&self) -> Option<BlockPacked> {
         let layout = self.matrix.layout();
-        let float = |x: &Tensor<2>| x.clone().try_into_primitive::<Flex>().ok();
+        let float = |x: &Tensor<3>| x.clone().try_into_primitive::<Flex>().ok();
         let words = self.matrix.words.clone().try_into_primitive::<Flex>().ok()?;
         let (scale, zero) = (float(&self.matrix.scale)?, float(&self.matrix.zero)?);
         let fits = Weight::has_kernel(&words, &scale, &zero)
@@ -43,14 +43,14 @@ impl PackedWeight {
         }
         let tensors = Arc::new([words, scale, zero].map(cpu::contiguous));
         let [words, scale, zero] = tensors.as_ref();
-        let Weight { words, scale, zero, d_out, .. } = Weight::new(words, scale, zero, layout);
+        let Weight { words, scale, zero, .. } = Weight::new(words, scale, zero, layout);
         // SAFETY: memory of tensors that the result holds, and that nobody writes while it is shared.
         let weight = unsafe {
             let scale = match scale {
                 Scales::F32(scale) => Scales::F32(&*ptr::from_ref(scale)),
                 Scales::F16(scale) => Scales::F16(&*ptr::from_ref(scale)),
             };
-            Weight { words: &*ptr::from_ref(words), scale, zero: &*ptr::from_ref(zero), layout, d_out }
+            Weight { words: &*ptr::from_ref(words), scale, zero: &*ptr::from_ref(zero), layout }
         };
         Some(BlockPacked { weight, inputs: self.inputs, _tensors: tensors })
     }
@@ -323,7 +323,7 @@ impl Product<'_> {
         match self {
             Product::Dense { x, weights } => (weights.len() / x.len(), linear::task(x.len())),
             Product::Halves { x, words } => (2 * words.len() / x.len(), linear::task(x.len())),
-            Product::Packed { weight, .. } => (weight.d_out, weight.task()),
+            Product::Packed { weight, .. } => (weight.layout.d_out, weight.task()),
         }
     }
 

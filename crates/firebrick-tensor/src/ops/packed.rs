@@ -23,8 +23,9 @@ use super::{cpu, packed_f32};
 /// A weight matrix as low-bit codes with a scale and a zero point for each group of input rows.
 ///
 /// `w[i][o] = scale[i / group][o] * (code[i][o] - zero[i / group][o])`, in the dtype of `zero`. Codes sit in 32-bit words along
-/// `d_in`, least significant bits first; a word holds `32 / bits` whole codes (ten at 3 bits), none crosses a word. At 2, 4
-/// and 8 bits this is the `qweight` of AutoGPTQ.
+/// `d_in`, least significant bits first; a word holds `32 / bits` whole codes (ten at 3 bits), none crosses a word. Sixteen outputs
+/// are a panel, whose words lie together, so that a product with one row reads memory from one end to the other; at 2, 4 and 8 bits a
+/// panel is sixteen columns of AutoGPTQ's `qweight`. The last one is filled up with zeros.
 #[derive(Module, Debug)]
 pub struct PackedMatrix {
     /// Bits of a code, 1 to 8.
@@ -35,12 +36,12 @@ pub struct PackedMatrix {
     pub d_in: usize,
     /// Output features.
     pub d_out: usize,
-    /// `[ceil(d_in / (32 / bits)), d_out]`, bit patterns as i32.
-    pub words: Tensor<2, Int>,
-    /// `[ceil(d_in / group), d_out]`; may be narrower than `zero`.
-    pub scale: Tensor<2>,
-    /// `[ceil(d_in / group), d_out]`, or `[1, d_out]` where all groups share it, in units of codes; may be fractional.
-    pub zero: Tensor<2>,
+    /// `[ceil(d_out / 16), ceil(d_in / (32 / bits)), 16]`, bit patterns as i32.
+    pub words: Tensor<3, Int>,
+    /// `[ceil(d_out / 16), ceil(d_in / group), 16]`; may be narrower than `zero`.
+    pub scale: Tensor<3>,
+    /// `[ceil(d_out / 16), ceil(d_in / group), 16]`, or `[.., 1, 16]` where all groups share it, in units of codes; may be fractional.
+    pub zero: Tensor<3>,
 }
 
 impl PackedMatrix {
@@ -70,22 +71,26 @@ impl PackedMatrix {
             (rows == groups || rows == 1) && columns == d_out,
             "PackedMatrix: zero [{rows}, {columns}] for [{groups}, {d_out}]"
         );
-        let per_word = 32 / bits as usize;
-        let rows = d_in.div_ceil(per_word);
-        let mut words = vec![0u32; rows * d_out];
-        for i in 0..d_in {
-            let shift = (i % per_word) * bits as usize;
-            let word_row = &mut words[i / per_word * d_out..][..d_out];
-            for (word, &code) in word_row.iter_mut().zip(&codes[i * d_out..]) {
-                assert!(
-                    u32::from(code) >> bits == 0,
-                    "PackedMatrix: code {code} needs more than {bits} bits"
-                );
-                *word |= u32::from(code) << shift;
+        let device = scale.device();
+        let layout = PackedLayout { bits: bits.into(), group, d_in, d_out };
+        let (per_word, rows) = (layout.per_word(), layout.word_rows());
+        let mut words = vec![0u32; layout.panels() * rows * PANEL];
+        for (i, codes) in codes.chunks_exact(d_out.max(1)).enumerate() {
+            let shift = (i % per_word) * layout.bits;
+            for (panel, codes) in codes.chunks(PANEL).enumerate() {
+                let row = &mut words[(panel * rows + i / per_word) * PANEL..];
+                for (word, &code) in row.iter_mut().zip(codes) {
+                    assert!(
+                        u32::from(code) >> bits == 0,
+                        "PackedMatrix: code {code} needs more than {bits} bits"
+                    );
+                    *word |= u32::from(code) << shift;
+                }
             }
         }
         let words: Vec<i32> = words.into_iter().map(|w| w as i32).collect();
-        let words = Tensor::from_data(TensorData::new(words, [rows, d_out]), &scale.device());
+        let words = Tensor::from_data(TensorData::new(words, [layout.panels(), rows, PANEL]), &device);
+        let (scale, zero) = (in_panels(scale), in_panels(zero));
         Self { bits, group, d_in, d_out, words, scale, zero }
     }
 
@@ -100,14 +105,23 @@ impl PackedMatrix {
     }
 
     pub(super) fn layout(&self) -> PackedLayout {
-        PackedLayout { bits: self.bits.into(), group: self.group, d_in: self.d_in }
+        PackedLayout { bits: self.bits.into(), group: self.group, d_in: self.d_in, d_out: self.d_out }
     }
 
-    /// Bytes held: words, scales and zero points.
+    /// Bytes held: words, scales and zero points, with what fills up the last panel.
     pub fn bytes(&self) -> usize {
-        let values = |t: &Tensor<2>| t.shape().num_elements() * t.dtype().size();
+        let values = |t: &Tensor<3>| t.shape().num_elements() * t.dtype().size();
         self.words.shape().num_elements() * 4 + values(&self.scale) + values(&self.zero)
     }
+}
+
+/// `[rows, d_out]` as `[panels, rows, 16]`, filled up with zeros. By way of the host: a view of other strides would be copied for each product.
+fn in_panels(x: Tensor<2>) -> Tensor<3> {
+    let ([rows, d_out], device, dtype) = (x.dims(), x.device(), x.dtype());
+    let filled = d_out.next_multiple_of(PANEL);
+    let zeros = Tensor::zeros([rows, filled - d_out], (&device, dtype));
+    let panels = Tensor::cat(vec![x, zeros], 1).reshape([rows, filled / PANEL, PANEL]).swap_dims(0, 1);
+    Tensor::from_data(panels.into_data(), (&device, dtype))
 }
 
 /// How the inputs of a product with packed weights are taken.
@@ -148,9 +162,24 @@ pub struct PackedLayout {
     pub(super) bits: usize,
     pub(super) group: usize,
     pub(super) d_in: usize,
+    pub(super) d_out: usize,
 }
 
 impl PackedLayout {
+    pub(super) fn panels(&self) -> usize {
+        self.d_out.div_ceil(PANEL)
+    }
+
+    /// Words of an output.
+    pub(super) fn word_rows(&self) -> usize {
+        self.d_in.div_ceil(self.per_word())
+    }
+
+    /// Scales of an output.
+    pub(super) fn groups(&self) -> usize {
+        self.d_in.div_ceil(self.group)
+    }
+
     pub(super) fn per_word(&self) -> usize {
         32 / self.bits
     }
@@ -164,7 +193,7 @@ impl PackedLayout {
 #[backend_extension(Flex, Cube: cfg(feature = "cubecl-backend"), Autodiff, Fusion: cfg(feature = "cubecl-backend"))]
 pub trait PackedOps: Backend {
     /// The dense matrix `[d_in, d_out]`.
-    #[fusion(dtype = zero, shape = Shape::new([layout.d_in, words[1]]))]
+    #[fusion(dtype = zero, shape = Shape::new([layout.d_in, layout.d_out]))]
     fn unpack(
         words: IntTensor<Self>,
         scale: FloatTensor<Self>,
@@ -175,7 +204,7 @@ pub trait PackedOps: Backend {
     }
 
     /// Product with the dense matrix, see [`packed_matmul`].
-    #[fusion(dtype = x, shape = Shape::new([x[0], words[1]]))]
+    #[fusion(dtype = x, shape = Shape::new([x[0], layout.d_out]))]
     fn packed_matmul(
         x: FloatTensor<Self>,
         words: IntTensor<Self>,
@@ -194,26 +223,34 @@ pub(super) fn composed_unpack<B: Backend>(
     zero: FloatTensor<B>,
     layout: PackedLayout,
 ) -> FloatTensor<B> {
-    let (rows, d_out) = (words.shape()[0], words.shape()[1]);
+    let (panels, rows) = (layout.panels(), layout.word_rows());
     let dtype: FloatDType = zero.dtype().into();
-    let first_rows = |x, rows: usize| B::float_slice(x, &[Slice::from(0..rows), Slice::from(0..d_out)]);
+    let cut = |x: FloatTensor<B>, shape: &[usize]| {
+        let slices: Vec<Slice> = shape.iter().map(|&n| Slice::from(0..n)).collect();
+        B::float_slice(x, &slices)
+    };
     // A word at a time along a new axis, so that a plain reshape puts the codes in order.
     let slots = (0..layout.per_word()).map(|slot| {
         let shifted = B::bitwise_right_shift_scalar(words.clone(), (slot * layout.bits).into());
         let code = B::bitwise_and_scalar(shifted, layout.mask().into());
-        B::float_reshape(B::int_into_float(code, dtype), Shape::new([rows, 1, d_out]))
+        B::float_reshape(B::int_into_float(code, dtype), Shape::new([panels, rows, 1, PANEL]))
     });
-    let codes = B::float_cat(slots.collect(), 1);
-    let codes = B::float_reshape(codes, Shape::new([rows * layout.per_word(), d_out]));
+    let codes = B::float_cat(slots.collect(), 2);
+    let codes = B::float_reshape(codes, Shape::new([panels, rows * layout.per_word(), PANEL]));
     let spread = |x: FloatTensor<B>| {
-        let groups = x.shape()[0];
+        let groups = x.shape()[1];
         let group = if groups == 1 { layout.d_in } else { layout.group };
-        let x = B::float_reshape(x, Shape::new([groups, 1, d_out]));
-        let x = B::float_expand(x, Shape::new([groups, group, d_out]));
-        first_rows(B::float_reshape(x, Shape::new([groups * group, d_out])), layout.d_in)
+        let x = B::float_reshape(x, Shape::new([panels, groups, 1, PANEL]));
+        let x = B::float_expand(x, Shape::new([panels, groups, group, PANEL]));
+        let x = B::float_reshape(x, Shape::new([panels, groups * group, PANEL]));
+        cut(x, &[panels, layout.d_in, PANEL])
     };
     let scale = spread(if scale.dtype() == zero.dtype() { scale } else { B::float_cast(scale, dtype) });
-    B::float_mul(B::float_sub(first_rows(codes, layout.d_in), spread(zero)), scale)
+    let codes = cut(codes, &[panels, layout.d_in, PANEL]);
+    let weight = B::float_mul(B::float_sub(codes, spread(zero)), scale);
+    let weight = B::float_swap_dims(weight, 0, 1);
+    let weight = B::float_reshape(weight, Shape::new([layout.d_in, panels * PANEL]));
+    cut(weight, &[layout.d_in, layout.d_out])
 }
 
 pub(super) fn composed<B: PackedOps>(
@@ -251,8 +288,11 @@ pub(super) fn rounded<B: Backend>(x: FloatTensor<B>) -> FloatTensor<B> {
     B::float_slice(x, &[Slice::from(0..rows), Slice::from(0..d_in)])
 }
 
-/// Outputs of a task, at most.
-pub(super) const COLUMNS: usize = 256;
+/// Outputs whose words lie together: a vector of AVX-512, a line of the caches.
+pub(super) const PANEL: usize = 16;
+
+/// What each output of a panel has.
+pub(super) type OfPanel<T> = [T; PANEL];
 
 /// Rows of `x` from which tiles of the matrix are decoded for a dense product.
 const TILE_ROWS: usize = 8;
@@ -323,14 +363,15 @@ impl<'a> Rows<'a> {
 
     /// Whether they are what a matrix of `layout` takes.
     pub fn fit(&self, layout: PackedLayout, inputs: PackedInputs) -> bool {
-        (self.layout, self.asked) == (layout, inputs)
+        self.asked == inputs && self.layout == PackedLayout { d_out: self.layout.d_out, ..layout }
     }
 
-    /// Adds outputs `first..` to `out`, `[rows, columns]`.
+    /// Writes outputs `first..`, from the beginning of a panel on, to `out`, `[rows, columns]`.
     pub fn columns(&self, weight: &Weight<'_>, level: Level, first: usize, out: &mut [f32]) {
+        let columns = out.len() / self.rows;
         match &self.inputs {
-            Inputs::Rounded(blocks) => packed_dots::columns(blocks, weight, level, self.rows, first, out),
-            Inputs::Digits(blocks) => packed_dots::columns(blocks, weight, level, self.rows, first, out),
+            Inputs::Rounded(blocks) => packed_dots::panels(blocks, weight, level, first, columns, out),
+            Inputs::Digits(blocks) => packed_dots::panels(blocks, weight, level, first, columns, out),
             Inputs::Plain(x) => packed_f32::columns(x, weight, Arch::new(), first, out),
         }
     }
@@ -342,31 +383,38 @@ impl<'a> Rows<'a> {
         if self.rows >= 2 * ROWS
             && let Inputs::Rounded(blocks) = &self.inputs
         {
-            let mut out = vec![0.0; self.rows * weight.d_out];
-            cpu::blocks(&mut out, weight.d_out, ROWS, |first, out| {
-                packed_dots::rows(blocks, weight, level, first, out);
+            let d_out = weight.layout.d_out;
+            let mut out = vec![0.0; self.rows * d_out];
+            cpu::blocks(&mut out, d_out, ROWS, |first, out| {
+                let blocks = &blocks[first * packed_dots::steps(self.layout)..];
+                packed_dots::panels(blocks, weight, level, 0, d_out, out);
             });
-            return cpu::tensor(out, Shape::new([self.rows, weight.d_out]));
+            return cpu::tensor(out, Shape::new([self.rows, d_out]));
         }
-        cpu::by_columns(self.rows, weight.d_out, weight.task(), |first, out| {
+        cpu::by_columns(self.rows, weight.layout.d_out, weight.task(), |first, out| {
             self.columns(weight, level, first, out);
         })
     }
 }
 
-/// Scales as they lie in memory.
+/// Scales as they lie in memory, group by group.
 #[derive(Clone, Copy)]
 pub(super) enum Scales<'a> {
-    F32(&'a [f32]),
-    F16(&'a [f16]),
+    F32(&'a [OfPanel<f32>]),
+    F16(&'a [OfPanel<f16>]),
 }
 
 impl Scales<'_> {
-    /// Writes them as f32.
-    pub fn widen(self, out: &mut [f32]) {
+    /// Those of a group.
+    #[inline(always)]
+    pub fn of(self, group: usize) -> OfPanel<f32> {
         match self {
-            Scales::F32(scale) => out.copy_from_slice(scale),
-            Scales::F16(scale) => cpu::widen(scale, out),
+            Scales::F32(scale) => scale[group],
+            Scales::F16(scale) => {
+                let mut wide = [0.0; PANEL];
+                cpu::widen(&scale[group], &mut wide);
+                wide
+            }
         }
     }
 }
@@ -374,12 +422,28 @@ impl Scales<'_> {
 /// A packed matrix that kernels read.
 #[derive(Clone, Copy)]
 pub(super) struct Weight<'a> {
-    pub words: &'a [i32],
+    pub words: &'a [OfPanel<i32>],
     pub scale: Scales<'a>,
     /// As many as scales, or one for each output.
-    pub zero: &'a [f32],
+    pub zero: &'a [OfPanel<f32>],
     pub layout: PackedLayout,
-    pub d_out: usize,
+}
+
+/// Sixteen of its outputs.
+#[derive(Clone, Copy)]
+pub(super) struct Panel<'a> {
+    pub words: &'a [OfPanel<i32>],
+    pub scale: Scales<'a>,
+    /// Of each group, or of all.
+    pub zero: &'a [OfPanel<f32>],
+}
+
+impl Panel<'_> {
+    /// Zero points of a group.
+    #[inline(always)]
+    pub fn zero(&self, group: usize) -> &OfPanel<f32> {
+        &self.zero[if self.zero.len() == 1 { 0 } else { group }]
+    }
 }
 
 impl<'a> Weight<'a> {
@@ -396,45 +460,48 @@ impl<'a> Weight<'a> {
         zero: &'a FlexTensor,
         layout: PackedLayout,
     ) -> Self {
-        let d_out = words.shape()[1];
         let scale = match scale.dtype() {
-            DType::F16 => Scales::F16(scale.storage()),
-            _ => Scales::F32(scale.storage()),
+            DType::F16 => Scales::F16(scale.storage().as_chunks().0),
+            _ => Scales::F32(scale.storage().as_chunks().0),
         };
-        Self { words: words.storage(), scale, zero: zero.storage(), layout, d_out }
+        Self { words: words.storage().as_chunks().0, scale, zero: zero.storage().as_chunks().0, layout }
     }
 
-    /// Outputs of a task where each weight is read once: a part of 2^17 weights or so, and of outputs whose words for a block of inputs
-    /// stay in the first-level cache. The tasks are equal and their number even where that can be.
+    /// Outputs of a task where each weight is read once: a part of 2^17 weights or so. The tasks are equal and their number even where
+    /// that can be.
     pub fn task(&self) -> usize {
-        let parts = (self.layout.d_in * self.d_out).div_ceil(1 << 17);
-        let size = |parts: usize| self.d_out.div_ceil(parts).next_multiple_of(16).clamp(64, COLUMNS);
+        /// At most.
+        const OUTPUTS: usize = 256;
+        let PackedLayout { d_in, d_out, .. } = self.layout;
+        let parts = (d_in * d_out).div_ceil(1 << 17);
+        let size = |parts: usize| d_out.div_ceil(parts).next_multiple_of(PANEL).clamp(64, OUTPUTS);
         let first = (parts - parts % 2).max(2);
-        let even = |parts: &usize| size(*parts) * parts == self.d_out;
+        let even = |parts: &usize| size(*parts) * parts == d_out;
         (first..=2 * parts.max(1)).step_by(2).find(even).map_or(size(parts), size)
     }
 
-    /// Words of word row `row`, from column `first` on.
+    /// Outputs from `16 * number` on.
     #[inline(always)]
-    pub fn word_row(&self, row: usize, first: usize, columns: usize) -> &'a [i32] {
-        &self.words[row * self.d_out + first..][..columns]
-    }
-
-    /// The scales of `group` from column `first` on.
-    #[inline(always)]
-    pub fn scales(&self, group: usize, first: usize, columns: usize) -> Scales<'a> {
-        let at = group * self.d_out + first;
-        match self.scale {
-            Scales::F32(scale) => Scales::F32(&scale[at..][..columns]),
-            Scales::F16(scale) => Scales::F16(&scale[at..][..columns]),
+    pub fn panel(&self, number: usize) -> Panel<'a> {
+        let (rows, groups) = (self.layout.word_rows(), self.layout.groups());
+        let zeros = self.zero.len() / self.layout.panels();
+        Panel {
+            words: &self.words[number * rows..][..rows],
+            scale: match self.scale {
+                Scales::F32(scale) => Scales::F32(&scale[number * groups..][..groups]),
+                Scales::F16(scale) => Scales::F16(&scale[number * groups..][..groups]),
+            },
+            zero: &self.zero[number * zeros..][..zeros],
         }
     }
+}
 
-    /// Zero points of `group` from column `first` on.
-    #[inline(always)]
-    pub fn zeros(&self, group: usize, first: usize, columns: usize) -> &'a [f32] {
-        let at = if self.zero.len() == self.d_out { first } else { group * self.d_out + first };
-        &self.zero[at..][..columns]
+/// Writes what a panel has to `out`, as far as that goes.
+#[inline(always)]
+pub(super) fn put(values: &OfPanel<f32>, out: &mut [f32]) {
+    match out.first_chunk_mut() {
+        Some(out) => *out = *values,
+        None => out.copy_from_slice(&values[..out.len()]),
     }
 }
 

@@ -4,6 +4,7 @@ use burn::tensor::{DType as TensorType, Device, Tensor, TensorData};
 use half::f16;
 
 use super::PackedMatrix;
+use super::packed::PANEL;
 use crate::block::{BlockError, DType};
 
 /// Values of a block.
@@ -44,19 +45,21 @@ impl PackedMatrix {
             });
         }
         let (groups, rows) = (d_in / BLOCK, d_in * bits / 32);
-        let mut words = vec![0i32; rows * d_out];
-        let mut scale = vec![f16::ZERO; groups * d_out];
-        let mut zero = match dtype {
-            DType::Q4_0 => vec![8.0; d_out],
-            DType::Q8_0 => vec![128.0; d_out],
-            _ => vec![0.0; groups * d_out],
+        let panels = d_out.div_ceil(PANEL);
+        let mut words = vec![0i32; panels * rows * PANEL];
+        let mut scale = vec![f16::ZERO; panels * groups * PANEL];
+        let (zeros, zero) = match dtype {
+            DType::Q4_0 => (1, 8.0),
+            DType::Q8_0 => (1, 128.0),
+            _ => (groups, 0.0),
         };
+        let mut zero = vec![zero; panels * zeros * PANEL];
         for o in 0..d_out {
             let blocks = &bytes[row(o) * groups * dtype.block_bytes()..][..groups * dtype.block_bytes()];
             for (g, block) in blocks.chunks_exact(dtype.block_bytes()).enumerate() {
                 let half = |at: usize| f16::from_le_bytes([block[at], block[at + 1]]);
                 let mut codes = [0u8; BLOCK];
-                let at = g * d_out + o;
+                let at = (o / PANEL * groups + g) * PANEL + o % PANEL;
                 scale[at] = half(0);
                 match dtype {
                     DType::Q8_0 => codes.iter_mut().zip(&block[2..]).for_each(|(c, b)| *c = b ^ 128),
@@ -74,22 +77,21 @@ impl PackedMatrix {
                 let per_word = 32 / bits;
                 for (w, codes) in codes.chunks_exact(per_word).enumerate() {
                     let word = codes.iter().rev().fold(0u32, |word, &c| word << bits | u32::from(c));
-                    words[(g * BLOCK / per_word + w) * d_out + o] = word as i32;
+                    words[(o / PANEL * rows + g * BLOCK / per_word + w) * PANEL + o % PANEL] = word as i32;
                 }
             }
         }
-        let zero_rows = zero.len() / d_out.max(1);
         let narrow = device.supports_dtype(TensorType::F16);
         let scale_type = if narrow { TensorType::F16 } else { TensorType::F32 };
-        let scale = Tensor::from_data(TensorData::new(scale, [groups, d_out]), (device, scale_type));
+        let scale = Tensor::from_data(TensorData::new(scale, [panels, groups, PANEL]), (device, scale_type));
         Ok(Some(Self {
             bits: bits as u8,
             group: BLOCK,
             d_in,
             d_out,
-            words: Tensor::from_data(TensorData::new(words, [rows, d_out]), device),
+            words: Tensor::from_data(TensorData::new(words, [panels, rows, PANEL]), device),
             scale,
-            zero: Tensor::from_data(TensorData::new(zero, [zero_rows, d_out]), device),
+            zero: Tensor::from_data(TensorData::new(zero, [panels, zeros, PANEL]), device),
         }))
     }
 }

@@ -5,7 +5,7 @@ use burn_cubecl::{CubeBackend, kernel::into_contiguous, tensor::CubeTensor};
 use cubecl::{calculate_cube_count_elemwise, prelude::*};
 
 use super::cube::{fits, is_float, room, storage};
-use super::packed::{PackedInputs, PackedLayout, PackedOps, composed, composed_unpack, rounded};
+use super::packed::{PANEL, PackedInputs, PackedLayout, PackedOps, composed, composed_unpack, rounded};
 
 /// Outputs of a cube, and units that share their inputs.
 const OUTPUTS: u32 = 32;
@@ -20,11 +20,10 @@ impl PackedOps for CubeBackend {
             return composed_unpack::<Self>(words, scale, zero, layout);
         }
         let [words, scale, zero] = [words, scale, zero].map(into_contiguous);
-        let d_out = words.shape()[1];
-        let out = room(&zero, Shape::new([layout.d_in, d_out]));
-        let (client, values) = (words.client.clone(), layout.d_in * d_out);
+        let out = room(&zero, Shape::new([layout.d_in, layout.d_out]));
+        let (client, values) = (words.client.clone(), layout.d_in * layout.d_out);
         let dim = CubeDim::new(&client, values);
-        let (scale_type, zero_type, shared) = (storage(&scale), storage(&zero), zero.shape()[0] == 1);
+        let (scale_type, zero_type, shared) = (storage(&scale), storage(&zero), zero.shape()[1] == 1);
         unpack_kernel::launch(
             &client,
             calculate_cube_count_elemwise(&client, values, dim),
@@ -33,8 +32,8 @@ impl PackedOps for CubeBackend {
             scale.into_buffer_arg(),
             zero.into_buffer_arg(),
             out.clone().into_buffer_arg(),
-            values as u32,
-            d_out as u32,
+            layout.d_in as u32,
+            layout.d_out as u32,
             layout.group as u32,
             layout.bits as u32,
             shared,
@@ -60,9 +59,9 @@ impl PackedOps for CubeBackend {
         let x = if inputs == PackedInputs::EightBits { rounded::<Self>(x) } else { x };
         let x = into_contiguous(x);
         let [words, scale, zero] = [words, scale, zero].map(into_contiguous);
-        let (rows, d_out) = (x.shape()[0], words.shape()[1]);
+        let (rows, d_out) = (x.shape()[0], layout.d_out);
         let out = room(&x, Shape::new([rows, d_out]));
-        let (scale_type, zero_type, shared) = (storage(&scale), storage(&zero), zero.shape()[0] == 1);
+        let (scale_type, zero_type, shared) = (storage(&scale), storage(&zero), zero.shape()[1] == 1);
         product_kernel::launch(
             &x.client.clone(),
             CubeCount::Static((d_out as u32).div_ceil(OUTPUTS), rows as u32, 1),
@@ -93,13 +92,21 @@ fn has_kernel(words: &CubeTensor, scale: &CubeTensor, zero: &CubeTensor) -> bool
         && words.meta.num_elements() < u32::MAX as usize / 32
 }
 
+/// Where that is which an output has for `each` of its `d_in` inputs, `input` among them.
+#[cube]
+fn in_panel(input: u32, each: u32, d_in: u32, output: u32) -> usize {
+    let panel = comptime!(PANEL as u32);
+    let rows = d_in.div_ceil(each);
+    ((output / panel * rows + input / each) * panel + output % panel) as usize
+}
+
 #[cube(launch)]
 fn unpack_kernel<S: Float, Z: Float>(
     words: &[i32],
     scale: &[S],
     zero: &[Z],
     out: &mut [Z],
-    values: u32,
+    d_in: u32,
     d_out: u32,
     group: u32,
     #[comptime] bits: u32,
@@ -107,17 +114,15 @@ fn unpack_kernel<S: Float, Z: Float>(
     #[define(S)] _scale_type: ElemType,
     #[define(Z)] _zero_type: ElemType,
 ) {
-    if ABSOLUTE_POS < values as usize {
-        let d_out = d_out as usize;
-        let input = ABSOLUTE_POS as u32 / d_out as u32;
-        let output = ABSOLUTE_POS % d_out;
+    let (input, output) = (ABSOLUTE_POS as u32 / d_out, ABSOLUTE_POS as u32 % d_out);
+    if input < d_in {
         let per_word = comptime!(32 / bits);
-        let word = words[(input / per_word) as usize * d_out + output];
+        let word = words[in_panel(input, per_word, d_in, output)];
         let code = word >> (input % per_word * bits) as i32 & comptime!((1i32 << bits) - 1);
-        let in_group = (input / group) as usize * d_out + output;
+        let in_group = in_panel(input, group, d_in, output);
         let mut at = in_group;
         if comptime!(shared) {
-            at = output;
+            at = in_panel(0, 1, 1, output);
         }
         let weight = f32::cast_from(scale[in_group]) * (f32::cast_from(code) - f32::cast_from(zero[at]));
         out[ABSOLUTE_POS] = Z::cast_from(weight);
@@ -148,16 +153,16 @@ fn product_kernel<F: Float, S: Float, Z: Float>(
     if output < d_out {
         let mut word = UNIT_POS_Y;
         while word * per_word < d_in {
-            let codes = words[word as usize * d_out as usize + output as usize];
+            let codes = words[in_panel(word * per_word, per_word, d_in, output)];
             #[unroll]
             for k in 0..per_word {
                 let input = word * per_word + k;
                 if input < d_in {
                     let code = codes >> (k * bits) as i32 & comptime!((1i32 << bits) - 1);
-                    let in_group = (input / group) as usize * d_out as usize + output as usize;
+                    let in_group = in_panel(input, group, d_in, output);
                     let mut at = in_group;
                     if comptime!(shared) {
-                        at = output as usize;
+                        at = in_panel(0, 1, 1, output);
                     }
                     let code = f32::cast_from(code) - f32::cast_from(zero[at]);
                     sum += f32::cast_from(x[row + input as usize]) * f32::cast_from(scale[in_group]) * code;

@@ -13,7 +13,7 @@ mod x86;
 use pulp::{Arch, Simd, WithSimd};
 
 use super::awake;
-use super::packed::{COLUMNS, PackedLayout, Scales, Weight};
+use super::packed::{OfPanel, PANEL, PackedLayout, Panel, Weight, put};
 
 /// Inputs that share a scale.
 pub(super) const STEP: usize = 32;
@@ -29,15 +29,6 @@ pub(super) const EXACT: usize = 3;
 
 /// The least scale: blocks of zeros have it.
 pub(super) const LEAST: f32 = 1e-30;
-
-/// Four codes of each of these many outputs are multiplied at once by the kernel that every processor runs.
-const LANES: usize = 8;
-
-/// Rows that take their turn while a block of weights is in the first-level cache.
-const ROWS: usize = 16;
-
-/// Word rows between those that are multiplied and those that are asked for: two blocks of 4 bits, one of 8.
-const AHEAD: usize = 8;
 
 /// Whether the kernels here multiply codes that lie like this.
 pub(super) fn applies(layout: PackedLayout) -> bool {
@@ -205,186 +196,112 @@ fn even_bytes(eight: u64) -> i32 {
     (fours | fours >> 16) as i32
 }
 
-/// Adds outputs `first..` of all rows of `inputs` to `out`, `[rows, columns]`.
-pub(super) fn columns<const D: usize>(
-    inputs: &[Block<D>],
-    weight: &Weight<'_>,
-    level: Level,
-    rows: usize,
-    first: usize,
-    out: &mut [f32],
-) {
-    let columns = out.len() / rows;
-    Task { inputs, steps: steps(weight.layout), weight, first, columns, rows, stride: columns }
-        .run(level, out);
-}
-
-/// Adds all outputs of the rows from `first` on to `out`, `[rows, d_out]`.
-pub(super) fn rows<const D: usize>(
+/// Writes outputs `first..` of rows of inputs to `out`, `[rows, columns]`.
+pub(super) fn panels<const D: usize>(
     inputs: &[Block<D>],
     weight: &Weight<'_>,
     level: Level,
     first: usize,
+    columns: usize,
     out: &mut [f32],
 ) {
-    let (steps, d_out) = (steps(weight.layout), weight.d_out);
-    let (inputs, rows) = (&inputs[first * steps..], out.len() / d_out);
-    for first in (0..d_out).step_by(COLUMNS) {
-        let columns = COLUMNS.min(d_out - first);
-        Task { inputs, steps, weight, first, columns, rows, stride: d_out }.run(level, &mut out[first..]);
+    for column in (0..columns).step_by(PANEL) {
+        let panel = weight.panel((first + column) / PANEL);
+        Task { inputs, panel, layout: weight.layout, out: Out { values: &mut out[..], columns, column } }
+            .run(level);
     }
 }
 
 /// Blocks of a row.
-fn steps(layout: PackedLayout) -> usize {
+pub(super) fn steps(layout: PackedLayout) -> usize {
     layout.d_in.div_ceil(STEP)
 }
 
-/// Outputs `first..` of all rows.
+/// All rows, times the outputs of a panel.
 struct Task<'a, const D: usize> {
     inputs: &'a [Block<D>],
-    /// Blocks of a row.
-    steps: usize,
-    weight: &'a Weight<'a>,
-    first: usize,
+    panel: Panel<'a>,
+    layout: PackedLayout,
+    out: Out<'a>,
+}
+
+/// Where results go: rows of `columns`, from `column` on.
+struct Out<'a> {
+    values: &'a mut [f32],
     columns: usize,
-    rows: usize,
-    /// From one row of outputs to the next.
-    stride: usize,
+    column: usize,
+}
+
+impl Out<'_> {
+    fn rows(&self) -> usize {
+        self.values.len() / self.columns
+    }
+
+    #[inline(always)]
+    fn put(&mut self, row: usize, values: &OfPanel<f32>) {
+        let row = &mut self.values[row * self.columns..][..self.columns];
+        let end = self.columns.min(self.column + PANEL);
+        put(values, &mut row[self.column..end]);
+    }
 }
 
 impl<const D: usize> Task<'_, D> {
-    /// Adds to `out`, rows of `columns` outputs.
-    fn run(&self, level: Level, out: &mut [f32]) {
+    fn run(self, level: Level) {
         const { assert!(D == 1 || D == EXACT) };
-        #[cfg(target_arch = "x86_64")]
-        if level == Level::Avx512Vnni && self.rows >= x86::TILE {
-            // SAFETY: `Level::all` makes this level only where the processor has AVX-512F and AVX-512-VNNI.
-            return unsafe { self.vnni_tiles(out) };
-        }
-        for row in (0..self.rows).step_by(ROWS) {
-            let rows = ROWS.min(self.rows - row);
-            for step in 0..self.steps {
-                let pass = self.pass(row, rows, step);
-                let out = &mut out[row * self.stride..];
-                match level {
-                    Level::Portable => pass.portable(0, out),
-                    // SAFETY: `Level::all` makes this level only where the processor has AVX2, FMA and F16C.
-                    #[cfg(target_arch = "x86_64")]
-                    Level::Avx2 => unsafe { pass.avx2(out) },
-                    // SAFETY: as above.
-                    #[cfg(target_arch = "x86_64")]
-                    Level::Avx512Vnni => unsafe { pass.vnni(out) },
-                }
-            }
+        match level {
+            Level::Portable => self.portable(),
+            // SAFETY: `Level::all` makes this level only where the processor has AVX2, FMA and F16C.
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2 => unsafe { self.avx2() },
+            // SAFETY: likewise AVX-512F and AVX-512-VNNI.
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512Vnni => unsafe { self.vnni() },
         }
     }
 
-    /// Where block `step` is, or behind the last one that of the next task.
+    /// The blocks of a row.
     #[inline(always)]
-    fn ahead(&self, step: usize) -> Ahead {
-        let (weight, PackedLayout { bits, group, .. }) = (self.weight, self.weight.layout);
-        let (step, first) = match step < self.steps {
-            true => (step, self.first),
-            false => (step - self.steps, self.first + self.columns),
-        };
-        let in_group = step * STEP / group * weight.d_out + first;
-        let zero = if weight.zero.len() == weight.d_out { self.first } else { in_group };
-        Ahead {
-            words: weight.words.as_ptr().wrapping_add(step * bits * weight.d_out + first),
-            scale: match weight.scale {
-                Scales::F32(scale) => scale.as_ptr().wrapping_add(in_group).cast(),
-                Scales::F16(scale) => scale.as_ptr().wrapping_add(in_group).cast(),
-            },
-            zero: weight.zero.as_ptr().wrapping_add(zero),
-        }
+    fn row(&self, row: usize) -> &[Block<D>] {
+        let steps = steps(self.layout);
+        &self.inputs[row * steps..][..steps]
     }
 
-    /// Block `step` of the rows from `row` on.
+    /// The group that block `step` is of.
     #[inline(always)]
-    fn pass(&self, row: usize, rows: usize, step: usize) -> Pass<'_, D> {
-        let (weight, columns) = (self.weight, self.columns);
-        let PackedLayout { bits, group, d_in } = weight.layout;
-        let word_rows = bits;
-        // Word rows that the last block lacks meet inputs of zero: any other will do.
-        let last = d_in.div_ceil(weight.layout.per_word()) - 1;
-        let group = step * STEP / group;
-        let mut words = [&weight.words[..0]; 8];
-        for (i, words) in words.iter_mut().enumerate() {
-            let row = step * word_rows + i.min(word_rows - 1);
-            *words = weight.word_row(row.min(last), self.first, columns);
-        }
-        Pass {
-            words,
-            ahead: self.ahead(step + AHEAD / word_rows),
-            word_stride: weight.d_out,
-            scale: weight.scales(group, self.first, columns),
-            columns,
-            rows,
-            stride: self.stride,
-            zero: weight.zeros(group, self.first, columns),
-            inputs: &self.inputs[row * self.steps + step..],
-            steps: self.steps,
-            nibbles: bits == 4,
+    fn group(&self, step: usize) -> usize {
+        match self.layout.group {
+            // Nothing is divided where there is nothing else to wait for.
+            STEP => step,
+            group => step * STEP / group,
         }
     }
-}
 
-/// What a kernel asks for while it computes. Addresses may lie outside of the matrix.
-#[derive(Clone, Copy)]
-struct Ahead {
-    words: *const i32,
-    scale: *const u8,
-    zero: *const f32,
-}
-
-/// A block of inputs of some rows, against outputs of a task.
-struct Pass<'a, const D: usize> {
-    /// Word rows of the block: eight, or the first four.
-    words: [&'a [i32]; 8],
-    /// A block that comes later.
-    ahead: Ahead,
-    /// From one word row to the next.
-    word_stride: usize,
-    scale: Scales<'a>,
-    zero: &'a [f32],
-    columns: usize,
-    rows: usize,
-    /// From one row of outputs to the next.
-    stride: usize,
-    /// Of this block in the first row, then every `steps` blocks.
-    inputs: &'a [Block<D>],
-    steps: usize,
-    nibbles: bool,
-}
-
-impl<const D: usize> Pass<'_, D> {
-    /// The kernel that every processor runs, on outputs `from..`.
-    fn portable(&self, from: usize, out: &mut [f32]) {
-        let columns = self.columns;
-        if from == columns {
-            return;
+    /// The `W` words that an output has in block `step`. Those that the last block lacks meet inputs of zero: any other will do.
+    #[inline(always)]
+    fn words<const W: usize>(&self, step: usize) -> [&OfPanel<i32>; W] {
+        let from = &self.panel.words[step * W..];
+        match from.first_chunk::<W>() {
+            Some(words) => words.each_ref(),
+            None => std::array::from_fn(|k| &from[k.min(from.len() - 1)]),
         }
-        let mut weight_scale = [0.0; COLUMNS];
-        self.scale.widen(&mut weight_scale[..columns]);
-        for first in (from..columns).step_by(LANES) {
-            let lanes = LANES.min(columns - first);
-            let words: [[u32; LANES]; 8] = std::array::from_fn(|k| {
-                let mut words = [0; LANES];
-                for (word, &w) in words.iter_mut().zip(&self.words[k][first..][..lanes]) {
-                    *word = w as u32;
-                }
-                words
-            });
-            let codes: [[u32; LANES]; 8] = match self.nibbles {
-                true => std::array::from_fn(|k| words[k / 2].map(|w| w >> (4 * (k % 2)) & 0x0f0f_0f0f)),
-                false => words,
-            };
-            for row in 0..self.rows {
-                let out = &mut out[row * self.stride..][..columns];
-                let Block { quads, scale, sum } = &self.inputs[row * self.steps];
-                let mut dots = [[0i32; D]; LANES];
-                for (digit, quads) in quads.iter().enumerate() {
+    }
+
+    /// The kernel that every processor runs.
+    fn portable(mut self) {
+        for row in 0..self.out.rows() {
+            let mut totals = [0.0; PANEL];
+            for (step, input) in self.row(row).iter().enumerate() {
+                let codes: [OfPanel<u32>; 8] = match self.layout.bits {
+                    4 => {
+                        let words = self.words::<4>(step);
+                        std::array::from_fn(|k| words[k / 2].map(|w| w as u32 >> (4 * (k % 2)) & 0x0f0f_0f0f))
+                    }
+                    _ => self.words::<8>(step).map(|words| words.map(|w| w as u32)),
+                };
+                let group = self.group(step);
+                let (scale, zero) = (self.panel.scale.of(group), self.panel.zero(group));
+                let mut dots = [[0i32; D]; PANEL];
+                for (digit, quads) in input.quads.iter().enumerate() {
                     for (codes, quad) in codes.iter().zip(quads) {
                         for (byte, x) in quad.to_le_bytes().into_iter().enumerate() {
                             for (dot, code) in dots.iter_mut().zip(codes) {
@@ -393,12 +310,12 @@ impl<const D: usize> Pass<'_, D> {
                         }
                     }
                 }
-                for (lane, &dots) in dots[..lanes].iter().enumerate() {
-                    let j = first + lane;
-                    let dots = (-self.zero[j]).mul_add(*sum, combined(dots));
-                    out[j] = (weight_scale[j] * scale).mul_add(dots, out[j]);
+                for (lane, total) in totals.iter_mut().enumerate() {
+                    let dots = (-zero[lane]).mul_add(input.sum, combined(dots[lane]));
+                    *total = (scale[lane] * input.scale).mul_add(dots, *total);
                 }
             }
+            self.out.put(row, &totals);
         }
     }
 }
@@ -420,11 +337,10 @@ mod tests {
 
     struct Matrix {
         layout: PackedLayout,
-        d_out: usize,
         // From the second word on: no vector of them is aligned.
         words: Vec<i32>,
-        scale: Vec<f16>,
-        zero: Vec<f32>,
+        scale: Vec<OfPanel<f16>>,
+        zero: Vec<OfPanel<f32>>,
     }
 
     impl Matrix {
@@ -436,37 +352,38 @@ mod tests {
             shared: bool,
             code: Option<u32>,
         ) -> Self {
-            let layout = PackedLayout { bits, group, d_in };
-            let (per_word, groups) = (layout.per_word(), d_in.div_ceil(group));
-            let draws = Seed(3).normal("codes", d_in.next_multiple_of(per_word) * d_out, 40.0);
-            let mut words = vec![0u32; 1 + d_in.div_ceil(per_word) * d_out];
+            let layout = PackedLayout { bits, group, d_in, d_out };
+            let (per_word, rows, filled) = (layout.per_word(), layout.word_rows(), layout.panels() * PANEL);
+            let groups = layout.groups();
+            let draws = Seed(3).normal("codes", d_in * filled, 40.0);
+            let mut words = vec![0u32; 1 + rows * filled];
             for i in 0..d_in {
-                for o in 0..d_out {
-                    let drawn = draws[i * d_out + o].abs() as u32 % (1 << bits);
-                    let shift = i % per_word * bits;
-                    words[1 + i / per_word * d_out + o] |= code.unwrap_or(drawn) << shift;
+                for o in 0..filled {
+                    let drawn = draws[i * filled + o].abs() as u32 % (1 << bits);
+                    let at = (o / PANEL * rows + i / per_word) * PANEL + o % PANEL;
+                    words[1 + at] |= code.unwrap_or(drawn) << (i % per_word * bits);
                 }
             }
-            let scale = Seed(3).normal("scale", groups * d_out, 0.1).into_iter().map(f16::from_f32).collect();
-            let zero = Seed(3).normal("zero", if shared { d_out } else { groups * d_out }, 3.0);
-            Self { layout, d_out, words: words.into_iter().map(|w| w as i32).collect(), scale, zero }
+            let scale: Vec<f16> =
+                Seed(3).normal("scale", groups * filled, 0.1).into_iter().map(f16::from_f32).collect();
+            let zero = Seed(3).normal("zero", if shared { filled } else { groups * filled }, 3.0);
+            let words = words.into_iter().map(|w| w as i32).collect();
+            Self { layout, words, scale: scale.as_chunks().0.to_vec(), zero: zero.as_chunks().0.to_vec() }
         }
 
         fn weight(&self) -> Weight<'_> {
-            let (layout, d_out) = (self.layout, self.d_out);
             Weight {
-                words: &self.words[1..],
+                words: self.words[1..].as_chunks().0,
                 scale: Scales::F16(&self.scale),
                 zero: &self.zero,
-                layout,
-                d_out,
+                layout: self.layout,
             }
         }
 
         fn code(&self, i: usize, o: usize) -> i64 {
-            let PackedLayout { bits, .. } = self.layout;
-            let word = self.words[1 + i / self.layout.per_word() * self.d_out + o] as u32;
-            i64::from(word >> (i % self.layout.per_word() * bits) & self.layout.mask())
+            let (bits, per_word) = (self.layout.bits, self.layout.per_word());
+            let word = self.weight().panel(o / PANEL).words[i / per_word][o % PANEL] as u32;
+            i64::from(word >> (i % per_word * bits) & self.layout.mask())
         }
 
         fn bits(&self, x: &[f32], inputs: PackedInputs, level: Level) -> Vec<u32> {
@@ -475,10 +392,11 @@ mod tests {
 
         /// The product in f64, of inputs rounded as they are to be.
         fn reference(&self, x: &[f32], inputs: PackedInputs) -> Vec<f64> {
-            let PackedLayout { d_in, group, .. } = self.layout;
+            let PackedLayout { d_in, d_out, group, .. } = self.layout;
             let mut out = Vec::new();
             for row in x.chunks(d_in) {
-                for o in 0..self.d_out {
+                for o in 0..d_out {
+                    let panel = self.weight().panel(o / PANEL);
                     let mut total = 0.0;
                     for (step, block) in row.chunks(STEP).enumerate() {
                         let largest = block.iter().fold(0.0f32, |m, v| m.max(v.abs()));
@@ -489,12 +407,13 @@ mod tests {
                                 f64::from((v / unit).round_ties_even()) * f64::from(unit)
                             }
                         };
-                        let g = step * STEP / group * self.d_out + o;
-                        let zero = self.zero.get(g).copied().filter(|_| self.zero.len() > self.d_out);
-                        let zero = f64::from(zero.unwrap_or(self.zero[o]));
+                        let g = step * STEP / group;
+                        let zero =
+                            f64::from(panel.zero[if panel.zero.len() == 1 { 0 } else { g }][o % PANEL]);
+                        let scale = f64::from(panel.scale.of(g)[o % PANEL]);
                         let code = |i: usize| self.code(step * STEP + i, o) as f64;
                         let products = block.iter().enumerate().map(|(i, v)| value(v) * (code(i) - zero));
-                        total += self.scale[g].to_f64() * products.sum::<f64>();
+                        total += scale * products.sum::<f64>();
                     }
                     out.push(total);
                 }

@@ -6,125 +6,212 @@ use std::mem::transmute;
 use half::f16;
 
 use super::super::cpu;
-use super::{Ahead, BASE, Block, LAST, Pass, Scales, Task};
+use super::super::packed::{OfPanel, PANEL, Scales};
+use super::{BASE, Block, LAST, Task};
 
-/// Rows whose sums of sixteen outputs stay in registers through all blocks.
-pub(super) const TILE: usize = 4;
+/// Rows whose sums stay in registers through all blocks; fewer are multiplied one by one.
+const TILE: usize = 4;
 
-impl<const D: usize> Pass<'_, D> {
-    /// Asks for what the sixteen outputs from `first` on have in a later block.
+/// Word rows between those that are multiplied and those that are asked for, beyond the panel maybe: 4 KB.
+const AHEAD: usize = 64;
+
+impl<const D: usize> Task<'_, D> {
+    /// Asks for what a later block has.
     #[inline(always)]
-    fn prefetch(&self, first: usize) {
-        let Ahead { words, scale, zero } = self.ahead;
-        for k in 0..if self.nibbles { 4 } else { 8 } {
-            cpu::prefetch(words.wrapping_add(k * self.word_stride + first));
+    fn ask<const W: usize>(&self, step: usize) {
+        let words = self.panel.words.as_ptr().wrapping_add(step * W + AHEAD);
+        for k in 0..W {
+            cpu::prefetch(words.wrapping_add(k));
         }
-        let width = match self.scale {
-            Scales::F32(_) => size_of::<f32>(),
-            Scales::F16(_) => size_of::<f16>(),
-        };
-        cpu::prefetch(scale.wrapping_add(first * width));
-        cpu::prefetch(zero.wrapping_add(first));
-    }
-
-    #[target_feature(enable = "avx2,f16c,fma")]
-    pub(super) fn avx2(&self, out: &mut [f32]) {
-        match self.nibbles {
-            true => self.avx2_of::<true>(out),
-            false => self.avx2_of::<false>(out),
+        let group = self.group(step + AHEAD / W);
+        match self.panel.scale {
+            Scales::F32(scale) => cpu::prefetch(scale.as_ptr().wrapping_add(group)),
+            Scales::F16(scale) => cpu::prefetch(scale.as_ptr().wrapping_add(group)),
+        }
+        if self.panel.zero.len() > 1 {
+            cpu::prefetch(self.panel.zero.as_ptr().wrapping_add(group));
         }
     }
 
     #[target_feature(enable = "avx2,f16c,fma")]
-    fn avx2_of<const NIBBLES: bool>(&self, out: &mut [f32]) {
-        const WIDTH: usize = 8;
-        let vectors = self.columns / WIDTH;
-        let words = self.words.map(|row| &row.as_chunks::<WIDTH>().0[..vectors]);
-        let zero = &self.zero.as_chunks::<WIDTH>().0[..vectors];
-        let low = _mm256_set1_epi8(15);
-        for v in 0..vectors {
-            if v % 2 == 0 {
-                self.prefetch(v * WIDTH);
+    pub(super) fn avx2(self) {
+        match self.layout.bits {
+            4 => self.avx2_of::<4>(),
+            _ => self.avx2_of::<8>(),
+        }
+    }
+
+    #[target_feature(enable = "avx2,f16c,fma")]
+    fn avx2_of<const W: usize>(mut self) {
+        let (rows, steps) = (self.out.rows(), super::steps(self.layout));
+        let mut weights = Vec::with_capacity(if rows < TILE { 0 } else { steps });
+        let mut halves = vec![[0.0; PANEL]; rows];
+        for half in 0..2 {
+            weights.clear();
+            for step in 0..weights.capacity() {
+                weights.push(self.eight::<W>(step, half));
             }
-            // SAFETY: eight words are as long as the vector, and any bits are one.
-            let load = |k: usize| unsafe { transmute::<[i32; 8], __m256i>(words[k][v]) };
-            let pair = |k: usize| {
-                let word = load(k);
-                [_mm256_and_si256(word, low), _mm256_and_si256(_mm256_srli_epi16::<4>(word), low)]
-            };
-            let codes: [__m256i; 8] = if NIBBLES {
-                let [a, b, c, d] = [pair(0), pair(1), pair(2), pair(3)];
-                [a[0], a[1], b[0], b[1], c[0], c[1], d[0], d[1]]
-            } else {
-                [load(0), load(1), load(2), load(3), load(4), load(5), load(6), load(7)]
-            };
-            // SAFETY: eight values are as long as the vector.
-            let zero = unsafe { transmute::<[f32; 8], __m256>(zero[v]) };
-            let scale = eight_scales(self.scale, v);
-            for row in 0..self.rows {
-                let (input, place) = (&self.inputs[row * self.steps], row * self.stride + v * WIDTH);
-                let mut dots = [_mm256_setzero_si256(); D];
-                for (digit, quads) in input.quads.iter().enumerate() {
-                    dots[digit] = match (NIBBLES, digit) {
-                        (true, _) => nibbles(&codes, quads),
-                        (false, 0) => bytes(&codes, quads),
-                        (false, _) => bytes_by_small(&codes, quads),
+            for (row, out) in halves.iter_mut().enumerate() {
+                let mut total = _mm256_setzero_ps();
+                for (step, input) in self.row(row).iter().enumerate() {
+                    total = match weights.get(step) {
+                        Some(weights) => weights.add_to::<W, D>(total, input),
+                        None => {
+                            if half == 0 {
+                                self.ask::<W>(step);
+                            }
+                            self.eight::<W>(step, half).add_to::<W, D>(total, input)
+                        }
                     };
                 }
-                let dots = _mm256_fnmadd_ps(zero, _mm256_set1_ps(input.sum), eight_combined(dots));
-                let scale = _mm256_mul_ps(scale, _mm256_set1_ps(input.scale));
-                let out = out[place..].first_chunk_mut::<WIDTH>().expect("a vector of each row");
-                // SAFETY: eight values are as long as the vector, on the way there and back.
-                unsafe {
-                    let total = _mm256_fmadd_ps(scale, dots, transmute::<[f32; 8], __m256>(*out));
-                    *out = transmute::<__m256, [f32; 8]>(total);
-                }
+                // SAFETY: eight values are as long as the vector.
+                out.as_chunks_mut().0[half] = unsafe { transmute::<__m256, [f32; 8]>(total) };
             }
         }
-        self.portable(vectors * WIDTH, out);
+        for (row, values) in halves.iter().enumerate() {
+            self.out.put(row, values);
+        }
+    }
+
+    /// What eight outputs, the first or the second half of the panel, have in a block.
+    #[inline]
+    #[target_feature(enable = "avx2,f16c,fma")]
+    fn eight<const W: usize>(&self, step: usize, half: usize) -> Eight {
+        let (words, group) = (self.words::<W>(step), self.group(step));
+        let low = _mm256_set1_epi8(15);
+        let mut codes = [_mm256_setzero_si256(); 8];
+        for (k, words) in words.into_iter().enumerate() {
+            // SAFETY: eight words are as long as the vector, and any bits are one.
+            let words = unsafe { transmute::<[i32; 8], __m256i>(words.as_chunks().0[half]) };
+            if W == 4 {
+                codes[2 * k] = _mm256_and_si256(words, low);
+                codes[2 * k + 1] = _mm256_and_si256(_mm256_srli_epi16::<4>(words), low);
+            } else {
+                codes[k] = words;
+            }
+        }
+        // SAFETY: eight values or halves are as long as their vector, and any bits are one.
+        let scale = match self.panel.scale {
+            Scales::F32(scale) => unsafe { transmute::<[f32; 8], __m256>(scale[group].as_chunks().0[half]) },
+            Scales::F16(scale) => {
+                _mm256_cvtph_ps(unsafe { transmute::<[f16; 8], __m128i>(scale[group].as_chunks().0[half]) })
+            }
+        };
+        // SAFETY: as above.
+        let zero = unsafe { transmute::<[f32; 8], __m256>(self.panel.zero(group).as_chunks().0[half]) };
+        Eight { codes, scale, zero }
     }
 
     #[target_feature(enable = "avx512f,avx512vnni")]
-    pub(super) fn vnni(&self, out: &mut [f32]) {
-        let vectors = self.columns / SIXTEEN;
-        for v in 0..vectors {
-            self.prefetch(v * SIXTEEN);
-            let weights = self.sixteen(v);
-            for row in 0..self.rows {
-                let out =
-                    out[row * self.stride + v * SIXTEEN..].first_chunk_mut().expect("a vector of each row");
-                *out = floats(weights.add_to(vector(*out), &self.inputs[row * self.steps]));
-            }
+    pub(super) fn vnni(self) {
+        match self.layout.bits {
+            4 => self.vnni_of::<4>(),
+            _ => self.vnni_of::<8>(),
         }
-        self.portable(vectors * SIXTEEN, out);
     }
 
-    /// What sixteen outputs have in this block.
+    #[target_feature(enable = "avx512f,avx512vnni")]
+    fn vnni_of<const W: usize>(mut self) {
+        let rows = self.out.rows();
+        if rows < TILE {
+            for row in 0..rows {
+                let mut total = _mm512_setzero_ps();
+                for (step, input) in self.row(row).iter().enumerate() {
+                    self.ask::<W>(step);
+                    total = self.sixteen::<W>(step).add_to(total, input);
+                }
+                self.out.put(row, &floats(total));
+            }
+            return;
+        }
+        let mut weights = Vec::with_capacity(super::steps(self.layout));
+        for step in 0..weights.capacity() {
+            weights.push(self.sixteen::<W>(step));
+        }
+        let mut row = 0;
+        while row < rows {
+            row += match rows - row {
+                TILE.. => self.vnni_tile::<TILE>(&weights, row),
+                _ => self.vnni_tile::<1>(&weights, row),
+            };
+        }
+    }
+
+    /// `R` rows from `row` on; returns how many they are.
     #[inline]
     #[target_feature(enable = "avx512f,avx512vnni")]
-    fn sixteen(&self, v: usize) -> Sixteen {
-        let low = _mm512_set1_epi32(0x0f0f_0f0f);
-        let mut codes = [_mm512_setzero_si512(); 8];
-        // SAFETY: sixteen words are as long as the vector, and any bits are one.
-        let load = |k: usize| unsafe { transmute::<[i32; SIXTEEN], __m512i>(self.words[k].as_chunks().0[v]) };
-        if self.nibbles {
-            for k in 0..4 {
-                let words = load(k);
-                codes[2 * k] = _mm512_and_si512(words, low);
-                codes[2 * k + 1] = _mm512_and_si512(_mm512_srli_epi32::<4>(words), low);
-            }
-        } else {
-            for (k, codes) in codes.iter_mut().enumerate() {
-                *codes = load(k);
+    fn vnni_tile<const R: usize>(&mut self, weights: &[Sixteen], row: usize) -> usize {
+        let mut totals = [_mm512_setzero_ps(); R];
+        let mut inputs = [&self.inputs[..0]; R];
+        for (r, inputs) in inputs.iter_mut().enumerate() {
+            *inputs = &self.row(row + r)[..weights.len()];
+        }
+        for (step, weights) in weights.iter().enumerate() {
+            for (total, inputs) in totals.iter_mut().zip(&inputs) {
+                *total = weights.add_to(*total, &inputs[step]);
             }
         }
-        let zero = vector(self.zero.as_chunks().0[v]);
-        Sixteen { codes, scale: sixteen_scales(self.scale, v), zero }
+        for (r, total) in totals.into_iter().enumerate() {
+            self.out.put(row + r, &floats(total));
+        }
+        R
+    }
+
+    /// What the outputs have in a block.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512vnni")]
+    fn sixteen<const W: usize>(&self, step: usize) -> Sixteen {
+        let (words, group) = (self.words::<W>(step), self.group(step));
+        let low = _mm512_set1_epi32(0x0f0f_0f0f);
+        let mut codes = [_mm512_setzero_si512(); 8];
+        for (k, words) in words.into_iter().enumerate() {
+            // SAFETY: sixteen words are as long as the vector, and any bits are one.
+            let words = unsafe { transmute::<OfPanel<i32>, __m512i>(*words) };
+            if W == 4 {
+                codes[2 * k] = _mm512_and_si512(words, low);
+                codes[2 * k + 1] = _mm512_and_si512(_mm512_srli_epi32::<4>(words), low);
+            } else {
+                codes[k] = words;
+            }
+        }
+        // SAFETY: sixteen values or halves are as long as their vector, and any bits are one.
+        let scale = match self.panel.scale {
+            Scales::F32(scale) => unsafe { transmute::<OfPanel<f32>, __m512>(scale[group]) },
+            Scales::F16(scale) => {
+                _mm512_cvtph_ps(unsafe { transmute::<OfPanel<f16>, __m256i>(scale[group]) })
+            }
+        };
+        // SAFETY: as above.
+        let zero = unsafe { transmute::<OfPanel<f32>, __m512>(*self.panel.zero(group)) };
+        Sixteen { codes, scale, zero }
     }
 }
 
-/// Outputs of a vector.
-const SIXTEEN: usize = 16;
+/// Eight outputs of a block.
+struct Eight {
+    codes: [__m256i; 8],
+    scale: __m256,
+    zero: __m256,
+}
+
+impl Eight {
+    /// The products with a block of inputs, added to `total`.
+    #[inline]
+    #[target_feature(enable = "avx2,fma")]
+    fn add_to<const W: usize, const D: usize>(&self, total: __m256, input: &Block<D>) -> __m256 {
+        let mut dots = [_mm256_setzero_si256(); D];
+        for (digit, quads) in input.quads.iter().enumerate() {
+            dots[digit] = match (W, digit) {
+                (4, _) => nibbles(&self.codes, quads),
+                (_, 0) => bytes(&self.codes, quads),
+                _ => bytes_by_small(&self.codes, quads),
+            };
+        }
+        let dots = _mm256_fnmadd_ps(self.zero, _mm256_set1_ps(input.sum), eight_combined(dots));
+        let scale = _mm256_mul_ps(self.scale, _mm256_set1_ps(input.scale));
+        _mm256_fmadd_ps(scale, dots, total)
+    }
+}
 
 /// Sixteen outputs of a block.
 struct Sixteen {
@@ -152,66 +239,11 @@ impl Sixteen {
     }
 }
 
-impl<const D: usize> Task<'_, D> {
-    /// Sixteen outputs of all rows, then the next; of some rows at a time, whose sums stay in registers through all blocks.
-    #[target_feature(enable = "avx512f,avx512vnni")]
-    pub(super) fn vnni_tiles(&self, out: &mut [f32]) {
-        let vectors = self.columns / SIXTEEN;
-        let passes: Vec<Pass<'_, D>> = (0..self.steps).map(|step| self.pass(0, self.rows, step)).collect();
-        let mut weights = Vec::with_capacity(self.steps);
-        for v in 0..vectors {
-            weights.clear();
-            for pass in &passes {
-                weights.push(pass.sixteen(v));
-            }
-            let out = &mut out[v * SIXTEEN..];
-            let mut row = 0;
-            while row < self.rows {
-                row += match self.rows - row {
-                    TILE.. => self.vnni_tile::<TILE>(&weights, row, out),
-                    _ => self.vnni_tile::<1>(&weights, row, out),
-                };
-            }
-        }
-        for pass in &passes {
-            pass.portable(vectors * SIXTEEN, out);
-        }
-    }
-
-    /// Adds to sixteen outputs of `R` rows, which it returns.
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512vnni")]
-    fn vnni_tile<const R: usize>(&self, weights: &[Sixteen], row: usize, out: &mut [f32]) -> usize {
-        let mut totals = [_mm512_setzero_ps(); R];
-        let mut inputs = [&self.inputs[..0]; R];
-        for (r, (total, inputs)) in totals.iter_mut().zip(&mut inputs).enumerate() {
-            *total = vector(*out[(row + r) * self.stride..].first_chunk().expect("a vector of each row"));
-            *inputs = &self.inputs[(row + r) * self.steps..][..weights.len()];
-        }
-        for (step, weights) in weights.iter().enumerate() {
-            for (total, inputs) in totals.iter_mut().zip(&inputs) {
-                *total = weights.add_to(*total, &inputs[step]);
-            }
-        }
-        for (r, total) in totals.iter().enumerate() {
-            *out[(row + r) * self.stride..].first_chunk_mut().expect("a vector of each row") = floats(*total);
-        }
-        R
-    }
-}
-
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn vector(values: [f32; SIXTEEN]) -> __m512 {
+fn floats(vector: __m512) -> OfPanel<f32> {
     // SAFETY: sixteen values are as long as the vector.
-    unsafe { transmute::<[f32; SIXTEEN], __m512>(values) }
-}
-
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn floats(vector: __m512) -> [f32; SIXTEEN] {
-    // SAFETY: sixteen values are as long as the vector.
-    unsafe { transmute::<__m512, [f32; SIXTEEN]>(vector) }
+    unsafe { transmute::<__m512, OfPanel<f32>>(vector) }
 }
 
 /// [`combined`](super::combined) of each output.
@@ -238,32 +270,6 @@ fn sixteen_combined<const D: usize>([a, b]: [[__m512i; D]; 2]) -> __m512 {
     let (second, third) = (_mm512_add_epi32(a[1], b[1]), _mm512_add_epi32(a[2], b[2]));
     let rest = _mm512_add_epi32(_mm512_slli_epi32::<{ BASE.ilog2() }>(second), third);
     _mm512_fmadd_ps(_mm512_cvtepi32_ps(rest), _mm512_set1_ps(LAST), first)
-}
-
-/// Scales of the outputs of vector `v`.
-#[inline]
-#[target_feature(enable = "avx2,f16c")]
-fn eight_scales(scale: Scales<'_>, v: usize) -> __m256 {
-    // SAFETY: eight values or halves are as long as their vector, and any bits are one.
-    match scale {
-        Scales::F32(scale) => unsafe { transmute::<[f32; 8], __m256>(scale.as_chunks().0[v]) },
-        Scales::F16(scale) => {
-            _mm256_cvtph_ps(unsafe { transmute::<[f16; 8], __m128i>(scale.as_chunks().0[v]) })
-        }
-    }
-}
-
-/// Scales of the outputs of vector `v`.
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn sixteen_scales(scale: Scales<'_>, v: usize) -> __m512 {
-    // SAFETY: sixteen values or halves are as long as their vector, and any bits are one.
-    match scale {
-        Scales::F32(scale) => unsafe { transmute::<[f32; 16], __m512>(scale.as_chunks().0[v]) },
-        Scales::F16(scale) => {
-            _mm512_cvtph_ps(unsafe { transmute::<[f16; 16], __m256i>(scale.as_chunks().0[v]) })
-        }
-    }
 }
 
 /// Sums of codes up to 15 times inputs. Eight products of two pairs stay in 16 bits: 8 * 2 * 15 * 127 = 30480.

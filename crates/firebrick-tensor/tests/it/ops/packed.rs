@@ -77,30 +77,22 @@ fn unpacks_what_was_packed() {
             assert!(e < 3e-7, "{bits} bits, group {group}: off by {e:e} on {device:?}");
             // With a scale of one and a zero of zero the codes themselves come back, exactly.
             let groups = [d_in.div_ceil(group), d_out];
-            let plain = PackedMatrix {
-                scale: Tensor::ones(groups, &device),
-                zero: Tensor::zeros(groups, &device),
-                ..packed.clone()
+            let plain = |codes: &[u8]| {
+                let (scale, zero) = (Tensor::ones(groups, &device), Tensor::zeros(groups, &device));
+                let packed = PackedMatrix::pack(codes, d_in, d_out, bits, group, scale, zero);
+                host(packed.unpack().reshape([d_in * d_out]))
             };
             let codes: Vec<f64> = matrix.codes.iter().map(|&c| c.into()).collect();
-            assert_eq!(host(plain.unpack().reshape([d_in * d_out])), codes);
+            assert_eq!(plain(&matrix.codes), codes);
             // Control: one bit of one code shows there and nowhere else.
             let (at, mut flipped) = (d_in * d_out / 2, matrix.codes.clone());
             flipped[at] ^= 1 << (bits - 1);
-            let other = PackedMatrix::pack(
-                &flipped,
-                d_in,
-                d_out,
-                bits,
-                group,
-                plain.scale.clone(),
-                plain.zero.clone(),
-            );
-            let other = host(other.unpack().reshape([d_in * d_out]));
+            let other = plain(&flipped);
             let differ: Vec<usize> = (0..codes.len()).filter(|&i| other[i] != codes[i]).collect();
             assert_eq!(differ, [at]);
-            let words = d_in.div_ceil(32 / bits as usize) * d_out;
-            assert_eq!(packed.bytes(), 4 * (words + 2 * groups[0] * groups[1]));
+            // Of whole panels.
+            let words = d_in.div_ceil(32 / bits as usize);
+            assert_eq!(packed.bytes(), 4 * (words + 2 * groups[0]) * d_out.next_multiple_of(16));
             // The composed body, which f64 scales take on the CPU.
             if is_flex(&device) {
                 let wide = matrix.pack(&device, DType::F64).unpack();
@@ -150,8 +142,8 @@ fn scales_may_be_halves_and_groups_may_share_zero_points() {
             let scale = flat(&matrix.scale, &device, DType::F16).reshape([groups, d_out]);
             let zero = flat(&shared, &device, DType::F32).reshape([1, d_out]);
             let packed = PackedMatrix::pack(&matrix.codes, d_in, d_out, bits, group, scale, zero);
-            let words = d_in.div_ceil(32 / bits as usize) * d_out;
-            assert_eq!(packed.bytes(), 4 * words + 2 * groups * d_out + 4 * d_out);
+            let words = d_in.div_ceil(32 / bits as usize);
+            assert_eq!(packed.bytes(), (4 * words + 2 * groups + 4) * d_out.next_multiple_of(16));
             let other = matrix.dense(group);
             matrix.zero = shared.repeat(groups);
             let dense = matrix.dense(group);
@@ -263,9 +255,9 @@ fn blocks_of_files_become_packed_matrices() {
                 packed_matmul(flat(&x, &device, DType::F32).reshape([2, d_in]), &packed, PackedInputs::Exact);
             assert!(error(&host(y.reshape([2 * d_out])), &want) < 1e-5);
             if is_flex(&device) {
-                let zeros = if dtype == Block::Q4_1 { 3 * d_out } else { d_out };
-                let codes = d_in * d_out * packed.bits as usize / 8;
-                assert_eq!(packed.bytes(), codes + 2 * 3 * d_out + 4 * zeros);
+                let zeros = if dtype == Block::Q4_1 { 3 } else { 1 };
+                let codes = d_in * packed.bits as usize / 8;
+                assert_eq!(packed.bytes(), (codes + 2 * 3 + 4 * zeros) * d_out.next_multiple_of(16));
             }
             assert!(of(dtype, &file[2..], [d_in, d_out]).is_err(), "a byte is missing");
             assert!(of(dtype, &file[1..], [d_in * 2, usize::MAX]).is_err());
