@@ -9,7 +9,7 @@ use super::super::cpu;
 use super::super::packed::{OfPanel, PANEL, Scales};
 use super::{BASE, Block, LAST, Task};
 
-/// Rows whose sums stay in registers through all blocks; fewer are multiplied one by one.
+/// Rows whose sums stay in registers of AVX-512 through all blocks; fewer are multiplied one by one.
 const TILE: usize = 4;
 
 /// Word rows between those that are multiplied and those that are asked for, beyond the panel maybe: 4 KB.
@@ -43,34 +43,42 @@ impl<const D: usize> Task<'_, D> {
 
     #[target_feature(enable = "avx2,f16c,fma")]
     fn avx2_of<const W: usize>(mut self) {
-        let (rows, steps) = (self.out.rows(), super::steps(self.layout));
-        let mut weights = Vec::with_capacity(if rows < TILE { 0 } else { steps });
-        let mut halves = vec![[0.0; PANEL]; rows];
+        /// Rows that take their turn while the codes of a block are in registers.
+        const ROWS: usize = 16;
+        let (rows, mut row) = (self.out.rows(), 0);
+        while row < rows {
+            row += match rows - row {
+                ROWS.. => self.avx2_rows::<W, ROWS>(row),
+                _ => self.avx2_rows::<W, 1>(row),
+            };
+        }
+    }
+
+    /// `R` rows from `row` on; returns how many they are.
+    #[inline]
+    #[target_feature(enable = "avx2,f16c,fma")]
+    fn avx2_rows<const W: usize, const R: usize>(&mut self, row: usize) -> usize {
+        let mut values = [[0.0; PANEL]; R];
         for half in 0..2 {
-            weights.clear();
-            for step in 0..weights.capacity() {
-                weights.push(self.eight::<W>(step, half));
-            }
-            for (row, out) in halves.iter_mut().enumerate() {
-                let mut total = _mm256_setzero_ps();
-                for (step, input) in self.row(row).iter().enumerate() {
-                    total = match weights.get(step) {
-                        Some(weights) => weights.add_to::<W, D>(total, input),
-                        None => {
-                            if half == 0 {
-                                self.ask::<W>(step);
-                            }
-                            self.eight::<W>(step, half).add_to::<W, D>(total, input)
-                        }
-                    };
+            let mut totals = [_mm256_setzero_ps(); R];
+            for step in 0..super::steps(self.layout) {
+                if R == 1 && half == 0 {
+                    self.ask::<W>(step);
                 }
+                let weights = self.eight::<W>(step, half);
+                for (r, total) in totals.iter_mut().enumerate() {
+                    *total = weights.add_to::<W, D>(*total, &self.row(row + r)[step]);
+                }
+            }
+            for (values, total) in values.iter_mut().zip(totals) {
                 // SAFETY: eight values are as long as the vector.
-                out.as_chunks_mut().0[half] = unsafe { transmute::<__m256, [f32; 8]>(total) };
+                values.as_chunks_mut().0[half] = unsafe { transmute::<__m256, [f32; 8]>(total) };
             }
         }
-        for (row, values) in halves.iter().enumerate() {
-            self.out.put(row, values);
+        for (r, values) in values.iter().enumerate() {
+            self.out.put(row + r, values);
         }
+        R
     }
 
     /// What eight outputs, the first or the second half of the panel, have in a block.
