@@ -20,8 +20,8 @@ const PANEL: usize = 64;
 
 /// A row of a panel. Vectors that do not cross lines of the cache are read twice as fast.
 #[repr(align(64))]
-#[expect(dead_code, reason = "read and written by address")]
-struct Row([f32; PANEL]);
+#[expect(dead_code, reason = "read by address")]
+pub(super) struct Row(pub(super) [f32; PANEL]);
 
 /// `dst = alpha * lhs rhs`, or added to `dst`, on the calling thread; `dst` is row-major without gaps.
 pub(super) fn gemm(dst: &mut [f32], add: bool, lhs: MatRef<'_, f32>, rhs: MatRef<'_, f32>, alpha: f32) {
@@ -204,7 +204,7 @@ fn panels(rows: usize, columns: usize, threads: usize) -> Vec<(Range<usize>, Ran
 }
 
 /// Writes `lhs rhs` to `out`, row-major, or adds it to what `out` then has to hold, for a right matrix of bf16 numbers that lies output by
-/// output: panels of it are widened, each where it is multiplied by.
+/// output.
 pub(super) fn gemm_widened(
     out: &mut [MaybeUninit<f32>],
     add: bool,
@@ -212,33 +212,56 @@ pub(super) fn gemm_widened(
     rhs: MatRef<'_, bf16>,
     threads: usize,
 ) {
-    let (rows, depth, columns) = (lhs.nrows(), lhs.ncols(), rhs.ncols());
-    assert!(out.len() >= rows * columns && depth == rhs.nrows(), "gemm: shapes of a product");
+    assert_eq!(lhs.ncols(), rhs.nrows(), "gemm: shapes of a product");
+    gemm_of_panels(out, add, lhs, rhs.ncols(), threads, |across, rows| {
+        widen_panel(rhs.subcols(across.start, across.len()), rows);
+    });
+}
+
+/// Writes `lhs rhs` to `out`, row-major, or adds it to what `out` then has to hold, for a right matrix of `columns` columns that is not one of
+/// f32: `write` pushes the rows of those columns, 64 at most, that a task multiplies by, one for each column of `lhs`.
+pub(super) fn gemm_of_panels(
+    out: &mut [MaybeUninit<f32>],
+    add: bool,
+    lhs: MatRef<'_, f32>,
+    columns: usize,
+    threads: usize,
+    write: impl Fn(Range<usize>, &mut Vec<Row>) + Sync,
+) {
+    let (rows, depth) = (lhs.nrows(), lhs.ncols());
+    assert!(out.len() >= rows * columns, "gemm: room for the result");
     let out = Start(out.as_mut_ptr().cast::<f32>());
     let threads = threads_for([rows, depth, columns], threads);
     awake::each(panels(rows, columns, threads), |(down, across)| {
-        let (lhs, count) = (lhs.subrows(down.start, down.len()), across.len());
+        let lhs = lhs.subrows(down.start, down.len());
         let mut panel = Vec::with_capacity(depth);
-        let room = &mut panel.spare_capacity_mut()[..depth];
-        widen_panel(rhs.subcols(across.start, count), room);
-        // SAFETY: all of the panel that is read has been written.
-        let panel = unsafe { MatRef::from_raw_parts(room.as_ptr().cast(), depth, count, PANEL as isize, 1) };
+        write(across.clone(), &mut panel);
+        assert_eq!(panel.len(), depth, "gemm: rows of a panel");
+        // SAFETY: as many numbers as there are in each row, in rows that far apart.
+        let panel =
+            unsafe { MatRef::from_raw_parts(panel.as_ptr().cast(), depth, across.len(), PANEL as isize, 1) };
         // SAFETY: `out` has room for the result, of which each part is one task's, and holds values if they are added to.
         unsafe { gemm_at(out.at(down.start * columns + across.start), columns, add, lhs, panel, 1.0) }
     });
 }
 
-/// Writes the rows of at most [`PANEL`] columns that are unbroken.
-fn widen_panel(columns: MatRef<'_, bf16>, rows: &mut [MaybeUninit<Row>]) {
+/// Pushes the rows of at most [`PANEL`] columns that are unbroken.
+fn widen_panel(columns: MatRef<'_, bf16>, rows: &mut Vec<Row>) {
+    let depth = columns.nrows();
     #[cfg(target_arch = "x86_64")]
     if able() {
-        // SAFETY: the processor has these instructions.
-        return unsafe { x86::transpose(columns, rows) };
+        rows.reserve(depth);
+        // SAFETY: the processor has these instructions, which write all of these rows.
+        unsafe {
+            x86::transpose(columns, &mut rows.spare_capacity_mut()[..depth]);
+            rows.set_len(rows.len() + depth);
+        }
+        return;
     }
-    for (p, row) in rows.iter_mut().enumerate() {
+    rows.extend((0..depth).map(|p| {
         let number = |j| if j < columns.ncols() { columns[(p, j)].to_f32() } else { 0.0 };
-        row.write(Row(std::array::from_fn(number)));
-    }
+        Row(std::array::from_fn(number))
+    }));
 }
 
 /// [`gemm`] on rows `stride` apart.

@@ -187,7 +187,10 @@ fn product(out: &mut [MaybeUninit<f32>], add: bool, lhs: FlexTensor, rhs: FlexTe
 }
 
 /// A matrix that `product` writes all of.
-fn filled([rows, columns]: [usize; 2], product: impl FnOnce(&mut [MaybeUninit<f32>])) -> FlexTensor {
+pub(super) fn filled(
+    [rows, columns]: [usize; 2],
+    product: impl FnOnce(&mut [MaybeUninit<f32>]),
+) -> FlexTensor {
     let mut out = Vec::with_capacity(rows * columns);
     product(&mut out.spare_capacity_mut()[..rows * columns]);
     // SAFETY: a product that reads nothing of its result has written all of it.

@@ -294,8 +294,8 @@ pub(super) const PANEL: usize = 16;
 /// What each output of a panel has.
 pub(super) type OfPanel<T> = [T; PANEL];
 
-/// Rows of `x` from which tiles of the matrix are decoded for a dense product.
-const TILE_ROWS: usize = 8;
+/// Rows of `x` from which the matrix is decoded for a dense product.
+const DENSE_ROWS: usize = 8;
 
 impl PackedOps for Flex {
     fn unpack(words: FlexTensor, scale: FlexTensor, zero: FlexTensor, layout: PackedLayout) -> FlexTensor {
@@ -325,9 +325,9 @@ impl PackedOps for Flex {
         let (scale, zero) = (cpu::contiguous(scale), cpu::contiguous(zero));
         let weight = Weight::new(&words, &scale, &zero, layout);
         let (x, level) = (x.storage::<f32>(), Level::best());
-        match integers || rows < TILE_ROWS {
+        match integers || rows < DENSE_ROWS {
             true => Rows::new(x, layout, inputs).product(&weight, level),
-            false => packed_f32::many_rows(x, &weight, Arch::new()),
+            false => packed_f32::many_rows(x, &weight, Arch::new(), rayon::current_num_threads()),
         }
     }
 }

@@ -1,4 +1,6 @@
-//! Products with packed weights in f32: codes are decoded as they are read, or tile by tile for a dense product.
+//! Products with packed weights in f32: codes are decoded as they are read, or panel by panel for a dense product.
+
+use std::ops::Range;
 
 use burn_backend::Shape;
 use burn_flex::FlexTensor;
@@ -6,14 +8,12 @@ use faer::MatRef;
 use pulp::{Arch, Simd, WithSimd};
 
 use super::cpu;
-use super::gemm_f32::gemm;
+use super::gemm_f32::{Row, gemm_of_panels};
+use super::matmul::filled;
 use super::packed::{OfPanel, PANEL, PackedLayout, Panel, Weight, put};
 
 /// Inputs whose products are added up before they are scaled.
 const STEP: usize = 32;
-
-/// Inputs of a tile, which with its outputs stays in the second-level cache.
-const TILE: usize = 256;
 
 /// The codes of input `i`, less the zero points of its group.
 #[inline(always)]
@@ -39,7 +39,7 @@ pub(super) fn unpack(weight: &Weight<'_>) -> FlexTensor {
     let PackedLayout { d_in, d_out, .. } = weight.layout;
     let mut out = vec![0.0; d_in * d_out];
     cpu::blocks(&mut out, d_out, cpu::block_rows(d_out), |first, out| {
-        Arch::new().dispatch(Decode { weight, input: first, output: 0, columns: d_out, out });
+        Arch::new().dispatch(Decode { weight, first, out });
     });
     cpu::tensor(out, Shape::new([d_in, d_out]))
 }
@@ -49,34 +49,78 @@ pub(super) fn columns(x: &[f32], weight: &Weight<'_>, arch: Arch, first: usize, 
     arch.dispatch(Direct { x, weight, first, out });
 }
 
-/// `x`, `[rows, d_in]`, times the matrix, as dense products with tiles of it.
-pub(super) fn many_rows(x: &[f32], weight: &Weight<'_>, arch: Arch) -> FlexTensor {
+/// `x`, `[rows, d_in]`, times the matrix: each panel of a dense product is decoded where it is multiplied by.
+pub(super) fn many_rows(x: &[f32], weight: &Weight<'_>, arch: Arch, threads: usize) -> FlexTensor {
     let PackedLayout { d_in, d_out, .. } = weight.layout;
-    let rows = x.len() / d_in;
-    let columns = (d_out / 8).next_multiple_of(PANEL).clamp(32, 128);
-    cpu::by_columns(rows, d_out, columns, |output, out| {
-        let columns = out.len() / rows;
-        let mut tile = vec![0.0; TILE.min(d_in) * columns];
-        for input in (0..d_in).step_by(TILE) {
-            let inputs = TILE.min(d_in - input);
-            let tile = &mut tile[..inputs * columns];
-            arch.dispatch(Decode { weight, input, output, columns, out: &mut *tile });
-            let x = MatRef::from_row_major_slice_with_stride(&x[input..], rows, inputs, d_in);
-            gemm(out, true, x, MatRef::from_row_major_slice(tile, inputs, columns), 1.0);
-        }
+    let x = MatRef::from_row_major_slice(x, x.len() / d_in, d_in);
+    filled([x.nrows(), d_out], |out| {
+        gemm_of_panels(out, false, x, d_out, threads, |outputs, rows| {
+            arch.dispatch(Wide { weight, outputs, rows });
+        });
     })
 }
 
-/// Weights of inputs `input..` and outputs `output..`, from the beginning of a panel on, `[inputs, columns]`.
+/// Weights of one panel, input by input.
+struct Decoder<'a> {
+    panel: Panel<'a>,
+    layout: PackedLayout,
+    /// The group whose scales are at hand.
+    group: usize,
+    scale: OfPanel<f32>,
+}
+
+impl<'a> Decoder<'a> {
+    #[inline(always)]
+    fn new(weight: &Weight<'a>, panel: usize) -> Self {
+        let panel = weight.panel(panel);
+        Self { panel, layout: weight.layout, group: 0, scale: panel.scale.of(0) }
+    }
+
+    /// Those of `input`.
+    #[inline(always)]
+    fn weights(&mut self, bits: usize, input: usize) -> OfPanel<f32> {
+        let group = input / self.layout.group;
+        if self.group != group {
+            (self.group, self.scale) = (group, self.panel.scale.of(group));
+        }
+        let mut weights = shifted(&self.panel, self.layout, bits, input, self.panel.zero(group));
+        for lane in 0..PANEL {
+            weights[lane] *= self.scale[lane];
+        }
+        weights
+    }
+}
+
+/// All outputs of the inputs from `first` on, `[inputs, d_out]`.
 struct Decode<'a> {
     weight: &'a Weight<'a>,
-    input: usize,
-    output: usize,
-    columns: usize,
+    first: usize,
     out: &'a mut [f32],
 }
 
 impl WithSimd for Decode<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        let PackedLayout { bits, d_out, .. } = self.weight.layout;
+        for first in (0..d_out).step_by(PANEL) {
+            let mut decoder = Decoder::new(self.weight, first / PANEL);
+            for (row, out) in self.out.chunks_exact_mut(d_out).enumerate() {
+                put(&decoder.weights(bits, self.first + row), &mut out[first..d_out.min(first + PANEL)]);
+            }
+        }
+    }
+}
+
+/// Rows of some outputs, for a dense product.
+struct Wide<'a> {
+    weight: &'a Weight<'a>,
+    outputs: Range<usize>,
+    rows: &'a mut Vec<Row>,
+}
+
+impl WithSimd for Wide<'_> {
     type Output = ();
 
     #[inline(always)]
@@ -90,24 +134,20 @@ impl WithSimd for Decode<'_> {
     }
 }
 
-impl Decode<'_> {
+impl Wide<'_> {
     #[inline(always)]
     fn run(&mut self, bits: usize) {
-        let (layout, columns) = (self.weight.layout, self.columns);
-        for first in (0..columns).step_by(PANEL) {
-            let panel = self.weight.panel((self.output + first) / PANEL);
-            let (mut known, mut scale) = (usize::MAX, [0.0; PANEL]);
-            for (row, out) in self.out.chunks_exact_mut(columns).enumerate() {
-                let (input, group) = (self.input + row, (self.input + row) / layout.group);
-                if known != group {
-                    (known, scale) = (group, panel.scale.of(group));
-                }
-                let mut weights = shifted(&panel, layout, bits, input, panel.zero(group));
-                for lane in 0..PANEL {
-                    weights[lane] *= scale[lane];
-                }
-                put(&weights, &mut out[first..columns.min(first + PANEL)]);
+        let first = self.outputs.start / PANEL;
+        let last = self.weight.layout.panels() - 1;
+        // Panels behind the last one are not read.
+        let mut decoders: [Decoder<'_>; 4] =
+            std::array::from_fn(|i| Decoder::new(self.weight, (first + i).min(last)));
+        for input in 0..self.weight.layout.d_in {
+            let mut row = [0.0; 4 * PANEL];
+            for (decoder, row) in decoders.iter_mut().zip(row.as_chunks_mut().0) {
+                *row = decoder.weights(bits, input);
             }
+            self.rows.push(Row(row));
         }
     }
 }
@@ -237,7 +277,11 @@ mod tests {
                         columns(x, &weight, arch, first, out);
                     });
                     check(format!("{arch:?}"), direct);
-                    check(format!("tiles, {arch:?}"), many_rows(x, &weight, arch));
+                    let dense = |threads| many_rows(x, &weight, arch, threads);
+                    check(format!("panels, {arch:?}"), dense(1));
+                    for threads in [2, 5] {
+                        assert!(dense(threads).storage::<f32>() == dense(1).storage::<f32>());
+                    }
                 }
             }
         }
