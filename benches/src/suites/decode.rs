@@ -43,7 +43,8 @@ pub(super) fn run(bench: &Bench<'_>) -> Result<()> {
     for (name, files) in bench.models {
         let stored = ExportType::BF16;
         let half = ModelFiles::open(&bench.exported(files, stored, ".gguf")?)?;
-        let (decoder, _) = Decoder::load_packed(files.config.clone(), &half.weights(), &bench.device)?;
+        let (decoder, _) =
+            Decoder::load_packed(files.config.clone(), &half.weights(), Precision::F32, &bench.device)?;
         let c = &files.config;
         let weights = 2.0 * (linear_weights(files.sites()) + (c.d_model * c.vocab) as f64);
         let decoder = &decoder;
@@ -58,7 +59,8 @@ pub(super) fn run(bench: &Bench<'_>) -> Result<()> {
         let stored: ExportType = DType::Q4_0.name().parse().map_err(Error::msg)?;
         let packed_files = ModelFiles::open(&bench.exported(files, stored, ".gguf")?)?;
         let weights = packed_files.weights();
-        let (decoder, packed) = Decoder::load_packed(files.config.clone(), &weights, &bench.device)?;
+        let (decoder, packed) =
+            Decoder::load_packed(files.config.clone(), &weights, Precision::F32, &bench.device)?;
         let dense = |site: Site| if packed.contains_key(&site) { None } else { files.sites().linear(site) };
         let sites = files.sites().entries().iter();
         let left: usize = sites.filter_map(|e| dense(e.site)).map(|(d_in, d_out)| 4 * d_in * d_out).sum();

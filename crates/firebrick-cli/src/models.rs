@@ -183,8 +183,7 @@ pub fn load_packed(
         Packed::Exact => PackedInputs::Exact,
         Packed::EightBits => PackedInputs::EightBits,
     };
-    let (mut model, weights) = files.load_packed(device)?;
-    model.decoder = model.decoder.with_precision(precision);
+    let (model, weights) = files.load_packed(precision, device)?;
     let brick = (!weights.is_empty()).then(|| PackedLinear::from_packed(weights).with_inputs(inputs));
     Ok((model, brick))
 }

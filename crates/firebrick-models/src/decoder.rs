@@ -182,13 +182,15 @@ impl Decoder {
     /// [`PackedMatrix::from_blocks`] takes: those of the head too. A brick that computes with them belongs at their sites; without one
     /// the weight of a site is decoded when it is first read, and kept.
     ///
-    /// On the CPU matrices that the checkpoint has in bf16 stay in bf16: the same numbers, in half the memory that a token reads.
+    /// On the CPU matrices that the checkpoint has in bf16 stay in bf16: the same numbers, in half the memory that a token reads. With
+    /// [`Precision::Bf16`] the others are rounded to it, as [`Decoder::load_in_bf16`] does.
     ///
     /// # Errors
     /// As [`Decoder::load`].
     pub fn load_packed(
         config: DecoderConfig,
         source: &CheckpointWeights<'_>,
+        precision: Precision,
         device: &Device,
     ) -> Result<(Self, BTreeMap<Site, PackedMatrix>), ModelError> {
         check(&config, source)?;
@@ -198,8 +200,10 @@ impl Decoder {
                 packed.insert(entry.site, matrix);
             }
         }
-        let half = |site| *device == Device::flex() && source.is_bf16(site);
-        Ok((Self::read(config, source, &packed, &half, device)?, packed))
+        let rounds = precision == Precision::Bf16;
+        let half = |site| *device == Device::flex() && (rounds || source.is_bf16(site));
+        let decoder = Self::read(config, source, &packed, &half, device)?;
+        Ok((decoder.with_precision(precision), packed))
     }
 
     /// Reads all but the `packed` weights; matrices at sites that are `half` stay in bf16.

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use burn::tensor::Device;
 use firebrick_core::{Part, Site, SiteTable};
 use firebrick_tensor::checkpoint::{Checkpoint, Format};
-use firebrick_tensor::ops::PackedMatrix;
+use firebrick_tensor::ops::{PackedMatrix, Precision};
 
 use crate::config::{DecoderConfig, GgufTensors};
 use crate::decoder::Decoder;
@@ -236,12 +236,16 @@ impl ModelFiles {
 
     /// Reads the weights onto `device` as [`ModelFiles::load`] does, those of linear layers in GGUF blocks of `Q4_0`, `Q4_1` and `Q8_0`
     /// as they are, for a brick to compute with (`firebrick_quant::PackedLinear`); a file without such gives none. On the CPU matrices in
-    /// bf16 stay in bf16.
+    /// bf16 stay in bf16, and those of other types become it with [`Precision::Bf16`].
     ///
     /// # Errors
     /// As [`ModelFiles::load`].
-    pub fn load_packed(self, device: &Device) -> Result<(Model, BTreeMap<Site, PackedMatrix>), ModelError> {
-        let loaded = Decoder::load_packed(self.config.clone(), &self.weights(), device);
+    pub fn load_packed(
+        self,
+        precision: Precision,
+        device: &Device,
+    ) -> Result<(Model, BTreeMap<Site, PackedMatrix>), ModelError> {
+        let loaded = Decoder::load_packed(self.config.clone(), &self.weights(), precision, device);
         let (decoder, packed) = loaded.map_err(|e| self.named(e))?;
         Ok((Model { name: self.name, decoder, tokenizer: self.tokenizer }, packed))
     }

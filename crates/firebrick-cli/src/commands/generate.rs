@@ -13,11 +13,10 @@ use firebrick_models::chat::{ChatOptions, ChatTemplate, Message};
 use firebrick_models::sampling::{Sampler, Sampling};
 use firebrick_models::{GenerateOptions, Model, generate_with};
 use firebrick_peft::LoraBank;
-use firebrick_tensor::ops::Precision;
 use serde_json::json;
 
 use crate::args::{Global, Usage};
-use crate::models::{self, Packed};
+use crate::models::{self, Dtype, Packed};
 use crate::ui::{Terminal, interrupted, print};
 
 #[derive(Args)]
@@ -65,6 +64,9 @@ pub struct Generate {
     /// Compute with bf16 weights, and with the Q4_0, Q4_1 and Q8_0 blocks of a GGUF file; `exact` on the CPU if absent.
     #[arg(long, value_name = "HOW")]
     packed: Option<Packed>,
+    /// Type that products of prompts take and other weights are stored in; bf16 is faster on CPUs with AMX and AMD's with AVX512-BF16.
+    #[arg(long, default_value = "f32", value_name = "TYPE")]
+    dtype: Dtype,
 }
 
 impl Generate {
@@ -72,7 +74,8 @@ impl Generate {
         let device = models::device(global)?;
         let packed = self.packed.unwrap_or(Packed::default_for(&device));
         let files = models::open(&self.model)?;
-        let (model, packed) = models::load_packed(files, packed, Precision::F32, &device)?;
+        let precision = self.dtype.precision(&device, terminal);
+        let (model, packed) = models::load_packed(files, packed, precision, &device)?;
         let banks = models::adapters(&self.adapter, &model, &device)?;
         let bricks = models::bricks(&packed, &banks);
         let tokenizer = &model.tokenizer;

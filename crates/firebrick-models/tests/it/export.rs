@@ -77,7 +77,8 @@ fn weights_in_bf16_stay_as_they_are() {
             let path = dir.path().join(format!("{tied}-{name}"));
             let export = Export::decoder("test", &decoder, &tokenizer, ExportType::BF16);
             export.write(&path, &Executor::default()).unwrap();
-            let (half, packed) = ModelFiles::open(&path).unwrap().load_packed(&device).unwrap();
+            let (half, packed) =
+                ModelFiles::open(&path).unwrap().load_packed(Precision::F32, &device).unwrap();
             let (half, whole) = (half.decoder, open(&path).decoder);
             assert!(packed.is_empty());
             assert_eq!(
@@ -109,6 +110,14 @@ fn weights_in_bf16_stay_as_they_are() {
             assert_eq!((bf16.head_weight().dtype(), bf16.precision()), (Stored::BF16, Precision::Bf16));
             let e = difference(&bf16, &whole.with_precision(Precision::Bf16));
             assert!(e < 1e-5, "{name}: logits of products in bf16 differ by {e}");
+            // A file of f32 is rounded to the same.
+            let export = Export::decoder("test", &decoder, &tokenizer, ExportType::F32);
+            let path = dir.path().join(format!("{tied}-whole-{name}"));
+            export.write(&path, &Executor::default()).unwrap();
+            let (rounded, _) =
+                ModelFiles::open(&path).unwrap().load_packed(Precision::Bf16, &device).unwrap();
+            assert_eq!(rounded.decoder.precision(), Precision::Bf16);
+            assert_eq!(difference(&rounded.decoder, &bf16), 0.0);
         }
     }
 }

@@ -7,7 +7,7 @@ use firebrick_core::{Brick, Part, Run, Seed, Silent, Site};
 use firebrick_models::{Decoder, Export, ExportType, ModelFiles, token_tensor};
 use firebrick_peft::LoraConfig;
 use firebrick_quant::PackedLinear;
-use firebrick_tensor::ops::{PackedInputs, PackedMatrix};
+use firebrick_tensor::ops::{PackedInputs, PackedMatrix, Precision};
 use firebrick_tensor::stream::Executor;
 use firebrick_train::perplexity;
 
@@ -31,7 +31,7 @@ fn files(dtype: &str) -> ModelFiles {
 fn both(dtype: &str) -> (Decoder, Decoder, BTreeMap<Site, PackedMatrix>) {
     let device = Device::flex();
     let dense = files(dtype).load(&device).unwrap().decoder;
-    let (model, packed) = files(dtype).load_packed(&device).unwrap();
+    let (model, packed) = files(dtype).load_packed(Precision::F32, &device).unwrap();
     (dense, model.decoder, packed)
 }
 
