@@ -498,6 +498,9 @@ const KEYS: usize = 128;
 /// Keys that are brought to f32 together, a multiple of four.
 const TILE: usize = 16;
 
+/// Keys or values from those that are read to those that are asked for.
+const AHEAD: usize = 2 * TILE;
+
 /// Queries of the heads that share a key head, against some of its keys.
 struct Part<'a> {
     q: &'a [f32],
@@ -526,8 +529,8 @@ impl WithSimd for Part<'_> {
         for tile in (0..count).step_by(TILE) {
             let n = TILE.min(count - tile);
             match tile + n < count {
-                true => self.keys.ask((self.first + tile + n) * d, TILE * d),
-                false => self.values.ask(self.first * d, TILE * d),
+                true => self.keys.ask((self.first + tile + AHEAD) * d, TILE * d),
+                false => self.values.ask(self.first * d, AHEAD * d),
             }
             let keys = self.keys.read((self.first + tile) * d, n * d, &mut room);
             for (q, scores) in self.q.chunks_exact(d).zip(scores.chunks_exact_mut(KEYS)) {
@@ -561,7 +564,7 @@ impl WithSimd for Part<'_> {
         }
         for tile in (0..count).step_by(TILE) {
             let n = TILE.min(count - tile);
-            self.values.ask((self.first + tile + n) * d, TILE * d);
+            self.values.ask((self.first + tile + AHEAD) * d, TILE * d);
             let values = self.values.read((self.first + tile) * d, n * d, &mut room);
             for (scores, out) in scores.chunks_exact(KEYS).zip(self.out.chunks_exact_mut(d + 2)) {
                 add_weighted(simd, &scores[tile..][..n], values, &mut out[..d]);
