@@ -270,7 +270,7 @@ impl<const D: usize> Task<'_, D> {
     #[inline(always)]
     fn group(&self, step: usize) -> usize {
         match self.layout.group {
-            // Nothing is divided where there is nothing else to wait for.
+            // A division takes about as long as a block of one row.
             STEP => step,
             group => step * STEP / group,
         }

@@ -12,7 +12,7 @@ use super::{BASE, Block, LAST, Task};
 /// Rows whose sums stay in registers of AVX-512 through all blocks; fewer are multiplied one by one.
 const TILE: usize = 4;
 
-/// Word rows between those that are multiplied and those that are asked for, beyond the panel maybe: 4 KB.
+/// Word rows from those that are multiplied to those that are asked for, in the next panel maybe: 4 KB.
 const AHEAD: usize = 64;
 
 impl<const D: usize> Task<'_, D> {
@@ -132,8 +132,9 @@ impl<const D: usize> Task<'_, D> {
             }
             return;
         }
-        let mut weights = Vec::with_capacity(super::steps(self.layout));
-        for step in 0..weights.capacity() {
+        let steps = super::steps(self.layout);
+        let mut weights = Vec::with_capacity(steps);
+        for step in 0..steps {
             weights.push(self.sixteen::<W>(step));
         }
         let mut row = 0;
