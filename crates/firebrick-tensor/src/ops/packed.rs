@@ -119,8 +119,11 @@ impl PackedMatrix {
 fn in_panels(x: Tensor<2>) -> Tensor<3> {
     let ([rows, d_out], device, dtype) = (x.dims(), x.device(), x.dtype());
     let filled = d_out.next_multiple_of(PANEL);
-    let zeros = Tensor::zeros([rows, filled - d_out], (&device, dtype));
-    let panels = Tensor::cat(vec![x, zeros], 1).reshape([rows, filled / PANEL, PANEL]).swap_dims(0, 1);
+    let x = match filled - d_out {
+        0 => x,
+        missing => Tensor::cat(vec![x, Tensor::zeros([rows, missing], (&device, dtype))], 1),
+    };
+    let panels = x.reshape([rows, filled / PANEL, PANEL]).swap_dims(0, 1);
     Tensor::from_data(panels.into_data(), (&device, dtype))
 }
 

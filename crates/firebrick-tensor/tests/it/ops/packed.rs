@@ -70,7 +70,8 @@ const SHAPES: [(u8, usize, usize, usize); 13] = [
 fn unpacks_what_was_packed() {
     for (i, (bits, group, d_in, d_out)) in SHAPES.into_iter().enumerate() {
         let matrix = Matrix::new(bits, group, d_in, d_out);
-        for device in devices_and(i % 2 == 1 && i < 8) {
+        // The last of these has whole panels alone.
+        for device in devices_and(i % 2 == 1 && i < 8 || i == 10) {
             let packed = matrix.pack(&device, DType::F32);
             let got = host(packed.unpack().reshape([d_in * d_out]));
             let e = error(&got, &matrix.dense(group));
